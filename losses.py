@@ -1,0 +1,309 @@
+"""The losses, one class each, and loss_select, the table that --loss reads.
+
+Every loss is a torch.nn.Module with one contract: forward(embeddings, labels, indices_tuple=None)
+-> scalar. It works on any device and float type, does its arithmetic in float32 at least, and
+gives a zero that stays in the graph where a batch holds no valid tuple. indices_tuple replaces the
+loss's own sampler: a [T, 3] tensor, a list of tuples, or three index tensors (a, p, n) as the
+miners of other libraries return them. unit_norm says whether the loss wants embeddings of length
+one, samplings which --sampling it takes (the default first), and the two samples_per_class bounds
+how many images of a class a batch should hold. To add a loss: write the class here, its flags in
+add_arguments, its line in LOSSES.
+"""
+
+import inspect
+import sys
+
+import torch
+import torch.nn.functional as F
+
+from samplers import Sampler, pairwise_sq_distances
+
+TRIPLET_SAMPLINGS = ("distance", "semihard", "softhard", "random")  # the first is the default
+
+
+def add_arguments(parser):
+    """Adds the group 'loss' to an argparse parser."""
+    group = parser.add_argument_group("loss", "what is minimised, and its hyper-parameters")
+    group.add_argument("--loss", choices=LOSSES, default="marginloss",
+                       help="marginloss (Wu et al. 2017), triplet (Schroff et al. 2015), npair "
+                            "(Sohn 2016), proxynca (Movshovitz-Attias et al. 2017), crossentropy: "
+                            "a linear classifier on the embedding. Default %(default)s, as in the "
+                            "reference runs")
+    group.add_argument("--margin", type=float, default=0.2, metavar="M",
+                       help="triplet: margin between squared distances; marginloss: half-width "
+                            "around beta in plain distance, both on the unit sphere (distances 0 "
+                            "to 2); semihard sampling uses the same margin. Useful 0.05 to 1. "
+                            "Default %(default)s (both papers)")
+    group.add_argument("--beta", type=float, default=1.2, metavar="B",
+                       help="marginloss: first value of the boundary between positive and "
+                            "negative pairs, a plain distance; useful 0.5 to 1.4. Default "
+                            "%(default)s (paper)")
+    group.add_argument("--beta_lr", type=float, default=5e-4, metavar="LR",
+                       help="marginloss: learning rate of the boundaries, one for each class; "
+                            "useful 1e-4 to 1e-1. Default %(default)s (reference runs)")
+    group.add_argument("--beta_constant", action="store_true",
+                       help="marginloss: keep beta where it starts instead of learning it")
+    group.add_argument("--nu", type=float, default=0.0, metavar="NU",
+                       help="marginloss: weight of the sum of the tuples' boundaries, which pulls "
+                            "beta down; useful 0 to 0.01. Default %(default)s (off)")
+    group.add_argument("--proxy_lr", type=float, default=None, metavar="LR",
+                       help="proxynca: learning rate of the proxies; useful 1 to 1000 times --lr. "
+                            "Default 1e-5 (reference runs); glyphs 1e-2")
+    group.add_argument("--proxynca_positive_in_denominator", action="store_true",
+                       help="proxynca: sum the denominator over all proxies (a softmax) instead of "
+                            "all but the image's own (paper and reference runs)")
+    group.add_argument("--l2npair", type=float, default=0.02, metavar="L",
+                       help="npair: weight of the mean squared length of anchor and positive; too "
+                            "small and embeddings grow without bound; useful 0.001 to 0.1. Default "
+                            "%(default)s (reference runs)")
+    group.add_argument("--loss_lr", type=float, default=None, metavar="LR",
+                       help="learning rate of a loss's own weights where no flag above names it "
+                            "(crossentropy's classifier). Default: --lr, as in the reference "
+                            "code; glyphs 1e-2")
+
+
+def at_least_float32(embeddings):
+    """embeddings [B, D] of any float type -> float32 or float64: half types cannot hold a loss."""
+    return embeddings.float() if embeddings.dtype.itemsize < 4 else embeddings
+
+
+def as_index_tuples(indices_tuple, device):
+    """Any accepted form of indices_tuple -> LongTensor [T, width] on the device.
+
+    A tensor [T, width] as it is; a tuple of index vectors (a, p, n) becomes columns; a list of
+    tuples becomes rows. Raises ValueError for anything else.
+    """
+    if isinstance(indices_tuple, tuple) and indices_tuple and torch.is_tensor(indices_tuple[0]):
+        indices_tuple = torch.stack(indices_tuple, dim=1)
+    tuples = torch.as_tensor(indices_tuple, dtype=torch.long, device=device)
+    tuples = tuples.reshape(-1, 3) if tuples.numel() == 0 else tuples
+    if tuples.dim() != 2 or tuples.shape[1] < 3:
+        raise ValueError("indices_tuple is neither [T, 3], nor a list of (anchor, positive, "
+                         f"negative), nor three index tensors: its shape is {list(tuples.shape)}")
+    return tuples
+
+
+def pair_sq_distances(embeddings, first, second):
+    """Squared distances of the pairs (first[t], second[t]): embeddings [B, D] -> [T].
+
+    Few pairs are computed row by row, exactly; many (a miner can return B^3 triplets) are looked up
+    in the matrix of all pairs, which then costs less memory than the gathered rows.
+    """
+    if len(first) <= 4 * len(embeddings):
+        difference = embeddings.index_select(0, first) - embeddings.index_select(0, second)
+        return difference.square().sum(1)
+    return pairwise_sq_distances(embeddings)[first, second]
+
+
+def distance_from_square(sq_distances):
+    """Square root whose gradient at zero is zero instead of infinite; any shape, shape kept."""
+    return sq_distances.clamp_min(1e-16).sqrt()
+
+
+class TripletLoss(torch.nn.Module):
+    """Triplet loss: the mean over triplets of max(0, d(a, p)^2 - d(a, n)^2 + margin).
+
+    Schroff et al., "FaceNet", CVPR 2015, eq. 2. margin: a squared distance. sampling: a method of
+    samplers.Sampler, one triplet for each anchor; distance_cutoff: see there. embeddings [B, D] unit-norm
+    rows, labels [B]. Departs from the paper: the mean over the sampled triplets, inactive ones
+    included, stands for the sum, as in the reference code.
+    """
+
+    unit_norm = True
+    samplings = TRIPLET_SAMPLINGS
+    min_samples_per_class, max_samples_per_class = 2, sys.maxsize
+
+    def __init__(self, margin=0.2, sampling="distance", distance_cutoff=None):
+        super().__init__()
+        self.margin = margin
+        self.sampler = Sampler(sampling, margin=margin, squared=True, distance_cutoff=distance_cutoff)
+
+    def forward(self, embeddings, labels, indices_tuple=None):
+        embeddings = at_least_float32(embeddings)
+        if indices_tuple is None:
+            triplets = self.sampler.give(embeddings, labels, padded=True)
+        else:
+            triplets = as_index_tuples(indices_tuple, embeddings.device)
+        valid = triplets[:, 0] >= 0                                              # [T]
+        anchors, positives, negatives = triplets.clamp_min(0).unbind(1)          # [T] each
+        sq_ap = pair_sq_distances(embeddings, anchors, positives)                # [T]
+        sq_an = pair_sq_distances(embeddings, anchors, negatives)
+        losses = F.relu(sq_ap - sq_an + self.margin) * valid
+        return losses.sum() / valid.sum().clamp_min(1)
+
+
+class MarginLoss(torch.nn.Module):
+    """Margin loss: pairs are pushed to the right side of a learned boundary beta, by a margin.
+
+    Wu et al., "Sampling Matters in Deep Embedding Learning", ICCV 2017, eq. 6 to 9, on triplets: the
+    sum of max(0, d_ap - beta + margin) and max(0, beta - d_an + margin), d the plain Euclidean
+    distance and beta that of the anchor's class, divided by the number of terms above zero, plus nu
+    times the sum of the tuples' betas. num_classes: how many betas; beta: their first value;
+    beta_constant: they are not learned. embeddings [B, D] unit-norm rows, labels [B] below
+    num_classes. Departs from the paper: beta has a part for the class alone, neither a global nor
+    an image's own, as in the reference code.
+    """
+
+    unit_norm = True
+    samplings = TRIPLET_SAMPLINGS
+    min_samples_per_class, max_samples_per_class = 2, sys.maxsize
+
+    def __init__(self, num_classes, margin=0.2, beta=1.2, beta_constant=False, nu=0.0,
+                 sampling="distance", distance_cutoff=None):
+        super().__init__()
+        self.margin = margin
+        self.nu = nu
+        self.sampler = Sampler(sampling, margin=margin, squared=False, distance_cutoff=distance_cutoff)
+        betas = torch.full((num_classes,), float(beta))
+        if beta_constant:
+            self.register_buffer("beta", betas)
+        else:
+            self.beta = torch.nn.Parameter(betas)
+
+    def forward(self, embeddings, labels, indices_tuple=None):
+        embeddings = at_least_float32(embeddings)
+        if indices_tuple is None:
+            triplets = self.sampler.give(embeddings, labels, padded=True)
+        else:
+            triplets = as_index_tuples(indices_tuple, embeddings.device)
+        valid = triplets[:, 0] >= 0                                              # [T]
+        anchors, positives, negatives = triplets.clamp_min(0).unbind(1)          # [T] each
+        d_ap = distance_from_square(pair_sq_distances(embeddings, anchors, positives))
+        d_an = distance_from_square(pair_sq_distances(embeddings, anchors, negatives))
+        beta = self.beta[labels[anchors]].to(d_ap.dtype)                         # [T]
+        positive_terms = F.relu(d_ap - beta + self.margin) * valid
+        negative_terms = F.relu(beta - d_an + self.margin) * valid
+        active = (positive_terms > 0).sum() + (negative_terms > 0).sum()
+        loss = (positive_terms + negative_terms).sum() / active.clamp_min(1)
+        return loss + self.nu * (beta * valid).sum()
+
+
+class NPairLoss(torch.nn.Module):
+    """N-pair loss: the mean over anchors of log(1 + sum_n exp(a.n - a.p)) plus an L2 penalty.
+
+    Sohn, "Improved Deep Metric Learning with Multi-class N-pair Loss Objective", NIPS 2016, eq. 5
+    and section 3.2.2. The negatives of an anchor are the positives of the batch's other classes.
+    l2npair weighs mean(|a|^2 + |p|^2). embeddings [B, D] not normalised, labels [B].
+    """
+
+    unit_norm = False
+    samplings = ("npair",)
+    min_samples_per_class, max_samples_per_class = 2, sys.maxsize
+
+    def __init__(self, l2npair=0.02):
+        super().__init__()
+        self.l2npair = l2npair
+        self.sampler = Sampler("npair")
+
+    def forward(self, embeddings, labels, indices_tuple=None):
+        embeddings = at_least_float32(embeddings)
+        if indices_tuple is None:
+            tuples = self.sampler.give(embeddings, labels, padded=True)
+        else:
+            tuples = as_index_tuples(indices_tuple, embeddings.device)
+        valid = tuples[:, 0] >= 0                                                # [T]
+        anchors, positives = tuples[:, :2].clamp_min(0).unbind(1)
+        others = tuples[:, 1:]                                                   # [T, 1 + N]
+        similarities = embeddings.index_select(0, anchors) @ embeddings.t()      # [T, B]
+        logits = similarities.gather(1, others.clamp_min(0))                     # [T, 1 + N]
+        # -1 stands for no negative, except in the first column, which is the positive itself.
+        missing = others < 0
+        missing[:, 0] = False
+        logits = logits.masked_fill(missing, -torch.inf)
+        losses = torch.logsumexp(logits, 1) - logits[:, 0]                       # [T]
+        sq_norms = embeddings.square().sum(1)                                    # [B]
+        losses = losses + self.l2npair * (sq_norms[anchors] + sq_norms[positives])
+        return (losses * valid).sum() / valid.sum().clamp_min(1)
+
+
+class ProxyNCALoss(torch.nn.Module):
+    """ProxyNCA: -log of exp(-d(x, p_y)) over the sum of exp(-d(x, p_z)) for the other proxies z.
+
+    Movshovitz-Attias et al., "No Fuss Distance Metric Learning using Proxies", ICCV 2017, eq. 4 and
+    algorithm 1: d is the squared Euclidean distance between unit vectors, one learned proxy for
+    each class, the image's own left out of the sum (the loss can be negative).
+    proxynca_positive_in_denominator sums over all proxies, a softmax. embeddings [B, D] (normalised here),
+    labels [B] below num_classes. indices_tuple picks the anchors that count. Departs from the
+    paper: embeddings and proxies are unit vectors scaled by 3, as in the reference code, so d
+    ranges to 36.
+    """
+
+    unit_norm = True
+    samplings = ()
+    min_samples_per_class, max_samples_per_class = 1, 1
+    scale = 3.0
+
+    def __init__(self, num_classes, embed_dim, proxynca_positive_in_denominator=False):
+        super().__init__()
+        if num_classes < 2 and not proxynca_positive_in_denominator:
+            raise ValueError(f"ProxyNCA with {num_classes} class: the sum over the other proxies is "
+                             "empty; it needs two classes or --proxynca_positive_in_denominator")
+        self.positive_in_denominator = proxynca_positive_in_denominator
+        self.proxies = torch.nn.Parameter(torch.randn(num_classes, embed_dim) / 8)
+
+    def forward(self, embeddings, labels, indices_tuple=None):
+        embeddings, labels = anchors_only(at_least_float32(embeddings), labels, indices_tuple)
+        # -d = 2 * 9 * cosine - 18; the constant cancels between numerator and denominator.
+        scaled = F.normalize(embeddings, dim=1) * (2 * self.scale ** 2)
+        logits = scaled @ F.normalize(self.proxies.to(embeddings.dtype), dim=1).t()   # [B, C]
+        own = logits.gather(1, labels.unsqueeze(1))                              # [B, 1]
+        if not self.positive_in_denominator:
+            logits = logits.scatter(1, labels.unsqueeze(1), -torch.inf)
+        return (torch.logsumexp(logits, 1) - own.squeeze(1)).sum() / max(1, len(labels))
+
+
+class CrossEntropyLoss(torch.nn.Module):
+    """Softmax cross-entropy of a linear classifier on the embedding, both learned together.
+
+    embeddings [B, D], labels [B] below num_classes. indices_tuple picks the anchors that count.
+    Its classifier starts as torch.nn.Linear does and has a bias.
+    """
+
+    unit_norm = True
+    samplings = ()
+    min_samples_per_class, max_samples_per_class = 1, sys.maxsize
+
+    def __init__(self, num_classes, embed_dim):
+        super().__init__()
+        self.classifier = torch.nn.Linear(embed_dim, num_classes)
+
+    def forward(self, embeddings, labels, indices_tuple=None):
+        embeddings, labels = anchors_only(at_least_float32(embeddings), labels, indices_tuple)
+        weight, bias = (p.to(embeddings.dtype) for p in self.classifier.parameters())
+        logits = F.linear(embeddings, weight, bias)                              # [B, C]
+        return F.cross_entropy(logits, labels, reduction="sum") / max(1, len(labels))
+
+
+def anchors_only(embeddings, labels, indices_tuple):
+    """embeddings [B, D], labels [B] -> those of the tuples' anchors [T, D], [T]; all for None."""
+    if indices_tuple is None:
+        return embeddings, labels
+    anchors = as_index_tuples(indices_tuple, embeddings.device)[:, 0]
+    return embeddings[anchors], labels[anchors]
+
+
+# name: (class, the flag with the learning rate of its own weights). A constructor parameter takes the
+# value of the flag of the same name; num_classes is the number of training classes.
+LOSSES = {
+    "marginloss": (MarginLoss, "beta_lr"),
+    "triplet": (TripletLoss, None),
+    "npair": (NPairLoss, None),
+    "proxynca": (ProxyNCALoss, "proxy_lr"),
+    "crossentropy": (CrossEntropyLoss, "loss_lr"),
+}
+
+
+def loss_select(loss, opt, to_optim, num_classes):
+    """Builds the loss named by a key of LOSSES from the options.
+
+    opt: an object with the options as attributes. to_optim: list of optimiser parameter groups; a
+    loss with weights of its own adds one, without weight decay. Returns (loss module, to_optim).
+    """
+    loss_class, lr_option = LOSSES[loss]
+    values = dict(vars(opt), num_classes=num_classes)
+    names = inspect.signature(loss_class).parameters
+    criterion = loss_class(**{name: values[name] for name in names})
+    weights = list(criterion.parameters())
+    if weights:
+        to_optim = to_optim + [{"params": weights, "lr": values[lr_option], "weight_decay": 0}]
+    return criterion, to_optim

@@ -1,0 +1,316 @@
+"""Trains a network for retrieval of unseen classes, evaluates it after each epoch, saves and draws.
+
+The run reads from top to bottom in main(): options, data, network, loss, optimisers, trainer. What
+each part does is in its own file; this one only wires them, and its Run says what happens after an
+iteration and after an epoch. Without arguments: ResNet50 on CUB200-2011, margin loss, distance
+sampling. python main.py --dataset glyphs needs no data and no GPU.
+"""
+
+import argparse
+import os
+import time
+
+import torch
+
+import auxiliaries
+import datasets
+import evaluate
+import losses
+import netlib
+import samplers
+import trainers
+
+# Options that may differ between a run and its resumption: they do not change what is computed.
+MAY_CHANGE = {"resume", "n_epochs", "gpu", "kernels", "source_path", "save_path"}
+
+
+def build_parser():
+    """The parser with every file's flags, in the order data, batch, network, ... run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0] + " Options without a fixed default are filled in from "
+        "--dataset, --arch and --loss; the run prints all of them. Distances are Euclidean, unit-norm "
+        "embeddings lie 0 to 2 apart.", formatter_class=argparse.RawDescriptionHelpFormatter)
+    for module in (datasets, samplers, netlib, losses, trainers, evaluate, auxiliaries):
+        module.add_arguments(parser)
+    return parser
+
+
+def parse_options(argv=None):
+    """The final options: what the user gave, and the defaults that depend on it filled in once.
+
+    Ends the program with argparse's message where values contradict each other.
+    """
+    parser = build_parser()
+    opt = parser.parse_args(argv)
+    loss_class = losses.LOSSES[opt.loss][0]
+    glyphs = opt.dataset == "glyphs"
+    fewest, most = loss_class.min_samples_per_class, loss_class.max_samples_per_class
+
+    def default(name, value):
+        if getattr(opt, name) is None:
+            setattr(opt, name, value)
+
+    if opt.not_pretrained and opt.weights:
+        parser.error("--not_pretrained and --weights contradict each other: give one of them")
+    if opt.sampling is not None and opt.sampling not in loss_class.samplings:
+        takes = " or ".join(loss_class.samplings) or "none: leave it out"
+        parser.error(f"--loss {opt.loss} cannot use --sampling {opt.sampling}; it takes {takes}")
+    default("sampling", loss_class.samplings[0] if loss_class.samplings else "none")
+    default("samples_per_class", min(4, most))
+    if not fewest <= opt.samples_per_class <= most:
+        allowed = f"{fewest} only" if most == fewest else f"{fewest} or more"
+        parser.error(f"--loss {opt.loss} cannot use --samples_per_class {opt.samples_per_class}; it "
+                     f"takes {allowed}")
+    if opt.bs < 1 or opt.bs % opt.samples_per_class:
+        parser.error(f"--bs {opt.bs} is not a multiple of --samples_per_class "
+                     f"{opt.samples_per_class}")
+    default("arch", "convnet" if glyphs else "resnet50")
+    opt.not_pretrained = opt.not_pretrained or (opt.arch == "convnet" and not opt.weights)
+    default("batchnorm", "trained" if opt.not_pretrained else "frozen")
+    default("embed_dim", 512 if opt.arch == "googlenet" else 128)
+    default("image_size", 32 if glyphs else 227 if opt.arch == "googlenet" else 224)
+    default("k_vals", {"online_products": [1, 10, 100, 1000], "in-shop": [1, 10, 20, 30, 50],
+                       "vehicle_id": [1, 5]}.get(opt.dataset, [1, 2, 4, 8]))
+    opt.k_vals = sorted(set(opt.k_vals))
+    default("kernels", 0 if glyphs else min(8, os.cpu_count() or 1))
+    default("n_epochs", 20 if glyphs else 70)
+    default("lr", 1e-3 if glyphs else 1e-5)
+    default("tau", [15] if glyphs else [30, 55])
+    default("proxy_lr", 1e-2 if glyphs else 1e-5)
+    default("loss_lr", 1e-2 if glyphs else opt.lr)
+    for name, least in (("n_epochs", 0), ("kernels", 0), ("image_size", 8), ("embed_dim", 1), ("lr", 0),
+                        ("fc_lr_mul", 0), ("decay", 0), ("proxy_lr", 0), ("loss_lr", 0),
+                        ("beta_lr", 0), ("seed", 0)):
+        if not getattr(opt, name) >= least:
+            parser.error(f"--{name} {getattr(opt, name)}: the least value is {least}")
+    if not 0 < opt.gamma <= 1:
+        parser.error(f"--gamma {opt.gamma}: the scheduler's factor is above 0 and at most 1")
+    return opt
+
+
+def make_optimizers(trunk, embedder, criterion_groups, opt):
+    """Adam for trunk, embedder and, if it has weights, loss, with their schedulers by epoch.
+
+    Returns (optimizers, lr_schedulers), dicts as the trainers take them.
+    """
+    groups = {"trunk": {"params": list(trunk.parameters()), "lr": opt.lr},
+              "embedder": {"params": list(embedder.parameters()),
+                           "lr": opt.lr * (opt.fc_lr_mul or 1)}}
+    groups |= {"metric_loss": group for group in criterion_groups}
+    optimizers = {f"{name}_optimizer": torch.optim.Adam([group], weight_decay=opt.decay)
+                  for name, group in groups.items()}
+    schedulers = {}
+    for name, optimizer in zip(groups, optimizers.values()):
+        if opt.scheduler == "step":
+            scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, opt.tau, opt.gamma)
+        elif opt.scheduler == "exp":
+            scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, opt.gamma)
+        else:
+            continue
+        schedulers[f"{name}_scheduler_by_epoch"] = scheduler
+    return optimizers, schedulers
+
+
+class Run:
+    """A run's memory and its files: what the trainer's hooks do after an iteration and an epoch.
+
+    folder: where the files go; evaluation_sets: what is scored; opt: the options, to be saved.
+    """
+
+    def __init__(self, folder, evaluation_sets, device, opt):
+        self.folder = folder
+        self.evaluation_sets = evaluation_sets
+        self.device = device
+        self.opt = opt
+        self.progress = auxiliaries.Progress(opt.n_epochs, opt.bs)
+        self.train_rows, self.val_rows = [], []  # the rows of the two CSV files
+        self.loss_sums, self.gradients = {}, []  # of the epoch that is under way
+        self.started = time.monotonic()
+
+    def after_iteration(self, trainer):
+        """Adds up the losses, collects gradients if asked for, moves the progress line."""
+        for name, loss in trainer.losses.items():
+            self.loss_sums[name] = self.loss_sums.get(name, 0) + loss
+        if self.opt.grad_measure:
+            gradient = trainer.models["embedder"].linear.weight.grad             # [D, F]
+            self.gradients.append(gradient.abs().mean(0))
+        self.progress.update(trainer.epoch, trainer.iteration, trainer.iterations_per_epoch,
+                             trainer.losses["total_loss"])
+
+    def after_epoch(self, trainer):
+        """Evaluates, logs, draws, saves; epoch 0 is the untrained network."""
+        trained = time.monotonic() - self.started
+        self.progress.write(f"epoch {trainer.epoch}: evaluating")
+        trainer.set_to_eval()
+        metrics, embedded = evaluate.evaluate_sets(
+            lambda images: trainer.compute_embeddings(images), self.evaluation_sets, self.device,
+            self.opt.k_vals, self.opt.bs, self.opt.kernels, self.opt.seed, self.opt.dist_measure)
+        self.progress.write("")
+        self.val_rows.append({"epoch": trainer.epoch, **metrics})
+        if trainer.epoch:
+            iterations = trainer.iterations_per_epoch
+            means = {name: float(total) / iterations for name, total in self.loss_sums.items()}
+            rate = trainer.optimizers["trunk_optimizer"].param_groups[0]["lr"]
+            self.train_rows.append({"epoch": trainer.epoch, **means, "next_lr": rate})
+        self.report(trainer, metrics, trained)
+        self.save(trainer, embedded)
+        self.loss_sums, self.gradients = {}, []
+        self.started = time.monotonic()
+
+    def report(self, trainer, metrics, trained):
+        """Prints the epoch in one line."""
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        if not trainer.epoch:
+            print(f"untrained  {shown}", flush=True)
+            return
+        images = trainer.iterations_per_epoch * self.opt.bs
+        print(f"epoch {trainer.epoch}/{self.opt.n_epochs}  loss "
+              f"{self.train_rows[-1]['total_loss']:.4f}  {shown}  "
+              f"{auxiliaries.duration(trained)}, {images / trained:.0f} images/s", flush=True)
+
+    def selection(self):
+        """(epoch, value, name) of the best epoch by the first recall; epoch 0 only if it is alone."""
+        name = next(key for key in self.val_rows[0] if key != "epoch")
+        rows = self.val_rows[1:] or self.val_rows
+        best = max(rows, key=lambda row: row[name])
+        return best["epoch"], best[name], name
+
+    def save(self, trainer, embedded):
+        """Writes every file of the run folder; those of the best epoch only when it is this one."""
+        if self.gradients:
+            with auxiliaries.written_whole(self.path(f"gradients_{trainer.epoch:04d}.pkl")) as file:
+                auxiliaries.pickle.dump(torch.stack(self.gradients).cpu().numpy(), file)
+        auxiliaries.save_csv(self.path("log_train_Base.csv"), self.train_rows)
+        auxiliaries.save_csv(self.path("log_val_Base.csv"), self.val_rows)
+        self.draw()
+        state = {"epoch": trainer.epoch, "options": vars(self.opt),
+                 "models": {name: model.state_dict() for name, model in trainer.models.items()},
+                 "losses": {name: loss.state_dict() for name, loss in trainer.loss_funcs.items()},
+                 "optimizers": {name: o.state_dict() for name, o in trainer.optimizers.items()},
+                 "lr_schedulers": {name: s.state_dict() for name, s in trainer.lr_schedulers.items()},
+                 "random_state": auxiliaries.random_state(),
+                 "train_rows": self.train_rows, "val_rows": self.val_rows}
+        if self.selection()[0] == trainer.epoch:
+            auxiliaries.save_checkpoint(self.path("checkpoint.pth.tar"), state)
+            queries, gallery = self.evaluation_sets[0][1:]
+            evaluate.draw_recoveries(self.path("sample_recoveries.png"), queries, gallery, *embedded[0],
+                                     seed=self.opt.seed)
+        auxiliaries.save_checkpoint(self.path("last.pth.tar"), state)
+
+    def draw(self):
+        """Writes InfoPlot_Base.svg: losses and metrics over the epochs, the best values on top."""
+        def curves(rows, names):
+            return {name: [(row["epoch"], row[name]) for row in rows] for name in names}
+
+        names = [name for name in self.val_rows[0] if name != "epoch"]
+        epoch, value, name = self.selection()
+        rows = self.val_rows[1:] or self.val_rows
+        best = [f"{key} {max(row[key] for row in rows):.4f}" for key in names if key != "dist_ratio"]
+        title = [f"{self.opt.dataset}, {self.opt.arch}, {self.opt.loss} / {self.opt.sampling}: best "
+                 f"{name} {value:.4f} in epoch {epoch}",
+                 "best of each metric over the epochs: " + ", ".join(best)]
+        losses_shown = [key for key in (self.train_rows or [{}])[0] if key not in ("epoch", "next_lr")]
+        if losses_shown == ["metric_loss", "total_loss"]:
+            losses_shown = ["total_loss"]  # the same numbers twice
+        auxiliaries.save_plot(self.path("InfoPlot_Base.svg"), title, [
+            ("training loss", curves(self.train_rows, losses_shown)),
+            ("test classes", curves(self.val_rows, names))])
+
+    def path(self, name):
+        """The path of a file in the run folder."""
+        return os.path.join(self.folder, name)
+
+    def restore(self, trainer, state):
+        """Puts a checkpoint's state back into the trainer and this run; returns the next epoch."""
+        changed = [f"--{name} (was {state['options'].get(name)}, is {value})"
+                   for name, value in vars(self.opt).items()
+                   if name not in MAY_CHANGE and state["options"].get(name) != value]
+        if changed:
+            raise ValueError(f"--resume with other options than the run in {self.folder}: "
+                             f"{', '.join(changed)}")
+        for group, parts in (("models", trainer.models), ("losses", trainer.loss_funcs),
+                             ("optimizers", trainer.optimizers),
+                             ("lr_schedulers", trainer.lr_schedulers)):
+            for name, part in parts.items():
+                part.load_state_dict(state[group][name])
+        self.train_rows, self.val_rows = state["train_rows"], state["val_rows"]
+        auxiliaries.restore_random_state(state["random_state"])
+        return state["epoch"] + 1
+
+
+def train(opt):
+    """One run with final options -> its folder."""
+    device = auxiliaries.select_device(opt.gpu)
+    auxiliaries.seed_everything(opt.seed)
+
+    train_set, evaluation_sets, found = datasets.dataset_select(opt)
+    for _, queries, gallery in evaluation_sets:
+        evaluate.check_k_vals(opt.k_vals, len(queries) - 1 if gallery is None else len(gallery))
+    batch_sampler = samplers.batch_sampler_select(train_set.labels, opt)
+
+    loss_class = losses.LOSSES[opt.loss][0]
+    trunk, embedder = netlib.network_select(opt, loss_class.unit_norm)
+    criterion, loss_groups = losses.loss_select(opt.loss, opt, [], len(train_set.class_names))
+    for part in (trunk, embedder, criterion):
+        part.to(device)
+    optimizers, lr_schedulers = make_optimizers(trunk, embedder, loss_groups, opt)
+
+    state = None
+    folder = auxiliaries.make_run_folder(opt.save_path, opt.dataset, opt.savename, opt.resume)
+    if opt.resume:
+        state = auxiliaries.load_checkpoint(os.path.join(folder, "last.pth.tar"))
+    run = Run(folder, evaluation_sets, device, opt)
+    trainer = trainers.MetricLossOnly(
+        models={"trunk": trunk, "embedder": embedder}, optimizers=optimizers, batch_size=opt.bs,
+        loss_funcs={"metric_loss": criterion}, dataset=train_set, data_device=device,
+        sampler=batch_sampler, lr_schedulers=lr_schedulers,
+        freeze_trunk_batchnorm=opt.batchnorm == "frozen", dataloader_num_workers=opt.kernels,
+        end_of_iteration_hook=run.after_iteration, end_of_epoch_hook=run.after_epoch)
+    first_epoch = run.restore(trainer, state) if state else 1
+    print_header(opt, device, found, trainer)
+    if not state:
+        auxiliaries.save_options(folder, vars(opt))
+        run.after_epoch(trainer)
+    elif first_epoch > opt.n_epochs:
+        print(f"the run has {first_epoch - 1} epochs already; --n_epochs takes it further")
+    else:
+        print(f"resumed after epoch {first_epoch - 1}")
+    run.started = time.monotonic()
+    trainer.train(first_epoch, opt.n_epochs)
+
+    epoch, value, name = run.selection()
+    print(f"best {name} {value:.4f} in epoch {epoch} (untrained {run.val_rows[0][name]:.4f})")
+    print(f"files in {folder}")
+    return folder
+
+
+def print_header(opt, device, found, trainer):
+    """Prints the options, the versions, the data and the number of weights."""
+    print("options  " + "  ".join(f"{name}={value}" for name, value in sorted(vars(opt).items())))
+    print("versions " + auxiliaries.versions(device))
+    counts = ", ".join(f"{name} {len(set(split.labels)):,} classes/{len(split.labels):,} images"
+                       for name, split in found.splits.items())
+    print(f"data     {counts} ({found.layout})")
+    for remark in found.odd:
+        print(f"         note: {remark}")
+    weights = {name: sum(p.numel() for p in part.parameters()) for name, part in trainer.parts()}
+    print("weights  " + ", ".join(f"{name} {count:,}" for name, count in weights.items()), flush=True)
+
+
+def main(argv=None):
+    """Parses the command line and runs it -> the run's folder; ends with one message on bad input."""
+    opt = parse_options(argv)
+    try:
+        return train(opt)
+    except (ValueError, OSError, FloatingPointError) as error:
+        raise SystemExit(f"main.py: error: {auxiliaries.last_line(error)}") from error
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"main.py: error: the device is out of memory ({error}): try a smaller "
+                         "--bs") from error
+    except KeyboardInterrupt:
+        raise SystemExit("main.py: stopped. --resume with --savename goes on after the last whole "
+                         "epoch") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,335 @@
+"""Which images form a batch, and which tuples of a batch form the loss.
+
+ClassBalancedBatchSampler and ShuffledBatchSampler choose the images of each batch; Sampler chooses
+tuples (anchor, positive, negative) inside a batch of embeddings. Nothing here knows a network, a
+loss or a command line beyond its own flags. A new tuple sampler is one method of Sampler and its
+name in METHODS; a new way to compose batches is a class beside ClassBalancedBatchSampler.
+"""
+
+import numpy as np
+import torch
+
+METHODS = ("random", "semihard", "softhard", "distance", "npair")
+
+
+def add_arguments(parser):
+    """Adds the flags of this file to an argparse parser, in the groups 'batch' and 'sampling'."""
+    batch = parser.add_argument_group("batch", "how the images of a batch are chosen")
+    batch.add_argument("--bs", "--batch_size", type=int, default=112, metavar="B",
+                       help="images per batch; a multiple of --samples_per_class. Larger batches "
+                            "give harder negatives and need more memory; useful 32 to 512. "
+                            "Default %(default)s, the reference runs' value")
+    batch.add_argument("--samples_per_class", type=int, default=None, metavar="M",
+                       help="images of each class in a batch, so that B / M classes meet; useful 2 "
+                            "to 8. 1 means plain shuffled batches, each image once an epoch, for "
+                            "losses that need no positive pairs. Default 4, and 1 for proxynca, "
+                            "as in the reference runs")
+    sampling = parser.add_argument_group("sampling", "how tuples are chosen inside a batch")
+    sampling.add_argument("--sampling", choices=METHODS, default=None,
+                          help="random: any positive, any negative. semihard: negatives just "
+                               "behind the positive (FaceNet). softhard: random among the hard "
+                               "ones. distance: negatives spread evenly over all distances (Wu et "
+                               "al. 2017). npair: one pair of each class. Default distance for "
+                               "losses that sample tuples; npair samples its own, proxynca and "
+                               "crossentropy use none")
+    sampling.add_argument("--distance_cutoff", type=float, default=None, metavar="D",
+                          help="distance sampling: drop negatives farther than this Euclidean "
+                               "distance on the unit sphere; the paper uses 1.4. Default: off, as "
+                               "in the reference runs")
+
+
+def pairwise_sq_distances(rows, columns=None):
+    """Squared Euclidean distances of all pairs, by |x|^2 - 2 x.y + |y|^2, never below zero.
+
+    rows [R, D], columns [C, D] (None: the rows) -> sq_distances [R, C]. The expansion is a matrix
+    product, so a distance near zero carries a rounding error of about 1e-7 |x|^2 in float32.
+    """
+    columns = rows if columns is None else columns
+    row_norms = rows.square().sum(1, keepdim=True)
+    column_norms = columns.square().sum(1)
+    return torch.addmm(row_norms + column_norms, rows, columns.t(), alpha=-2).clamp_min(0)
+
+
+def draw_columns(weights):
+    """Draws one column of each row with probability proportional to its weight.
+
+    weights [R, C], non-negative -> columns [R] int64; -1 for a row that is all zero. A column of
+    weight zero is never drawn. One uniform number and one cumulative sum per row.
+    """
+    cumulative = weights.cumsum(1)
+    total = cumulative[:, -1:]
+    uniform = torch.rand(len(weights), 1, device=weights.device, dtype=cumulative.dtype) * total
+    # u < total keeps the search inside the row: the product above can round up to the total.
+    uniform = torch.minimum(uniform, torch.nextafter(total, torch.zeros_like(total)))
+    columns = torch.searchsorted(cumulative, uniform, right=True)
+    return columns.masked_fill(total <= 0, -1).squeeze(1)
+
+
+class Sampler:
+    """Chooses index tuples inside a batch of embeddings; one method per name in METHODS.
+
+    method: a name of METHODS. margin: the loss's margin, in the loss's own distance (semihard
+    only). squared: whether that distance is the squared Euclidean one. lower_cutoff: distance
+    sampling treats nearer negatives as if at this distance (0.5 in the paper). distance_cutoff: it
+    drops negatives farther than this (1.4 in the paper; None keeps all).
+
+    Everything is drawn from torch's global generator of the embeddings' device.
+    """
+
+    def __init__(self, method="random", margin=0.2, squared=False, distance_cutoff=None,
+                 lower_cutoff=0.5):
+        if method not in METHODS:
+            raise ValueError(f"no sampling method {method!r}; --sampling takes {', '.join(METHODS)}")
+        if margin < 0:
+            raise ValueError(f"the sampler's margin is {margin}; it must not be negative (--margin)")
+        if lower_cutoff <= 0 or (distance_cutoff is not None
+                                and distance_cutoff <= lower_cutoff):
+            raise ValueError(f"distance sampling between {lower_cutoff} and {distance_cutoff}: the lower end "
+                             "must be above 0 and --distance_cutoff above the lower end")
+        self.method = method
+        self.margin = margin
+        self.squared = squared
+        self.distance_cutoff = distance_cutoff
+        self.lower_cutoff = lower_cutoff
+        self.sample = getattr(self, method)
+
+    @torch.no_grad()
+    def give(self, embeddings, labels, padded=False, **parameters):
+        """embeddings [B, D], labels [B] -> tuples, LongTensor [T, 3] (npair: [T, 1 + 1 + (T - 1)]).
+
+        Each row is (anchor, positive, negative, ...), indices into the batch; an anchor without a
+        positive or a negative gives no row, so T may be 0. The methods mark such a row with -1.
+        Counting the good rows makes the host wait for the device, so the losses ask for
+        padded=True: all rows, the -1 ones included. A method may also return a list of tuples.
+        parameters go to the method.
+        """
+        if embeddings.dtype in (torch.float16, torch.bfloat16):
+            embeddings = embeddings.float()
+        tuples = self.sample(embeddings, labels, **parameters)
+        if not torch.is_tensor(tuples):
+            width = len(tuples[0]) if len(tuples) else 3
+            tuples = torch.tensor(tuples, dtype=torch.long, device=embeddings.device)
+            tuples = tuples.reshape(-1, width)
+        if padded:
+            return tuples
+        tuples = tuples[tuples[:, 0] >= 0]
+        return tuples[tuples >= 0].view(len(tuples), -1) if len(tuples) else tuples
+
+    def random(self, embeddings, labels):
+        """For each anchor a random positive and a random negative -> [B, 3]."""
+        same, positive = self.pair_masks(labels)
+        return self.triplets(draw_columns(positive.float()), draw_columns((~same).float()))
+
+    def semihard(self, embeddings, labels):
+        """Random positive; a negative with d_ap < d_an < d_ap + margin, else a random one -> [B, 3].
+
+        Schroff et al., "FaceNet", CVPR 2015, section 3.2, in the loss's own distance and margin.
+        Departs from the paper: where no negative is semi-hard a random one stands in, so that
+        every anchor counts, as in the reference code.
+        """
+        same, positive = self.pair_masks(labels)
+        distances = pairwise_sq_distances(embeddings)
+        if not self.squared:
+            distances = distances.sqrt_()
+        positives = draw_columns(positive.float())
+        d_ap = distances.gather(1, positives.clamp_min(0).unsqueeze(1))
+        semihard = ~same & (distances > d_ap) & (distances < d_ap + self.margin)
+        return self.triplets(positives, self.draw_preferred(semihard, ~same))
+
+    def softhard(self, embeddings, labels):
+        """Positive beyond the nearest negative, negative within the farthest positive -> [B, 3].
+
+        Both random among those that qualify, and random among all where none does. Roth and
+        Brattoli's reference code, 2019 ("softhard").
+        """
+        same, positive = self.pair_masks(labels)
+        distances = pairwise_sq_distances(embeddings)
+        nearest_negative = distances.masked_fill(same, torch.inf).amin(1, keepdim=True)
+        farthest_positive = distances.masked_fill(~positive, -torch.inf).amax(1, keepdim=True)
+        hard_positive = positive & (distances > nearest_negative)
+        hard_negative = ~same & (distances < farthest_positive)
+        return self.triplets(self.draw_preferred(hard_positive, positive),
+                             self.draw_preferred(hard_negative, ~same))
+
+    def distance(self, embeddings, labels):
+        """Random positive; negatives drawn with the inverse density of their distance -> [B, 3].
+
+        Wu et al., "Sampling Matters in Deep Embedding Learning", ICCV 2017, section 4.1: on the unit
+        sphere in n dimensions, log q(d)^-1 = (2 - n) log d - (n - 3)/2 log(1 - d^2/4), d clipped
+        from below at lower_cutoff. Wants unit-norm rows. Departs from the paper: the upper cut-off
+        is off unless given, as in the reference code (which keeps far negatives); where it leaves
+        an anchor no negative, a random one stands in.
+        """
+        same, positive = self.pair_masks(labels)
+        n = embeddings.shape[1]
+        sq_distances = pairwise_sq_distances(embeddings).clamp_min_(self.lower_cutoff ** 2)
+        # 1 - d^2/4 is 0 at antipodal points, where the density vanishes; 1e-6 keeps it finite.
+        log_weights = ((2 - n) / 2 * sq_distances.log()
+                       - (n - 3) / 2 * (1 - sq_distances / 4).clamp_min_(1e-6).log_())
+        allowed = ~same if self.distance_cutoff is None else ~same & (sq_distances < self.distance_cutoff ** 2)
+        log_weights.masked_fill_(~allowed, -torch.inf)
+        # Scaled by each row's own largest weight, one negative at least keeps weight 1; a row
+        # without an allowed negative has no finite maximum and becomes all zero.
+        top = log_weights.amax(1, keepdim=True)
+        weights = (log_weights - top.masked_fill(top == -torch.inf, 0)).exp_()
+        negatives = draw_columns(weights)
+        if self.distance_cutoff is not None:
+            negatives = torch.where(negatives < 0, draw_columns((~same).float()), negatives)
+        return self.triplets(draw_columns(positive.float()), negatives)
+
+    def npair(self, embeddings, labels):
+        """One random pair of each class with two images or more; the rest's positives as negatives.
+
+        Returns [B, 1 + 1 + B]: row i is (anchor, positive, negatives) where image i is its class's
+        anchor and all -1 elsewhere; column 2 + j holds class j's positive, -1 where there is none.
+        Sohn, "Improved Deep Metric Learning with Multi-class N-pair Loss Objective", NIPS 2016.
+        """
+        same, _ = self.pair_masks(labels)
+        keys = torch.rand(len(labels), device=labels.device)
+        place = torch.arange(len(labels), device=labels.device)
+        # Rank of each image among its class by random key (ties by position): 0 anchor, 1 positive.
+        before = (keys < keys.unsqueeze(1)) | ((keys == keys.unsqueeze(1))
+                                               & (place < place.unsqueeze(1)))
+        rank = (same & before).sum(1)
+        seconds = same & (rank == 1)
+        positives = seconds.int().argmax(1).masked_fill((rank != 0) | ~seconds.any(1), -1)
+        classes = positives >= 0
+        negatives = positives.expand(len(labels), -1)
+        negatives = negatives.masked_fill(torch.eye(len(labels), dtype=torch.bool,
+                                                    device=labels.device), -1)
+        rows = torch.cat([place.unsqueeze(1), positives.unsqueeze(1), negatives], dim=1)
+        return rows.masked_fill((~classes | (classes.sum() < 2)).unsqueeze(1), -1)
+
+    @staticmethod
+    def pair_masks(labels):
+        """labels [B] -> same class [B, B] and positive pair (same class, another image) [B, B]."""
+        same = labels.unsqueeze(1) == labels
+        return same, same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+
+    @staticmethod
+    def draw_preferred(preferred, eligible):
+        """Masks [B, B] -> one column of each row: preferred where there is one, else eligible."""
+        none = ~preferred.any(1, keepdim=True)
+        return draw_columns((preferred | (none & eligible)).float())
+
+    @staticmethod
+    def triplets(positives, negatives):
+        """positives [B], negatives [B], -1 for none -> [B, 3] with -1 rows for incomplete ones."""
+        anchors = torch.arange(len(positives), device=positives.device)
+        incomplete = (positives < 0) | (negatives < 0)
+        return torch.stack([anchors, positives, negatives], 1).masked_fill(incomplete[:, None], -1)
+
+
+class ClassBalancedBatchSampler(torch.utils.data.BatchSampler):
+    """Batches of batch_size / samples_per_class distinct classes, samples_per_class images of each.
+
+    labels: the class of each image, [N] ints. Images of a class in one batch are distinct; a class
+    with fewer than samples_per_class images repeats them as evenly as it can. An epoch has
+    N // batch_size batches (at least one) and draws each image about once, whatever the size of
+    its class: a class's images are shuffled and cut into groups, and the incomplete last group is
+    taken with the probability that gives each image one draw on average. The batches depend on the
+    labels, the seed and the epoch alone. Raises ValueError where the sizes do not fit.
+    """
+
+    def __init__(self, labels, batch_size=112, samples_per_class=4, seed=1):
+        labels = np.asarray(labels)
+        if samples_per_class < 1 or batch_size < 1 or batch_size % samples_per_class:
+            raise ValueError(f"--bs {batch_size} is not a multiple of --samples_per_class "
+                             f"{samples_per_class}")
+        self.classes_per_batch = batch_size // samples_per_class
+        _, self.labels, self.counts = np.unique(labels, return_inverse=True, return_counts=True)
+        if self.classes_per_batch > len(self.counts):
+            raise ValueError(
+                f"a batch of {batch_size} with {samples_per_class} images a class needs "
+                f"{self.classes_per_batch} classes; the training split has {len(self.counts)}: "
+                f"use --bs {len(self.counts) * samples_per_class} or less, or a larger "
+                "--samples_per_class")
+        self.batch_size = batch_size
+        self.samples_per_class = samples_per_class
+        self.seed = seed
+        self.epoch = 0
+        self.num_batches = max(1, len(labels) // batch_size)
+
+    def set_epoch(self, epoch):
+        """The next pass gives the batches of this epoch (any non-negative int)."""
+        self.epoch = epoch
+
+    def __len__(self):
+        return self.num_batches
+
+    def groups_per_class(self, generator):
+        """How many groups each class gives in this epoch, [C] ints that sum to K x batches.
+
+        No class gives more groups than there are batches, since it may stand in a batch once.
+        """
+        whole, rest = np.divmod(self.counts, self.samples_per_class)
+        # Systematic sampling: the incomplete groups are taken with probability rest / M each,
+        # while their number in all stays fixed but for rounding.
+        steps = np.floor(np.cumsum(rest / self.samples_per_class) + generator.random())
+        groups = whole + np.diff(steps, prepend=0).astype(int)
+        groups = np.minimum(groups, self.num_batches)
+        excess = groups.sum() - self.num_batches * self.classes_per_batch
+        if excess > 0:
+            drop = generator.permutation(np.repeat(np.arange(len(groups)), groups))[:excess]
+            groups -= np.bincount(drop, minlength=len(groups))
+        while excess < 0:  # some class would stand in every batch: the others give more
+            room = generator.permutation(np.flatnonzero(groups < self.num_batches))[:-excess]
+            groups[room] += 1
+            excess += len(room)
+        return groups
+
+    def __iter__(self):
+        generator = np.random.default_rng([self.seed, self.epoch])
+        # The images, class after class, shuffled within each class.
+        order = np.lexsort((generator.random(len(self.labels)), self.labels))
+        first = np.cumsum(self.counts) - self.counts
+        left = self.groups_per_class(generator)
+        taken = np.zeros_like(left)
+        for batches_left in range(self.num_batches, 0, -1):
+            # Weighted draw without replacement (Gumbel top-K) by groups left; a class that has as
+            # many groups as there are batches must come now, or it could not be used up.
+            with np.errstate(divide="ignore"):
+                keys = np.log(left) + generator.gumbel(size=len(left))
+            keys[left == batches_left] = np.inf
+            classes = np.argpartition(-keys, self.classes_per_batch - 1)[:self.classes_per_batch]
+            classes = generator.permutation(classes)
+            place = taken[classes, None] * self.samples_per_class + np.arange(self.samples_per_class)
+            yield order[first[classes, None] + place % self.counts[classes, None]].ravel().tolist()
+            left[classes] -= 1
+            taken[classes] += 1
+
+
+class ShuffledBatchSampler(torch.utils.data.BatchSampler):
+    """Plain shuffled batches: each image at most once an epoch, the incomplete last batch dropped.
+
+    For losses without positive pairs (--samples_per_class 1). Depends on the seed and the epoch
+    alone. Raises ValueError for a batch larger than the dataset.
+    """
+
+    def __init__(self, num_images, batch_size=112, seed=1):
+        if not 1 <= batch_size <= num_images:
+            raise ValueError(f"--bs {batch_size} with {num_images} training images: a batch takes "
+                             f"1 to {num_images} of them")
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch):
+        """The next pass gives the batches of this epoch (any non-negative int)."""
+        self.epoch = epoch
+
+    def __len__(self):
+        return self.num_images // self.batch_size
+
+    def __iter__(self):
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_images)
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            yield order[start:start + self.batch_size].tolist()
+
+
+def batch_sampler_select(labels, opt):
+    """The batch sampler that the options ask for: balanced, or shuffled for 1 sample a class."""
+    if opt.samples_per_class == 1:
+        return ShuffledBatchSampler(len(labels), opt.bs, opt.seed)
+    return ClassBalancedBatchSampler(labels, opt.bs, opt.samples_per_class, opt.seed)

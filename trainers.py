@@ -1,0 +1,333 @@
+"""The trainers: what happens in one training step, and in which order.
+
+BaseTrainer owns the loop, the batches and everything around a step; a trainer class says how a batch
+becomes losses (calculate_loss) and which models and losses it knows. Constructor and dictionaries
+are those of the trainers of pytorch-metric-learning, so a script written for them runs here. Options
+and files are not known here: hooks are where a caller evaluates, logs and saves.
+"""
+
+import warnings
+
+import numpy as np
+import torch
+
+
+def add_arguments(parser):
+    """Adds the group 'optimisation' to an argparse parser."""
+    group = parser.add_argument_group("optimisation", "Adam, its rates and their schedule")
+    group.add_argument("--lr", type=float, default=None, metavar="LR",
+                       help="learning rate of the network; useful 1e-6 to 1e-4 for pretrained "
+                            "networks, 1e-4 to 1e-2 from scratch. Default 1e-5 (reference runs); "
+                            "glyphs 1e-3")
+    group.add_argument("--fc_lr_mul", type=float, default=0.0, metavar="X",
+                       help="learning rate of the embedding layer as a multiple of --lr, often 10; "
+                            "0 means the same as --lr. Default %(default)s (reference runs)")
+    group.add_argument("--decay", type=float, default=4e-4, metavar="W",
+                       help="weight decay (L2) of the network, not of a loss's own weights; useful "
+                            "0 to 1e-3. Default %(default)s (reference runs)")
+    group.add_argument("--n_epochs", type=int, default=None, metavar="N",
+                       help="passes over the training images. Default 70 (reference runs); glyphs "
+                            "20")
+    group.add_argument("--scheduler", choices=("step", "exp", "none"), default="step",
+                       help="step: every learning rate times --gamma after each epoch of --tau. "
+                            "exp: times --gamma after every epoch. Default %(default)s (reference "
+                            "runs)")
+    group.add_argument("--gamma", type=float, default=0.3, metavar="G",
+                       help="factor of the scheduler, above 0, at most 1. Default %(default)s "
+                            "(reference runs)")
+    group.add_argument("--tau", type=int, nargs="+", default=None, metavar="E",
+                       help="epochs after which --scheduler step lowers the rates. Default 30 55 "
+                            "(reference runs); glyphs 15")
+
+
+class BaseTrainer:
+    """The loop around a training step; subclasses say what a step computes.
+
+    models: {"trunk": module, "embedder": module (optional)}. optimizers: {"<model or loss>_optimizer":
+    optimizer}. loss_funcs: {"metric_loss": callable(embeddings, labels, indices_tuple)}. dataset:
+    items (data, labels). mining_funcs: {"subset_batch_miner": (embeddings [B, D], labels [B]) ->
+    indices to keep, "tuple_miner": the same -> indices_tuple for the loss}. iterations_per_epoch: an
+    epoch is that many iterations, the data going on across epochs; None: one pass over the data
+    loader. data_device: where batches go; None: a GPU if there is one. dtype: floating type that the
+    data is converted to. loss_weights: {loss: factor}; without it all are 1. sampler: a torch Sampler
+    or BatchSampler (then batch_size is its own); one with set_epoch is told the number of each pass
+    over it, as is the dataset. collate_fn, dataloader_num_workers: of torch's DataLoader.
+    lr_schedulers: {"<model or loss>_scheduler_by_iteration|by_epoch|by_plateau": scheduler}.
+    gradient_clippers: {"<model or loss>_grad_clipper": callable()}, called before the optimizers
+    step. freeze_these: models or losses without gradients, in eval mode, never stepped.
+    freeze_trunk_batchnorm: the trunk's batch normalisation stays in eval mode, so its running
+    statistics stay. label_hierarchy_level: the column of labels [N, levels] that counts.
+    data_and_label_getter: item of the loader -> (data, labels). dataset_labels with
+    set_min_label_to_zero: labels, ints or strings, become their rank among dataset_labels.
+    end_of_iteration_hook, end_of_epoch_hook: callable(trainer); training ends early when the latter
+    returns exactly False.
+
+    Hooks can read losses (numbers as 0-dimensional tensors, by name and "total_loss"), epoch,
+    iteration (from 0), get_global_iteration() and every argument under its name. Raises ValueError
+    for dictionary keys that are missing or unknown.
+    """
+
+    model_names = ("trunk", "embedder")
+    required_models = ("trunk",)
+    loss_names = ("metric_loss",)
+    miner_names = ("subset_batch_miner", "tuple_miner")
+
+    def __init__(self, models, optimizers, batch_size, loss_funcs, dataset, mining_funcs=None,
+                 iterations_per_epoch=None, data_device=None, dtype=None, loss_weights=None,
+                 sampler=None, collate_fn=None, lr_schedulers=None, gradient_clippers=None,
+                 freeze_these=(), freeze_trunk_batchnorm=False, label_hierarchy_level=0,
+                 dataloader_num_workers=2, data_and_label_getter=None, dataset_labels=None,
+                 set_min_label_to_zero=False, end_of_iteration_hook=None, end_of_epoch_hook=None):
+        self.models = models
+        self.optimizers = optimizers
+        self.batch_size = batch_size
+        self.loss_funcs = loss_funcs
+        self.dataset = dataset
+        self.mining_funcs = mining_funcs or {}
+        self.iterations_per_epoch = iterations_per_epoch
+        self.data_device = data_device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = dtype
+        self.loss_weights = loss_weights or {name: 1 for name in loss_funcs}
+        self.sampler = sampler
+        self.collate_fn = collate_fn
+        self.lr_schedulers = lr_schedulers or {}
+        self.gradient_clippers = gradient_clippers or {}
+        self.freeze_these = freeze_these
+        self.freeze_trunk_batchnorm = freeze_trunk_batchnorm
+        self.label_hierarchy_level = label_hierarchy_level
+        self.dataloader_num_workers = dataloader_num_workers
+        self.data_and_label_getter = data_and_label_getter or (lambda item: item)
+        self.dataset_labels = dataset_labels
+        self.set_min_label_to_zero = set_min_label_to_zero
+        self.end_of_iteration_hook = end_of_iteration_hook or (lambda trainer: None)
+        self.end_of_epoch_hook = end_of_epoch_hook or (lambda trainer: None)
+        self.losses = {}
+        self.unchecked_losses = []
+        self.epoch = self.iteration = 0
+        self.check_keys()
+        self.label_ranks = self.rank_labels()
+        self.loader = self.make_loader()
+        if self.iterations_per_epoch is None:
+            self.iterations_per_epoch = len(self.loader)
+        self.batches, self.passes = None, 0
+
+    # The loop
+
+    def train(self, start_epoch=1, num_epochs=1):
+        """Trains from epoch start_epoch to epoch num_epochs, both included and counted from 1."""
+        self.batches, self.passes = None, start_epoch - 1
+        for self.epoch in range(start_epoch, num_epochs + 1):
+            self.set_to_train()
+            if self.iterations_per_epoch == len(self.loader):
+                self.batches = None  # one epoch, one pass
+            for self.iteration in range(self.iterations_per_epoch):
+                self.training_step()
+                self.end_of_iteration_hook(self)
+                self.step_schedulers("_scheduler_by_iteration")
+            self.check_losses()
+            self.step_schedulers("_scheduler_by_epoch")
+            if self.end_of_epoch_hook(self) is False:
+                break
+
+    def training_step(self):
+        """One batch: forward, backward, clip, step."""
+        data, labels = self.next_batch()
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        self.losses = self.calculate_loss(data, labels)
+        total = sum(self.loss_weights[name] * loss for name, loss in self.losses.items())
+        self.losses = {name: loss.detach() for name, loss in self.losses.items()}
+        self.losses["total_loss"] = total.detach()
+        self.unchecked_losses.append(total.detach())
+        if total.device.type == "cpu" or len(self.unchecked_losses) >= 20:
+            self.check_losses()
+        total.backward()
+        for clip in self.gradient_clippers.values():
+            clip()
+        for name, optimizer in self.optimizers.items():
+            if name.removesuffix("_optimizer") not in self.freeze_these:
+                optimizer.step()
+
+    def calculate_loss(self, data, labels):
+        """data [B, ...], labels [B] -> {loss name: scalar}; each trainer's own."""
+        raise NotImplementedError
+
+    def compute_embeddings(self, data):
+        """data [B, ...] -> embeddings [B, D]: the trunk, then the embedder if there is one."""
+        features = self.models["trunk"](data)
+        return self.models["embedder"](features) if "embedder" in self.models else features
+
+    def mine_tuples(self, embeddings, labels, miner="tuple_miner"):
+        """The miner's index tuples for this batch, or None without that miner."""
+        return self.mining_funcs[miner](embeddings, labels) if miner in self.mining_funcs else None
+
+    def check_losses(self):
+        """Raises FloatingPointError, with epoch and iteration, if a loss since the last check is not finite.
+
+        On a GPU a look at a loss makes the host wait, so the trainer looks every 20 iterations.
+        """
+        losses, self.unchecked_losses = self.unchecked_losses, []
+        values = torch.stack(losses).cpu() if losses else torch.zeros(0)
+        wrong = (~torch.isfinite(values)).nonzero().flatten().tolist()
+        if wrong:
+            iteration = self.iteration - (len(losses) - 1) + wrong[0]
+            raise FloatingPointError(f"the loss is {values[wrong[0]].item()} in epoch {self.epoch}, "
+                                     f"iteration {iteration}: try a smaller --lr")
+
+    def step_schedulers(self, suffix, *value):
+        """Steps the schedulers whose key ends in the suffix."""
+        for name, scheduler in self.lr_schedulers.items():
+            if name.endswith(suffix):
+                scheduler.step(*value)
+
+    def step_lr_plateau_schedulers(self, value):
+        """Hands a validation metric to the schedulers by plateau; call it in an end_of_epoch_hook."""
+        self.step_schedulers("_scheduler_by_plateau", value)
+
+    def get_global_iteration(self):
+        """Iterations since the first epoch."""
+        return self.iteration + self.iterations_per_epoch * (self.epoch - 1)
+
+    # Batches
+
+    def make_loader(self):
+        """torch's DataLoader over the dataset; processes stay alive from epoch to epoch."""
+        options = dict(num_workers=self.dataloader_num_workers, collate_fn=self.collate_fn,
+                       persistent_workers=self.dataloader_num_workers > 0,
+                       generator=self.loader_generator(),
+                       pin_memory=torch.device(self.data_device).type == "cuda")
+        if isinstance(self.sampler, torch.utils.data.BatchSampler):
+            return torch.utils.data.DataLoader(self.dataset, batch_sampler=self.sampler, **options)
+        if self.sampler is None and len(self.dataset) < self.batch_size:
+            raise ValueError(f"a batch of {self.batch_size} from a dataset of {len(self.dataset)}: "
+                             "there is no whole batch")
+        return torch.utils.data.DataLoader(self.dataset, batch_size=self.batch_size, drop_last=True,
+                                           sampler=self.sampler, shuffle=self.sampler is None,
+                                           **options)
+
+    def loader_generator(self):
+        """A generator for the loader's own draws, so that torch's global one is the losses' alone.
+
+        None for torch's default shuffling, which is expected to follow torch.manual_seed.
+        """
+        return None if self.sampler is None else torch.Generator().manual_seed(torch.initial_seed())
+
+    def next_batch(self):
+        """The next batch, on the device and thinned by the subset_batch_miner -> (data, labels)."""
+        item = next(self.batches, None) if self.batches is not None else None
+        if item is None:
+            self.passes += 1
+            for part in (self.sampler, self.dataset):
+                if hasattr(part, "set_epoch"):
+                    part.set_epoch(self.passes)
+            self.batches = iter(self.loader)
+            item = next(self.batches, None)
+            if item is None:
+                raise ValueError("the data loader gives no batch: the sampler is empty or shorter "
+                                 f"than batch_size {self.batch_size}")
+        data, labels = self.data_and_label_getter(item)
+        data = data.to(self.data_device, self.dtype, non_blocking=True)
+        labels = self.process_labels(labels).to(self.data_device, non_blocking=True)
+        if "subset_batch_miner" in self.mining_funcs:
+            data, labels = self.thin_batch(data, labels)
+        return data, labels
+
+    @torch.no_grad()
+    def thin_batch(self, data, labels):
+        """Keeps what the subset_batch_miner chooses, looking at embeddings of eval mode."""
+        self.set_to_eval()
+        indices = self.mining_funcs["subset_batch_miner"](self.compute_embeddings(data), labels)
+        self.set_to_train()
+        return data[indices], labels[indices]
+
+    def process_labels(self, labels):
+        """Labels as the loader gives them -> LongTensor [B]: one hierarchy level, ranks if asked for."""
+        if isinstance(labels, (list, tuple)) and not isinstance(labels[0], (str, int)):
+            labels = labels[self.label_hierarchy_level]  # collated level by level
+        labels = labels if torch.is_tensor(labels) else np.asarray(labels)
+        if labels.ndim == 2:
+            labels = labels[:, self.label_hierarchy_level]
+        if self.label_ranks is not None:
+            labels = np.asarray(labels.cpu() if torch.is_tensor(labels) else labels)
+            ranks = np.searchsorted(self.label_ranks, labels).clip(max=len(self.label_ranks) - 1)
+            unknown = labels[self.label_ranks[ranks] != labels]
+            if len(unknown):
+                raise ValueError(f"label {unknown[0]!r} is not among dataset_labels")
+            labels = ranks
+        elif not torch.is_tensor(labels) and labels.dtype.kind not in "iub":
+            raise ValueError(f"labels such as {labels[0]!r} are not integers; set_min_label_to_zero "
+                             "with dataset_labels turns strings into numbers")
+        return torch.as_tensor(labels).long()
+
+    def rank_labels(self):
+        """The sorted distinct dataset_labels of the hierarchy level, or None without ranking."""
+        if not self.set_min_label_to_zero:
+            return None
+        if self.dataset_labels is None:
+            raise ValueError("set_min_label_to_zero needs dataset_labels, the labels of the dataset")
+        labels = np.asarray(self.dataset_labels)
+        return np.unique(labels[:, self.label_hierarchy_level] if labels.ndim == 2 else labels)
+
+    # Modes
+
+    def parts(self):
+        """Every model and loss by name."""
+        return {**self.models, **self.loss_funcs}.items()
+
+    def set_to_train(self):
+        """Train mode for all that learns; eval mode and no gradients for what is frozen."""
+        for name, part in self.parts():
+            if not isinstance(part, torch.nn.Module):
+                continue
+            part.train(name not in self.freeze_these)
+            if name in self.freeze_these:
+                part.requires_grad_(False)
+        if self.freeze_trunk_batchnorm:
+            for layer in self.models["trunk"].modules():
+                if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
+                    layer.eval()
+
+    def set_to_eval(self):
+        """Eval mode for all models and losses."""
+        for _, part in self.parts():
+            if isinstance(part, torch.nn.Module):
+                part.eval()
+
+    # Construction
+
+    def check_keys(self):
+        """Raises ValueError for a missing or unknown key of any dictionary, naming the allowed ones."""
+        names = (*self.model_names, *self.loss_names)
+        schedulers = [f"{name}_scheduler_by_{when}" for name in names
+                      for when in ("iteration", "epoch", "plateau")]
+        for argument, given, allowed, required in (
+                ("models", self.models, self.model_names, self.required_models),
+                ("loss_funcs", self.loss_funcs, self.loss_names, self.loss_names),
+                ("mining_funcs", self.mining_funcs, self.miner_names, ()),
+                ("loss_weights", self.loss_weights, self.loss_names, self.loss_funcs),
+                ("optimizers", self.optimizers, [f"{name}_optimizer" for name in names], ()),
+                ("lr_schedulers", self.lr_schedulers, schedulers, ()),
+                ("gradient_clippers", self.gradient_clippers,
+                 [f"{name}_grad_clipper" for name in names], ()),
+                ("freeze_these", self.freeze_these, names, ())):
+            unknown = [key for key in given if key not in allowed]
+            missing = [key for key in required if key not in given]
+            if unknown or missing:
+                what = f"unknown key {unknown[0]!r}" if unknown else f"no key {missing[0]!r}"
+                raise ValueError(f"{type(self).__name__}: {what} in {argument}; allowed are "
+                                 f"{', '.join(allowed)}")
+        for name in self.freeze_these:
+            if f"{name}_optimizer" in self.optimizers:
+                warnings.warn(f"{name} is frozen: its optimizer will not be stepped", stacklevel=3)
+
+
+class MetricLossOnly(BaseTrainer):
+    """One metric loss on the embeddings: trunk, embedder if given, tuple miner if given, loss.
+
+    models: {"trunk": ..., "embedder": ... (optional)}; loss_funcs: {"metric_loss": ...}.
+    """
+
+    def calculate_loss(self, data, labels):
+        embeddings = self.compute_embeddings(data)                               # [B, D]
+        indices_tuple = self.mine_tuples(embeddings, labels)
+        return {"metric_loss": self.loss_funcs["metric_loss"](embeddings, labels, indices_tuple)}
