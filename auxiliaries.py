@@ -97,27 +97,37 @@ def save_checkpoint(path, state):
         torch.save(state, file)
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, keys):
     """Reads what save_checkpoint wrote, to the CPU, without running any code from the file.
 
-    FileNotFoundError where there is none, ValueError where it is damaged or of another kind.
+    keys: what the dict in it must have. FileNotFoundError where there is no such file, ValueError
+    where it is damaged or of another kind.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        missing = [key for key in keys if key not in state]
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no checkpoint {path}") from None
     except Exception as error:  # torch.load raises a dozen types for damaged or foreign files
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"the checkpoint {path} is damaged or not one of this program: "
                          f"{reason}") from error
+    if missing:
+        raise ValueError(f"the checkpoint {path} is not one of this program: it has no {missing[0]}")
+    return state
 
 
 def save_options(folder, options):
     """Writes the options of a run, a dict of plain values, as hypa.pkl and Parameter_Info.txt."""
-    with written_whole(os.path.join(folder, "hypa.pkl")) as file:
-        pickle.dump(options, file)
+    save_pickle(os.path.join(folder, "hypa.pkl"), options)
     with written_whole(os.path.join(folder, "Parameter_Info.txt"), "w") as file:
         file.writelines(f"{name}: {value}\n" for name, value in sorted(options.items()))
+
+
+def save_pickle(path, value):
+    """Writes one value as a pickle file; this program itself never reads one."""
+    with written_whole(path) as file:
+        pickle.dump(value, file)
 
 
 def save_csv(path, rows):

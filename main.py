@@ -28,8 +28,8 @@ def build_parser():
     """The parser with every file's flags, in the order data, batch, network, ... run."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0] + " Options without a fixed default are filled in from "
-        "--dataset, --arch and --loss; the run prints all of them. Distances are Euclidean, unit-norm "
-        "embeddings lie 0 to 2 apart.", formatter_class=argparse.RawDescriptionHelpFormatter)
+        "--dataset, --arch and --loss; the run prints all of them. Distances are Euclidean; unit-norm "
+        "embeddings lie 0 to 2 apart.")
     for module in (datasets, samplers, netlib, losses, trainers, evaluate, auxiliaries):
         module.add_arguments(parser)
     return parser
@@ -117,6 +117,9 @@ class Run:
     folder: where the files go; evaluation_sets: what is scored; opt: the options, to be saved.
     """
 
+    STATE_KEYS = ("epoch", "options", "models", "losses", "optimizers", "lr_schedulers",
+                  "random_state", "train_rows", "val_rows")
+
     def __init__(self, folder, evaluation_sets, device, opt):
         self.folder = folder
         self.evaluation_sets = evaluation_sets
@@ -178,8 +181,8 @@ class Run:
     def save(self, trainer, embedded):
         """Writes every file of the run folder; those of the best epoch only when it is this one."""
         if self.gradients:
-            with auxiliaries.written_whole(self.path(f"gradients_{trainer.epoch:04d}.pkl")) as file:
-                auxiliaries.pickle.dump(torch.stack(self.gradients).cpu().numpy(), file)
+            auxiliaries.save_pickle(self.path(f"gradients_{trainer.epoch:04d}.pkl"),
+                                    torch.stack(self.gradients).cpu().numpy())
         auxiliaries.save_csv(self.path("log_train_Base.csv"), self.train_rows)
         auxiliaries.save_csv(self.path("log_val_Base.csv"), self.val_rows)
         self.draw()
@@ -232,7 +235,11 @@ class Run:
                              ("optimizers", trainer.optimizers),
                              ("lr_schedulers", trainer.lr_schedulers)):
             for name, part in parts.items():
-                part.load_state_dict(state[group][name])
+                try:
+                    part.load_state_dict(state[group][name])
+                except (RuntimeError, KeyError, ValueError) as error:
+                    raise ValueError(f"--resume: the checkpoint's {name} does not fit ({error}); was "
+                                     "the code or the data changed?") from error
         self.train_rows, self.val_rows = state["train_rows"], state["val_rows"]
         auxiliaries.restore_random_state(state["random_state"])
         return state["epoch"] + 1
@@ -258,7 +265,7 @@ def train(opt):
     state = None
     folder = auxiliaries.make_run_folder(opt.save_path, opt.dataset, opt.savename, opt.resume)
     if opt.resume:
-        state = auxiliaries.load_checkpoint(os.path.join(folder, "last.pth.tar"))
+        state = auxiliaries.load_checkpoint(os.path.join(folder, "last.pth.tar"), Run.STATE_KEYS)
     run = Run(folder, evaluation_sets, device, opt)
     trainer = trainers.MetricLossOnly(
         models={"trunk": trunk, "embedder": embedder}, optimizers=optimizers, batch_size=opt.bs,

@@ -1,0 +1,1041 @@
+"""The datasets: readers on tiny generated trees, whole and damaged; items; the dataset check."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.io
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import datasets
+
+# ---- trees: each builder makes one layout below a folder -> {split: [(path below it, class)]}
+
+
+def write_image(path, colour=(200, 60, 20), size=(6, 6), mode="RGB"):
+    """A small image of one colour, in the format that the path's suffix names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path)
+
+
+def write_classes(root, names, suffix=".jpg"):
+    """Class folders with two images each -> {class: [paths below root]}."""
+    made = {}
+    for name in names:
+        made[name] = [f"{name}/{name[-3:]}_{i}{suffix}" for i in (1, 2)]
+        for path in made[name]:
+            write_image(root / path)
+    return made
+
+
+def expect_halves(prefix, made):
+    """What the halves of the sorted classes hold."""
+    names = sorted(made)
+    parts = {"train": names[:len(names) // 2], "test": names[len(names) // 2:]}
+    return {split: [(f"{prefix}{path}", name) for name in part for path in made[name]]
+            for split, part in parts.items()}
+
+
+BIRDS = ["001.Albatross", "002.Auklet", "003.Bunting", "004.Cardinal"]
+CARS = ["AM General Hummer SUV 2000", "Acura RL Sedan 2012", "BMW M3 Coupe 2012",
+        "Ram C-V Cargo Van 2012"]
+
+
+def cub200_folders(source):
+    return expect_halves("cub200/images/", write_classes(source / "cub200/images", BIRDS))
+
+
+def cub200_release(source):
+    root = source / "CUB_200_2011"
+    made = write_classes(root / "images", BIRDS)
+    paths = [path for name in BIRDS for path in made[name]]
+    classes = [i + 1 for i, name in enumerate(BIRDS) for _ in made[name]]
+    for file, values in (("images", paths), ("image_class_labels", classes),
+                         ("train_test_split", [0] * len(paths))):
+        lines = [f"{i} {value}\n" for i, value in enumerate(values, start=1)]
+        (root / f"{file}.txt").write_text("".join(lines))
+    (root / "classes.txt").write_text("".join(f"{i} {n}\n" for i, n in enumerate(BIRDS, start=1)))
+    write_image(root / "images" / BIRDS[0] / "not_listed.jpg")
+    return expect_halves("CUB_200_2011/images/", made)
+
+
+def cars196_images(source):
+    return expect_halves("cars196/images/", write_classes(source / "cars196/images", CARS))
+
+
+def cars196_folders(source):
+    return expect_halves("cars196/", write_classes(source / "cars196", CARS))
+
+
+def write_annotations(root, files, numbers, names):
+    """cars_annos.mat as the release has it: a struct array of boxes, paths, classes, and names."""
+    fields = ("relative_im_path", "bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "test")
+    annotations = np.zeros((1, len(files)), dtype=[(field, object) for field in fields])
+    for i, (file, number) in enumerate(zip(files, numbers)):
+        annotations[0, i] = (file, np.uint16(1), np.uint16(1), np.uint16(5), np.uint16(5),
+                             np.uint8(number), np.uint8(i % 2))
+    cells = np.empty((1, len(names)), dtype=object)
+    cells[0, :] = names
+    scipy.io.savemat(root / "cars_annos.mat", {"annotations": annotations, "class_names": cells},
+                     do_compression=True)
+
+
+def cars196_release(source):
+    root = source / "cars196"
+    numbers = [3, 1, 2, 4, 1, 2, 3, 4]  # the release's images are not sorted by class
+    files = [f"car_ims/{i:06d}.jpg" for i in range(1, 9)]
+    for file in files:
+        write_image(root / file)
+    write_annotations(root, files, numbers, CARS)
+    made = {name: [file for file, number in zip(files, numbers) if CARS[number - 1] == name]
+            for name in CARS}
+    return expect_halves("cars196/", made)
+
+
+def write_products(images, lists):
+    """Images by product type and the two lists, whose class ids have one and two digits."""
+    expected = {}
+    for split, ids in (("train", (8, 9, 10)), ("test", (11, 12))):
+        lines = ["image_id class_id super_class_id path\n"]
+        expected[split] = []
+        for number in ids:
+            for i in range(2):
+                path = f"bicycle_final/{1110 + number}_{i}.JPG"
+                write_image(images / path)
+                lines.append(f"{len(lines)} {number} 1 {path}\n")
+                expected[split].append((path, str(number)))
+        lists.mkdir(parents=True, exist_ok=True)
+        (lists / f"Ebay_{split}.txt").write_text("".join(lines))
+    return expected
+
+
+def prefixed(prefix, expected):
+    return {split: [(f"{prefix}{path}", name) for path, name in items]
+            for split, items in expected.items()}
+
+
+def online_products_reference(source):
+    root = source / "online_products"
+    expected = write_products(root / "images", root / "Info_Files")
+    (root / "Info_Files/bicycle.txt").write_text("1 2 3\n")
+    return prefixed("online_products/images/", expected)
+
+
+def online_products_release(source):
+    root = source / "Stanford_Online_Products"
+    return prefixed("Stanford_Online_Products/", write_products(root, root))
+
+
+def online_products_info_files(source):
+    root = source / "online_products/Stanford_Online_Products"
+    return prefixed("online_products/Stanford_Online_Products/",
+                    write_products(root, root / "Info_Files"))
+
+
+def write_in_shop(source, folder):
+    """Two training items and two that are both queries and gallery; the first row trains."""
+    root = source / "in-shop"
+    rows, expected = [], {"train": [], "query": [], "gallery": []}
+    for number, statuses in ((1, ("train", "train")), (2, ("train", "train")),
+                             (3, ("query", "gallery")), (12, ("gallery", "query", "gallery"))):
+        for i, status in enumerate(statuses):
+            path = f"img/WOMEN/Dresses/id_{number:08d}/0{i}_1_front.jpg"
+            write_image(root / folder / path)
+            rows.append(f"{path:<60} id_{number:08d} {status}\n")
+            expected[status].append((f"in-shop/{folder}{path}", f"id_{number:08d}"))
+    (root / "Eval").mkdir()
+    (root / "Eval/list_eval_partition.txt").write_text(
+        f"{len(rows)}\nimage_name item_id evaluation_status\n" + "".join(rows))
+    return expected
+
+
+def in_shop_img(source):
+    return write_in_shop(source, "")
+
+
+def in_shop_img_img(source):
+    return write_in_shop(source, "Img/")
+
+
+def vehicle_id_lists(source):
+    root = source / "vehicle_id"
+    (root / "train_test_split").mkdir(parents=True)
+    expected, count = {}, 0
+    for split, name, vehicles in (("train", "train_list", (1, 2)), ("test_800", "test_list_800", (3, 4)),
+                                  ("test_1600", "test_list_1600", (3, 4, 5)),
+                                  ("test_2400", "test_list_2400", (3, 4, 5, 6))):
+        lines, expected[split] = [], []
+        for vehicle in vehicles:
+            for _ in range(2):
+                count += 1
+                write_image(root / f"image/{count:07d}.jpg")
+                lines.append(f"{count:07d} {vehicle}\n")
+                expected[split].append((f"vehicle_id/image/{count:07d}.jpg", str(vehicle)))
+        (root / f"train_test_split/{name}.txt").write_text("".join(lines))
+    return expected
+
+
+def folder_halves(source):
+    names = ["apple", "banana", "cherry", "date", "elder"]
+    return expect_halves("", write_classes(source, names))
+
+
+def folder_train_test(source):
+    expected = {}
+    for split, names in (("train", ["cat", "dog"]), ("test", ["ant", "bee", "elk"])):
+        made = write_classes(source / split, names)
+        expected[split] = [(f"{split}/{path}", name) for name in names for path in made[name]]
+    return expected
+
+
+# name: (dataset, its own folder below the source path, builder)
+TREES = {
+    "cub200-folders": ("cub200", "cub200", cub200_folders),
+    "cub200-release": ("cub200", "CUB_200_2011", cub200_release),
+    "cars196-images": ("cars196", "cars196", cars196_images),
+    "cars196-folders": ("cars196", "cars196", cars196_folders),
+    "cars196-release": ("cars196", "cars196", cars196_release),
+    "products-reference": ("online_products", "online_products", online_products_reference),
+    "products-release": ("online_products", "Stanford_Online_Products", online_products_release),
+    "products-info": ("online_products", "online_products", online_products_info_files),
+    "in-shop-img": ("in-shop", "in-shop", in_shop_img),
+    "in-shop-img-img": ("in-shop", "in-shop", in_shop_img_img),
+    "vehicle_id": ("vehicle_id", "vehicle_id", vehicle_id_lists),
+    "folder-halves": ("folder", "", folder_halves),
+    "folder-train-test": ("folder", "", folder_train_test),
+}
+LISTS = {  # the list files of the trees that have some
+    "cub200-release": ("CUB_200_2011/images.txt", "CUB_200_2011/image_class_labels.txt"),
+    "products-reference": ("online_products/Info_Files/Ebay_train.txt",
+                           "online_products/Info_Files/Ebay_test.txt"),
+    "products-release": ("Stanford_Online_Products/Ebay_test.txt",),
+    "in-shop-img": ("in-shop/Eval/list_eval_partition.txt",),
+    "vehicle_id": ("vehicle_id/train_test_split/train_list.txt",
+                   "vehicle_id/train_test_split/test_list_1600.txt"),
+}
+ALL_LISTS = [(tree, path) for tree, paths in LISTS.items() for path in paths]
+
+
+@pytest.fixture
+def source(tmp_path):
+    """An empty folder for trees; its name has a space and a letter beyond ASCII."""
+    folder = tmp_path / "my data é"
+    folder.mkdir()
+    return folder
+
+
+def read(dataset, source):
+    return datasets.READERS[dataset](str(source))
+
+
+def contents(found, source):
+    """What was found, in the form of the builders: {split: [(path below source, class), ...]}."""
+    return {split: [(os.path.relpath(path, source), part.class_names[label])
+                    for path, label in zip(part.images, part.labels)]
+            for split, part in found.splits.items()}
+
+
+def options(dataset, source, image_size=16, seed=0):
+    return SimpleNamespace(dataset=dataset, source_path=str(source), image_size=image_size, seed=seed)
+
+
+def use(dataset, source):
+    """Selects a dataset and reads every item -> the ValueError or OSError that it ends with, or None.
+
+    Other errors, and those of decoding a text, mean nothing to a user: they fail the test.
+    """
+    try:
+        train, sets, _ = datasets.dataset_select(options(dataset, source))
+        for part in (train, *[part for each in sets for part in each[1:] if part is not None]):
+            for i in range(len(part)):
+                part[i]
+    except (ValueError, OSError) as error:
+        assert not isinstance(error, UnicodeError), repr(error)
+        assert str(source) in str(error), f"the message names no path: {error!r}"
+        return error
+    return None
+
+
+# ---- readers on whole trees
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_every_layout_is_read_whole(tree, source):
+    dataset, _, build = TREES[tree]
+    expected = build(source)
+    found = read(dataset, source)
+    assert {s: sorted(items) for s, items in contents(found, source).items()} == {
+        s: sorted(items) for s, items in expected.items()}
+    assert found.odd == []
+    assert use(dataset, source) is None
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_labels_index_the_class_names(tree, source):
+    dataset, _, build = TREES[tree]
+    build(source)
+    for split in read(dataset, source).splits.values():
+        assert len(split.images) == len(split.labels)
+        assert all(type(label) is int for label in split.labels)
+        assert sorted(set(split.labels)) == list(range(len(split.class_names)))
+        assert len(set(split.class_names)) == len(split.class_names)
+        assert split.class_names == sorted(split.class_names, key=lambda n: (n.zfill(9), n))
+
+
+@pytest.mark.parametrize("tree", [tree for tree, (_, own, _) in TREES.items() if own])
+def test_the_own_folder_may_be_given(tree, source):
+    dataset, own, build = TREES[tree]
+    expected = build(source)
+    for given in (source / own, f"{source / own}/"):
+        found = read(dataset, given)
+        assert {s: sorted(items) for s, items in contents(found, source).items()} == {
+            s: sorted(items) for s, items in expected.items()}
+
+
+@pytest.mark.parametrize("dataset, folder", [("cub200", "cub200/images"), ("cars196", "cars196"),
+                                             ("cars196", "cars196/images"), ("folder", "")])
+def test_other_files_are_ignored_and_suffixes_may_be_upper_case(dataset, folder, source):
+    root = source / folder
+    made = {}
+    for name in BIRDS:
+        made[name] = [f"{name}/{suffix[1:]}{suffix}" for suffix in (".JPG", ".Png", ".jpeg", ".webp")]
+        for path in made[name]:
+            write_image(root / path)
+    write_image(root / BIRDS[0] / ".hidden.jpg")
+    write_image(root / "outside.jpg")
+    write_image(root / ".thumbnails/small.jpg")
+    write_image(root / BIRDS[1] / "deeper/image.jpg")
+    (root / BIRDS[2] / "notes.txt").write_text("no image")
+    (root / BIRDS[2] / "Thumbs.db").write_bytes(b"\0\1")
+    (root / BIRDS[3] / "jpg").write_text("no suffix")
+    found = read(dataset, source)
+    prefix = f"{folder}/" if folder else ""
+    expected = expect_halves(prefix, made)
+    assert {s: sorted(items) for s, items in contents(found, source).items()} == {
+        s: sorted(items) for s, items in expected.items()}
+    assert found.odd == []
+
+
+@pytest.mark.parametrize("count, in_train", [(2, 1), (3, 1), (5, 2), (6, 3)])
+def test_the_first_half_of_the_sorted_classes_trains(count, in_train, source):
+    names = [f"{i:03d}" for i in range(count)]
+    write_classes(source, reversed(names))
+    splits = read("folder", source).splits
+    assert splits["train"].class_names == names[:in_train]
+    assert splits["test"].class_names == names[in_train:]
+
+
+def test_an_empty_class_folder_is_remarked_on(source):
+    write_classes(source, BIRDS + ["005.Dodo", "006.Eagle"])
+    for path in (source / "005.Dodo").iterdir():
+        path.unlink()
+    (source / "005.Dodo/nested/nothing").mkdir(parents=True)
+    found = read("folder", source)
+    assert found.splits["test"].class_names == ["004.Cardinal", "006.Eagle"]
+    assert found.splits["test"].labels == [0, 0, 1, 1]
+    assert len(found.odd) == 1 and "005.Dodo" in found.odd[0]
+
+
+def test_query_and_gallery_share_their_labels(source):
+    in_shop_img(source)
+    splits = read("in-shop", source).splits
+    assert splits["query"].class_names == splits["gallery"].class_names
+    assert splits["query"].labels == [0, 1] and splits["gallery"].labels == [0, 1, 1]
+
+
+def test_queries_without_a_gallery_image_are_remarked_on(source):
+    in_shop_img(source)
+    path = source / "in-shop/Eval/list_eval_partition.txt"
+    path.write_text(path.read_text().replace("id_00000003 gallery", "id_00000003 query"))
+    found = read("in-shop", source)
+    assert len(found.odd) == 1 and found.odd[0].startswith("1 query class")
+
+
+@pytest.mark.parametrize("tree", LISTS)
+def test_list_files_with_windows_line_ends_and_blank_last_lines(tree, source):
+    dataset, _, build = TREES[tree]
+    build(source)
+    expected = contents(read(dataset, source), source)
+    for path in LISTS[tree]:
+        text = (source / path).read_text()
+        (source / path).write_bytes(text.replace("\n", "\r\n").encode() + b"\r\n  \r\n\r\n")
+    assert contents(read(dataset, source), source) == expected
+
+
+@pytest.mark.parametrize("tree", [*LISTS, "cars196-release"])
+def test_the_suffix_case_of_a_listed_image_does_not_matter(tree, source):
+    dataset, _, build = TREES[tree]
+    build(source)
+    before = contents(read(dataset, source), source)
+    for path in list(source.rglob("*.[jJ][pP][gG]")):
+        path.rename(path.with_suffix(path.suffix.swapcase()))
+    after = contents(read(dataset, source), source)
+    assert {s: [(p.lower(), n) for p, n in items] for s, items in after.items()} == {
+        s: [(p.lower(), n) for p, n in items] for s, items in before.items()}
+    assert use(dataset, source) is None
+
+
+def test_two_images_that_differ_in_suffix_case_only_are_two(source):
+    online_products_release(source)
+    root = source / "Stanford_Online_Products"
+    write_image(root / "bicycle_final/1118_0.jpg")
+    with open(root / "Ebay_train.txt", "a") as file:
+        file.write("7 8 1 bicycle_final/1118_0.jpg\n")
+    images = read("online_products", source).splits["train"].images
+    assert images[0].endswith("1118_0.JPG") and images[-1].endswith("1118_0.jpg")
+
+
+def test_symlinks_are_followed(source, tmp_path):
+    store = tmp_path / "store"
+    made = write_classes(store / "real", BIRDS)
+    root = source / "cub200/images"
+    root.mkdir(parents=True)
+    for name in BIRDS[:3]:
+        (root / name).symlink_to(store / "real" / name)
+    for path in made[BIRDS[3]]:
+        (root / path).parent.mkdir(exist_ok=True)
+        (root / path).symlink_to(store / "real" / path)
+    link = tmp_path / "link"
+    link.symlink_to(source)
+    assert contents(read("cub200", link), link) == expect_halves("cub200/images/", made)
+    assert use("cub200", link) is None
+
+
+def test_a_name_that_is_not_utf8_is_read_and_checked(source, capsys):
+    write_classes(source, BIRDS)
+    odd = os.path.join(os.fsencode(source), b"\xff\xfe")
+    try:
+        os.mkdir(odd)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    Image.new("RGB", (6, 6)).save(os.fsdecode(os.path.join(odd, b"\xe9.jpg")))
+    assert use("folder", source) is None
+    assert datasets.main(["--dataset", "folder", "--source_path", str(source)]) == 0
+    assert "codec" not in capsys.readouterr().out
+
+
+# ---- readers on damaged trees
+
+
+@pytest.mark.parametrize("dataset", [name for name in datasets.READERS if name != "glyphs"])
+@pytest.mark.parametrize("what", ["missing", "file", "empty folder"])
+def test_a_missing_dataset_names_the_accepted_layouts(dataset, what, source):
+    given = source / "nothing"
+    if what == "file":
+        given.write_text("a file")
+    if what == "empty folder":
+        given.mkdir()
+    error = use(dataset, given)
+    assert isinstance(error, FileNotFoundError)
+    if (dataset, what) != ("folder", "empty folder"):
+        assert datasets.LAYOUTS[dataset] in str(error) and "--source_path" in str(error)
+    else:
+        assert "class folders" in str(error)
+
+
+def damage_file(path, kind):
+    """Replaces a file by something else; kind says by what."""
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "dangling link":
+        path.symlink_to(path.parent / "nowhere")
+    elif kind == "link to itself":
+        path.symlink_to(path)
+    elif kind != "nothing":
+        junk = bytes(random.Random(0).randrange(256) for _ in range(300))
+        path.write_bytes({"empty": b"", "junk": junk, "text": b"three little words\n" * 3,
+                          "zeros": bytes(200), "one line": b"1"}[kind])
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_any_file_of_a_tree_may_be_damaged(tree, source):
+    dataset, _, build = TREES[tree]
+    build(source)
+    unread = {"train_test_split.txt", "classes.txt", "bicycle.txt", "not_listed.jpg"}
+    for path in sorted(path for path in source.rglob("*") if path.is_file()):
+        original = path.read_bytes()
+        for kind in ("nothing", "folder", "dangling link", "link to itself", "empty", "junk", "text",
+                     "zeros", "one line"):
+            damage_file(path, kind)
+            error = use(dataset, source)
+            if path.name not in unread and "folders" not in tree and "images" not in tree:
+                assert error or kind == "nothing", f"{path} replaced by {kind} went unnoticed"
+            path.rmdir() if kind == "folder" else path.unlink(missing_ok=True)
+            path.write_bytes(original)
+    assert use(dataset, source) is None
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_any_folder_of_a_tree_may_be_damaged(tree, source):
+    dataset, _, build = TREES[tree]
+    build(source)
+    for path in sorted(path for path in source.rglob("*") if path.is_dir()):
+        aside = source.parent / "aside"
+        path.rename(aside)
+        for kind in ("nothing", "file", "empty folder", "link to itself"):
+            if kind == "file":
+                path.write_text("a file where a folder should be")
+            elif kind == "empty folder":
+                path.mkdir()
+            elif kind == "link to itself":
+                path.symlink_to(path)
+            use(dataset, source)
+            path.rmdir() if kind == "empty folder" else path.unlink(missing_ok=True)
+        aside.rename(path)
+    assert use(dataset, source) is None
+
+
+@pytest.mark.parametrize("tree, path", ALL_LISTS)
+def test_a_list_that_is_cut_in_a_line_is_refused(tree, path, source):
+    dataset, _, build = TREES[tree]
+    build(source)
+    content = (source / path).read_bytes()
+    for size in range(len(content) - 1):
+        (source / path).write_bytes(content[:size])
+        error = use(dataset, source)
+        whole_lines = content[size:size + 1] == b"\n" or content[size - 1:size] == b"\n"
+        assert error or whole_lines, f"cut after {size} bytes: {content[:size][-40:]}"
+
+
+@pytest.mark.parametrize("tree, path", [(t, p) for t, p in ALL_LISTS if t.startswith(("cub", "in-s"))])
+def test_a_list_that_is_cut_between_lines_is_refused_where_it_can_be_known(tree, path, source):
+    dataset, _, build = TREES[tree]
+    build(source)
+    lines = (source / path).read_text().splitlines(keepends=True)
+    for count in range(len(lines)):
+        (source / path).write_text("".join(lines[:count]))
+        assert use(dataset, source)
+
+
+@pytest.mark.parametrize("tree, path", ALL_LISTS)
+@pytest.mark.parametrize("content", [b"", b"\n\n \n"])
+def test_an_empty_list_is_refused(tree, path, content, source):
+    dataset, _, build = TREES[tree]
+    build(source)
+    (source / path).write_bytes(content)
+    error = use(dataset, source)
+    assert isinstance(error, ValueError) and str(source / path) in str(error)
+    assert "empty" in str(error)
+
+
+@pytest.mark.parametrize("tree, path", ALL_LISTS)
+def test_the_line_that_is_not_whole_is_named(tree, path, source):
+    dataset, _, build = TREES[tree]
+    build(source)
+    lines = (source / path).read_text().splitlines(keepends=True)
+    for line in ("\n", "word\n", lines[-1].strip() + " more\n"):
+        (source / path).write_text("".join(lines[:3] + [line] + lines[3:]))
+        error = use(dataset, source)
+        assert isinstance(error, ValueError)
+        assert str(source / path) in str(error) and "line 4" in str(error)
+
+
+@pytest.mark.parametrize("tree, path", ALL_LISTS)
+def test_a_list_in_another_encoding_is_refused_or_finds_no_image(tree, path, source):
+    dataset, _, build = TREES[tree]
+    build(source)
+    text = (source / path).read_text()
+    for content in (text.encode("utf-16"), text.encode().replace(b"1", b"\xe9")):
+        (source / path).write_bytes(content)
+        assert str(source / path) in str(use(dataset, source))
+
+
+@pytest.mark.parametrize("tree", [*LISTS, "cars196-release"])
+def test_listed_images_that_are_not_there_are_counted_and_named(tree, source):
+    dataset, _, build = TREES[tree]
+    expected = build(source)
+    gone = [path for path, _ in expected["train"][:2]]
+    for path in gone:
+        (source / path).unlink()
+    error = use(dataset, source)
+    assert isinstance(error, FileNotFoundError)
+    assert "2 images" in str(error)
+    assert Path(gone[0]).name in str(error) or Path(gone[1]).name in str(error)
+
+
+def test_cub200_lists_that_disagree_are_refused(source):
+    cub200_release(source)
+    path = source / "CUB_200_2011/image_class_labels.txt"
+    path.write_text(path.read_text().replace("5 ", "9 ", 1))
+    assert "image_class_labels.txt" in str(use("cub200", source))
+
+
+@pytest.mark.parametrize("promised", ["8", "10", "nine", "", "-9"])
+def test_in_shop_counts_that_differ_are_refused(promised, source):
+    in_shop_img(source)
+    path = source / "in-shop/Eval/list_eval_partition.txt"
+    lines = path.read_text().splitlines()
+    assert lines[0] == "9"
+    path.write_text("\n".join([promised] + lines[1:]))
+    error = use("in-shop", source)
+    assert isinstance(error, ValueError) and str(path) in str(error) and "9" in str(error)
+
+
+def test_an_unknown_in_shop_status_is_refused(source):
+    in_shop_img(source)
+    path = source / "in-shop/Eval/list_eval_partition.txt"
+    path.write_text(path.read_text().replace("query", "validation", 1))
+    error = use("in-shop", source)
+    assert isinstance(error, ValueError) and "validation" in str(error)
+    assert "train, query, gallery" in str(error)
+
+
+@pytest.mark.parametrize("dataset, folder", [("cub200", "cub200/images"), ("folder", ""),
+                                             ("cars196", "cars196/images"), ("cars196", "cars196")])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_fewer_than_two_classes_in_a_split_are_refused(dataset, folder, count, source):
+    write_classes(source / folder, BIRDS[:count])
+    error = use(dataset, source)
+    assert isinstance(error, ValueError)
+    assert "two or more" in str(error) and f"--dataset {dataset}" in str(error)
+
+
+def test_fewer_than_two_classes_in_a_list_are_refused(source):
+    vehicle_id_lists(source)
+    path = source / "vehicle_id/train_test_split/test_list_800.txt"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    assert "test_800 split has 1 class " in str(use("vehicle_id", source))
+
+
+def test_a_cut_mat_file_is_refused(source):
+    cars196_release(source)
+    path = source / "cars196/cars_annos.mat"
+    content = path.read_bytes()
+    for size in range(len(content)):
+        path.write_bytes(content[:size])
+        error = use("cars196", source)
+        assert isinstance(error, ValueError) and str(path) in str(error)
+
+
+@pytest.mark.parametrize("number", [0, 5, -1])
+def test_a_car_of_no_class_is_refused(number, source):
+    cars196_release(source)
+    files = [f"car_ims/{i:06d}.jpg" for i in range(1, 9)]
+    write_annotations(source / "cars196", files, [1, 1, 2, 2, 3, 3, 4, number % 256], CARS)
+    assert isinstance(use("cars196", source), ValueError)
+
+
+@pytest.mark.parametrize("table", [{}, {"annotations": 1.0, "class_names": "a"},
+                                   {"annotations": np.zeros((2, 2))}])
+def test_a_mat_file_of_something_else_is_refused(table, source):
+    cars196_release(source)
+    scipy.io.savemat(source / "cars196/cars_annos.mat", table)
+    assert "annotations" in str(use("cars196", source))
+
+
+# ---- items
+
+
+def noise(path, size=(40, 30), seed=0):
+    """An image in which every crop can be told from every other."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """A split of six images; the last two show the same."""
+    paths = [tmp_path / f"{i}.png" for i in range(6)]
+    for i, path in enumerate(paths):
+        noise(path, seed=min(i, 4))
+    return datasets.Split([str(path) for path in paths], [0, 0, 1, 1, 2, 2], ["a", "b", "c"])
+
+
+def training_set(split, seed=3, epoch=0):
+    dataset = datasets.ImageDataset(split, datasets.transforms("folder", 16)[0], seed)
+    dataset.set_epoch(epoch)
+    return dataset
+
+
+def images_of(batches):
+    return torch.cat([images for images, _ in batches])
+
+
+@pytest.mark.parametrize("size, side", [(224, 256), (227, 256), (28, 32), (112, 128)])
+def test_test_images_are_resized_and_cropped_at_the_centre(size, side, tmp_path):
+    pixels = noise(tmp_path / "a.png", (side, side))
+    split = datasets.Split([str(tmp_path / "a.png")], [0], ["a"])
+    dataset = datasets.ImageDataset(split, datasets.transforms("folder", size)[1])
+    image, label = dataset[0]
+    assert image.dtype == torch.uint8 and image.shape == (3, size, size) and label == 0
+    edge = round((side - size) / 2)
+    centre = pixels[edge:edge + size, edge:edge + size].transpose(2, 0, 1)
+    assert np.array_equal(image.numpy(), centre)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1), (500, 3), (33, 17)])
+def test_images_of_any_shape_give_items(shape, tmp_path):
+    write_image(tmp_path / "a.png", size=shape)
+    split = datasets.Split([str(tmp_path / "a.png")], [0], ["a"])
+    for transform, seed in zip(datasets.transforms("folder", 16), (0, None)):
+        image, _ = datasets.ImageDataset(split, transform, seed)[0]
+        assert image.shape == (3, 16, 16) and image.dtype == torch.uint8
+        assert (image == torch.tensor([200, 60, 20]).view(3, 1, 1)).all()
+
+
+def test_test_items_are_the_same_each_time(photographs):
+    dataset = datasets.ImageDataset(photographs, datasets.transforms("folder", 16)[1])
+    assert len(dataset) == 6 and [label for _, label in dataset] == photographs.labels
+    first = [dataset[i][0] for i in range(6)]
+    torch.manual_seed(5)
+    dataset.set_epoch(4)
+    assert all(torch.equal(dataset[i][0], first[i]) for i in (5, 2, 0, 1, 4, 3))
+
+
+def test_training_items_are_a_function_of_seed_epoch_and_index(photographs):
+    dataset = training_set(photographs)
+    first = [dataset[i][0] for i in range(6)]
+    torch.manual_seed(99)
+    dataset.set_epoch(7)
+    dataset[0]
+    dataset.set_epoch(0)
+    assert all(torch.equal(dataset[i][0], first[i]) for i in (5, 2, 0, 1, 4, 3))
+    again = training_set(photographs)
+    assert all(torch.equal(image, other) for (image, _), other in zip(again, first))
+    assert not torch.equal(first[4], first[5])  # the same photograph, drawn for two indices
+
+
+def test_training_items_change_with_epoch_and_seed(photographs):
+    seen = [torch.stack([image for image, _ in training_set(photographs, seed, epoch)])
+            for seed in (0, 1, 2 ** 32 - 1) for epoch in (0, 1, 2)]
+    for i, images in enumerate(seen):
+        assert not any(torch.equal(images, other) for other in seen[:i])
+
+
+def test_training_items_are_cropped_and_flipped_at_random(tmp_path):
+    pixels = np.zeros((32, 32, 3), dtype=np.uint8)
+    pixels[:, :, 0] = np.arange(32) * 8  # red grows to the right
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    dataset = training_set(datasets.Split([str(tmp_path / "a.png")], [0], ["a"]))
+    flipped, widths = 0, set()
+    for epoch in range(60):
+        dataset.set_epoch(epoch)
+        red = dataset[0][0][0].double()
+        flipped += bool(red[:, 0].mean() > red[:, -1].mean())
+        widths.add(round(float(abs(red[:, 0].mean() - red[:, -1].mean())) / 8))
+    assert 15 <= flipped <= 45
+    assert len(widths) >= 6
+
+
+def test_other_random_numbers_are_left_alone(photographs):
+    broken = datasets.Split(["nothing.jpg"], [0], ["a"])
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    training_set(photographs)[0]
+    training_set(photographs).__getitems__([0, 0, 1])
+    with pytest.raises(FileNotFoundError):
+        training_set(broken)[0]
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.random.get_state()[1].tolist() == states[1] and random.getstate() == states[2]
+
+
+def test_repeats_within_a_batch_differ(photographs):
+    dataset = training_set(photographs)
+    items = dataset.__getitems__([0, 3, 0, 0])
+    assert torch.equal(items[0][0], dataset[0][0]) and torch.equal(items[1][0], dataset[3][0])
+    drawn = [items[i][0] for i in (0, 2, 3)]
+    assert not any(torch.equal(a, b) for a, b in ((drawn[0], drawn[1]), (drawn[0], drawn[2]),
+                                                  (drawn[1], drawn[2])))
+    assert [label for _, label in items] == [0, 1, 0, 0]
+    loader = DataLoader(dataset, batch_sampler=[[0, 3, 0, 0]])
+    assert torch.equal(images_of(loader), torch.stack([image for image, _ in items]))
+
+
+def test_loading_processes_change_nothing(photographs):
+    batches = [[0, 1, 1], [5, 4, 0], [2, 2, 2], [3]]
+    dataset = training_set(photographs)
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=2, persistent_workers=True)
+    seen = []
+    for epoch in (0, 1, 0, 5):
+        dataset.set_epoch(epoch)
+        seen.append(images_of(loader))
+        assert torch.equal(seen[-1], images_of(DataLoader(dataset, batch_sampler=batches)))
+    assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[0], seen[1])
+
+
+def grey16(value, suffix):
+    return Image.fromarray(np.full((20, 20), value, dtype=np.uint16)), suffix, {}
+
+
+def palette(**saving):
+    return Image.new("RGB", (20, 20), (10, 200, 30)).quantize(), ".png", saving
+
+
+FORMATS = {  # name: ((image, suffix, how to save it), the colour that its pixels should have)
+    "grey": ((Image.new("L", (20, 20), 90), ".png", {}), (90, 90, 90)),
+    "grey jpeg": ((Image.new("L", (20, 20), 90), ".jpg", {}), (90, 90, 90)),
+    "grey with alpha": ((Image.new("LA", (20, 20), (90, 255)), ".png", {}), (90, 90, 90)),
+    "black and white": ((Image.new("1", (20, 20), 1), ".png", {}), (255, 255, 255)),
+    "palette": (palette(), (10, 200, 30)),
+    "palette with transparency": (palette(transparency=b"\x80" * 256), (10, 200, 30)),
+    "gif": ((Image.new("RGB", (20, 20), (10, 200, 30)).quantize(), ".gif", {}), (10, 200, 30)),
+    "alpha": ((Image.new("RGBA", (20, 20), (10, 200, 30, 255)), ".png", {}), (10, 200, 30)),
+    "cmyk": ((Image.new("CMYK", (20, 20), (0, 255, 255, 0)), ".jpg", {}), (255, 0, 0)),
+    "16 bits, black": (grey16(0, ".png"), (0, 0, 0)),
+    "16 bits, mid-grey": (grey16(0x8000, ".png"), (128, 128, 128)),
+    "16 bits, white": (grey16(0xFFFF, ".png"), (255, 255, 255)),
+    "16 bits, tiff": (grey16(0x4000, ".tif"), (64, 64, 64)),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+def test_images_of_every_mode_become_rgb(name, tmp_path):
+    (image, suffix, saving), colour = FORMATS[name]
+    path = f"{tmp_path}/image{suffix}"
+    image.save(path, **saving)
+    assert datasets.read_image(path).mode == "RGB"
+    split = datasets.Split([path], [0], ["a"])
+    for transform, seed in zip(datasets.transforms("folder", 16), (0, None)):
+        item, _ = datasets.ImageDataset(split, transform, seed)[0]
+        assert item.shape == (3, 16, 16) and item.dtype == torch.uint8
+        assert (item.int() - torch.tensor(colour).view(3, 1, 1)).abs().max() <= 2
+
+
+def break_image(path, kind):
+    """An image file that cannot be read."""
+    noise(path.with_suffix(".good.jpg"))
+    whole = path.with_suffix(".good.jpg").read_bytes()
+    path.write_bytes({"truncated": whole[:len(whole) // 2], "text": b"this is no image\n",
+                      "empty": b"", "header only": whole[:20],
+                      "png header only": b"\x89PNG\r\n\x1a\n"}[kind])
+
+
+@pytest.mark.parametrize("kind", ["truncated", "text", "empty", "header only", "png header only"])
+def test_a_broken_image_is_named(kind, tmp_path):
+    break_image(tmp_path / "bird.jpg", kind)
+    with pytest.raises(ValueError) as caught:
+        datasets.read_image(str(tmp_path / "bird.jpg"))
+    message = str(caught.value)
+    assert str(tmp_path / "bird.jpg") in message and "\n" not in message
+
+
+def test_a_missing_image_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="bird.jpg"):
+        datasets.read_image(str(tmp_path / "bird.jpg"))
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".gif", ".bmp", ".tif", ".webp"])
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_bytes_give_an_image_or_a_value_error(suffix, tmp_path):
+    path = tmp_path / f"image{suffix}"
+    noise(path, (16, 16))
+    whole, generator = path.read_bytes(), random.Random(1)
+    for _ in range(60):
+        content = bytearray(whole)
+        for _ in range(generator.choice((1, 4, 20))):
+            content[generator.randrange(len(content))] = generator.randrange(256)
+        path.write_bytes(content[:generator.choice((len(content), generator.randrange(len(whole))))])
+        try:
+            assert datasets.read_image(str(path)).mode == "RGB"
+        except ValueError as error:
+            assert str(path) in str(error)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_last_line_of_a_loading_error_has_the_path(workers, photographs, tmp_path):
+    break_image(Path(photographs.images[3]), "truncated")
+    loader = DataLoader(training_set(photographs), batch_size=2, num_workers=workers)
+    with pytest.raises(ValueError) as caught:
+        list(loader)
+    assert photographs.images[3] in str(caught.value).splitlines()[-1]
+
+
+# ---- glyphs
+
+
+@pytest.fixture(scope="module")
+def glyphs():
+    return datasets.read_glyphs()
+
+
+def test_glyphs_are_the_same_each_time(glyphs):
+    torch.manual_seed(8)
+    np.random.seed(8)
+    again = datasets.read_glyphs("a folder that is not there")
+    for split in ("train", "test"):
+        assert np.array_equal(again.splits[split].images, glyphs.splits[split].images)
+        assert again.splits[split][1:] == glyphs.splits[split][1:]
+
+
+def test_half_of_about_a_hundred_characters_trains(glyphs):
+    train, test = glyphs.splits["train"], glyphs.splits["test"]
+    assert abs(len(train.class_names) - len(test.class_names)) <= 1
+    assert not set(train.class_names) & set(test.class_names)
+    assert 85 <= len(set(train.class_names + test.class_names)) <= 115
+    for split in (train, test):
+        assert split.images.dtype == np.uint8 and split.images.ndim == 3
+        assert len(split.images) == len(split.labels)
+        assert set(split.labels) == set(range(len(split.class_names)))
+        assert np.bincount(split.labels).min() >= 24
+        for kind in (str.isupper, str.islower, str.isdigit):
+            assert sum(map(kind, split.class_names)) >= 4
+
+
+def test_glyphs_are_drawn_and_differ(glyphs):
+    for split in glyphs.splits.values():
+        assert len({image.tobytes() for image in split.images}) == len(split.images)
+        bright = split.images.max((1, 2))
+        assert bright.min() > 100  # a character that the font lacks would leave noise alone
+
+
+def test_every_glyph_looks_like_no_other(glyphs):
+    steady = SimpleNamespace(uniform=lambda low, high, size=None: (low + high) / 2,
+                             normal=lambda mean, deviation, size: np.zeros(size))
+    characters = [name for split in glyphs.splits.values() for name in split.class_names]
+    drawn = {datasets.draw_glyphs(character, 1, steady).tobytes() for character in characters}
+    assert len(drawn) == len(characters)
+
+
+@pytest.mark.parametrize("size", [32, 16])
+def test_glyphs_give_grey_items_without_random_crops(size):
+    train, sets, _ = datasets.dataset_select(options("glyphs", "nowhere", image_size=size))
+    for part in (train, sets[0].queries):
+        image, label = part[41]
+        assert image.shape == (3, size, size) and image.dtype == torch.uint8 and label == 1
+        assert torch.equal(image[0], image[1]) and torch.equal(image[0], image[2])
+        part.set_epoch(3)
+        assert torch.equal(part[41][0], image)
+
+
+# ---- what main gets
+
+
+@pytest.mark.parametrize("tree, names", [("cub200-folders", [""]), ("in-shop-img", [""]),
+                                         ("vehicle_id", ["set 1", "set 2", "set 3"])])
+def test_evaluation_sets(tree, names, source):
+    dataset, _, build = TREES[tree]
+    expected = build(source)
+    train, sets, found = datasets.dataset_select(options(dataset, source, seed=11))
+    assert train.seed == 11 and len(train) == len(expected["train"])
+    assert [each.name for each in sets] == names
+    assert list(found.splits) == list(expected)
+    for each in sets:
+        assert each.queries.seed is None
+        assert (each.gallery is not None) == (dataset == "in-shop")
+    sizes = [len(part) for each in sets for part in each[1:] if part is not None]
+    assert sizes == [len(items) for split, items in expected.items() if split != "train"]
+
+
+# ---- the dataset check
+
+
+def checked(capsys, dataset, source, *flags):
+    """The return code and the output of python datasets.py."""
+    code = datasets.main(["--dataset", dataset, "--source_path", str(source), *flags])
+    return code, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("flags", [[], ["--quick"]])
+def test_check_counts_every_split(tree, flags, source, capsys):
+    dataset, _, build = TREES[tree]
+    expected = build(source)
+    code, output = checked(capsys, dataset, source, *flags)
+    assert code == 0 and "\nusable" in output
+    for split, items in expected.items():
+        classes = len({name for _, name in items})
+        assert f"{split}: {classes} classes/{len(items)} images" in output
+    assert ("a subset of" in output) == (dataset in datasets.PUBLISHED)
+
+
+@pytest.mark.parametrize("tree, counts", [
+    ("cub200-folders", ["100/5,864", "100/5,924"]),
+    ("cars196-images", ["98/8,054", "98/8,131"]),
+    ("products-release", ["11,318/59,551", "11,316/60,502"]),
+    ("in-shop-img", ["3,997/25,882", "3,985/14,218", "3,985/12,612"]),
+    ("vehicle_id", ["13,134/110,178", "800 classes", "1,600 classes", "2,400 classes"])])
+def test_check_prints_the_published_counts(tree, counts, source, capsys):
+    dataset, _, build = TREES[tree]
+    build(source)
+    output = checked(capsys, dataset, source)[1]
+    for count in counts:
+        assert f"(published {count})" in output
+
+
+def test_check_of_a_whole_dataset_calls_it_no_subset(source, capsys, monkeypatch):
+    cub200_folders(source)
+    monkeypatch.setitem(datasets.PUBLISHED, "cub200", {"train": (2, 4), "test": (2, 4)})
+    code, output = checked(capsys, "cub200", source)
+    assert code == 0 and "(published 2/4)" in output and "note" not in output
+
+
+def test_check_of_more_than_was_published(source, capsys, monkeypatch):
+    cub200_folders(source)
+    monkeypatch.setitem(datasets.PUBLISHED, "cub200", {"train": (2, 4), "test": (2, 3)})
+    code, output = checked(capsys, "cub200", source)
+    assert code == 0 and "more than" in output and "subset" not in output
+
+
+def test_check_names_the_smallest_and_the_largest_class(source, capsys):
+    write_classes(source, ["a", "b", "c", "d", "e", "f"])
+    write_image(source / "b/third.jpg")
+    (source / "c/c_1.jpg").unlink()
+    code, output = checked(capsys, "folder", source)
+    line = next(line for line in output.splitlines() if "train:" in line)
+    assert code == 0
+    assert "smallest class c with 1" in line and "largest b with 3" in line
+    assert "1 class" in output and "one image only" in output
+
+
+def test_check_names_broken_images(source, capsys):
+    write_classes(source, BIRDS)
+    break_image(source / BIRDS[0] / "truncated.jpg", "truncated")
+    break_image(source / BIRDS[3] / "text.jpg", "text")
+    break_image(source / BIRDS[3] / "empty.jpg", "empty")
+    code, output = checked(capsys, "folder", source)
+    assert code == 1 and "not usable" in output
+    for path in (f"{BIRDS[0]}/truncated.jpg", f"{BIRDS[3]}/text.jpg", f"{BIRDS[3]}/empty.jpg"):
+        assert str(source / path) in output
+    assert "good" not in output
+
+
+def test_quick_check_looks_at_sizes_only(source, capsys):
+    write_classes(source, BIRDS)
+    break_image(source / BIRDS[0] / "text.jpg", "text")
+    assert checked(capsys, "folder", source, "--quick")[0] == 0
+    break_image(source / BIRDS[3] / "empty.jpg", "empty")
+    (source / BIRDS[3] / "gone.jpg").symlink_to(source / "nowhere")
+    code, output = checked(capsys, "folder", source, "--quick")
+    assert code == 1 and "empty.jpg" in output and "gone.jpg" in output
+    assert "text.jpg" not in output
+
+
+def test_check_names_twenty_broken_images_at_most(source, capsys):
+    write_classes(source, BIRDS)
+    for i in range(25):
+        (source / BIRDS[0] / f"empty_{i:02d}.jpg").write_bytes(b"")
+    code, output = checked(capsys, "folder", source)
+    assert code == 1 and output.count("empty_") == 20 and "5 more" in output
+
+
+def test_check_of_one_class_or_of_nothing_fails(source, capsys):
+    code, output = checked(capsys, "cub200", source)
+    assert code == 1 and datasets.LAYOUTS["cub200"] in output
+    write_classes(source, ["a", "b"])
+    code, output = checked(capsys, "folder", source)
+    assert code == 1 and "fewer than two classes" in output
+
+
+def test_check_as_a_program(source):
+    write_classes(source, BIRDS)
+    break_image(source / BIRDS[0] / "text.jpg", "text")
+    program = [sys.executable, datasets.__file__, "--dataset", "folder", "--source_path", str(source)]
+    result = subprocess.run(program, capture_output=True, text=True, encoding="utf-8",
+                            env=os.environ | {"PYTHONIOENCODING": "utf-8"})
+    assert result.returncode == 1
+    assert "text.jpg" in result.stdout and "Traceback" not in result.stderr
+
+
+def test_check_of_glyphs(capsys):
+    code, output = checked(capsys, "glyphs", "nowhere")
+    assert code == 0 and "published" not in output and "subset" not in output

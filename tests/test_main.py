@@ -1,0 +1,517 @@
+"""The program as a whole: every loss and sampling end to end, every flag, resumption, bad input."""
+
+import argparse
+import csv
+import inspect
+import io
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import auxiliaries
+import datasets
+import evaluate
+import losses
+import main
+import netlib
+
+ROOT = Path(main.__file__).resolve().parent
+PAIRS = [(name, sampling) for name, (loss_class, _) in losses.LOSSES.items()
+         for sampling in loss_class.samplings or ("none",)]
+
+
+def make_tree(folder, classes=8, images=6, size=20, seed=0):
+    """A folder of class folders; the images of a class are noise around its own colour."""
+    generator = np.random.default_rng(seed)
+    for label in range(classes):
+        (folder / f"class_{label}").mkdir(parents=True)
+        colour = generator.integers(0, 256, 3)
+        for i in range(images):
+            pixels = (colour + generator.normal(0, 40, (size, size, 3))).clip(0, 255)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"class_{label}" / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory):
+    return make_tree(tmp_path_factory.mktemp("data") / "tree")
+
+
+@pytest.fixture
+def small(tree, tmp_path):
+    """Options of a run that takes a fraction of a second."""
+    return ["--dataset", "folder", "--source_path", str(tree), "--arch", "convnet", "--gpu", "-1",
+            "--image_size", "16", "--embed_dim", "8", "--bs", "8", "--n_epochs", "1", "--kernels", "0",
+            "--k_vals", "1", "2", "--lr", "1e-3", "--save_path", str(tmp_path / "runs"),
+            "--savename", "run"]
+
+
+def rows(folder, name):
+    with open(Path(folder) / name) as file:
+        return list(csv.DictReader(file))
+
+
+def state(folder, name="checkpoint.pth.tar"):
+    return torch.load(Path(folder) / name, weights_only=True)
+
+
+def error_of(options, capsys):
+    """Runs main on bad input: it must end with a status and one message, which is returned."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main.main(options)
+    message = capsys.readouterr().err if isinstance(stop.value.code, int) else stop.value.code
+    assert stop.value.code != 0
+    assert "Traceback" not in message
+    return message
+
+
+# ---- end to end
+
+
+@pytest.mark.parametrize("loss,sampling", PAIRS)
+def test_every_loss_and_sampling_leaves_every_file(small, loss, sampling):
+    extra = [] if sampling == "none" else ["--sampling", sampling]
+    folder = main.main([*small, "--loss", loss, *extra])
+    assert {"checkpoint.pth.tar", "last.pth.tar", "hypa.pkl", "log_train_Base.csv",
+            "log_val_Base.csv", "Parameter_Info.txt", "InfoPlot_Base.svg",
+            "sample_recoveries.png"} == set(os.listdir(folder))
+    validation = rows(folder, "log_val_Base.csv")
+    assert [row["epoch"] for row in validation] == ["0", "1"]
+    assert list(validation[0]) == ["epoch", "recall@1", "recall@2", "nmi", "f1"]
+    assert all(0 <= float(row[key]) <= 1 for row in validation for key in row if key != "epoch")
+    assert np.isfinite(float(rows(folder, "log_train_Base.csv")[0]["total_loss"]))
+    with open(Path(folder) / "hypa.pkl", "rb") as file:
+        options = pickle.load(file)
+    assert (options["loss"], options["sampling"]) == (loss, sampling)
+    assert f"loss: {loss}" in (Path(folder) / "Parameter_Info.txt").read_text().splitlines()
+    assert ElementTree.parse(Path(folder) / "InfoPlot_Base.svg").getroot().tag.endswith("svg")
+    with Image.open(Path(folder) / "sample_recoveries.png") as picture:
+        assert picture.width > 112 and picture.height > 112
+
+
+def test_hypa_and_checkpoint_recreate_the_network_and_its_metrics(small, tree):
+    """A reviewer can recompute the logged numbers from the saved files."""
+    folder = main.main([*small, "--n_epochs", "2"])
+    with open(Path(folder) / "hypa.pkl", "rb") as file:
+        opt = argparse.Namespace(**pickle.load(file))
+    trunk, embedder = netlib.network_select(opt, losses.LOSSES[opt.loss][0].unit_norm)
+    checkpoint = state(folder)
+    trunk.load_state_dict(checkpoint["models"]["trunk"])
+    embedder.load_state_dict(checkpoint["models"]["embedder"])
+    _, sets, _ = datasets.dataset_select(opt)
+    network = torch.nn.Sequential(trunk, embedder).eval()
+    metrics, _ = evaluate.evaluate_sets(network, sets, "cpu", opt.k_vals, seed=opt.seed)
+    logged = rows(folder, "log_val_Base.csv")[checkpoint["epoch"]]
+    assert {key: str(value) for key, value in metrics.items()} == {
+        key: value for key, value in logged.items() if key != "epoch"}
+
+
+def test_the_checkpoint_is_of_the_best_epoch(small):
+    folder = main.main([*small, "--n_epochs", "4", "--lr", "0.01"])
+    recalls = [float(row["recall@1"]) for row in rows(folder, "log_val_Base.csv")][1:]
+    assert state(folder)["epoch"] == 1 + int(np.argmax(recalls))
+    assert state(folder, "last.pth.tar")["epoch"] == 4
+
+
+def test_in_shop_is_scored_query_against_gallery(small, tmp_path):
+    root = tmp_path / "in-shop"
+    (root / "Eval").mkdir(parents=True)
+    lines = []
+    for item in range(8):
+        status = ["train"] * 4 if item < 4 else ["query", "query", "gallery", "gallery"]
+        for i, part in enumerate(status):
+            name = f"img/WOMEN/Tees/id_{item:08d}/0{i}_1_front.jpg"
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (20, 20), (30 * item, 20 * i, 90)).save(root / name)
+            lines.append(f"{name} id_{item:08d} {part}\n")
+    (root / "Eval/list_eval_partition.txt").write_text(
+        f"{len(lines)}\nimage_name item_id evaluation_status\n" + "".join(lines))
+    folder = main.main([*small, "--dataset", "in-shop", "--source_path", str(tmp_path)])
+    assert list(rows(folder, "log_val_Base.csv")[0]) == ["epoch", "recall@1", "recall@2", "nmi", "f1"]
+
+
+def test_vehicle_id_reports_its_three_sets(small, tmp_path):
+    root = tmp_path / "vehicle_id"
+    (root / "image").mkdir(parents=True)
+    (root / "train_test_split").mkdir()
+    lists = {"train_list": 4, "test_list_800": 2, "test_list_1600": 3, "test_list_2400": 4}
+    number = 0
+    for name, vehicles in lists.items():
+        lines = []
+        for vehicle in range(vehicles):
+            for _ in range(4):
+                number += 1
+                Image.new("RGB", (20, 20), (60 * vehicle, number, 90)).save(
+                    root / "image" / f"{number:07d}.jpg")
+                lines.append(f"{number:07d} {vehicle + 1}\n")
+        (root / "train_test_split" / f"{name}.txt").write_text("".join(lines))
+    folder = main.main([*small, "--dataset", "vehicle_id", "--source_path", str(tmp_path)])
+    columns = list(rows(folder, "log_val_Base.csv")[0])
+    assert columns == ["epoch"] + [f"set {i} {key}" for i in (1, 2, 3)
+                                   for key in ("recall@1", "recall@2", "nmi", "f1")]
+
+
+def test_glyphs_learns_unseen_characters(tmp_path):
+    """Three epochs with nothing but defaults lift recall@1 on characters that were never trained."""
+    folder = main.main(["--dataset", "glyphs", "--n_epochs", "3", "--gpu", "-1",
+                        "--save_path", str(tmp_path)])
+    recalls = [float(row["recall@1"]) for row in rows(folder, "log_val_Base.csv")]
+    assert max(recalls[1:]) > recalls[0] + 0.2
+
+
+def test_the_number_of_loading_processes_never_changes_the_numbers(small):
+    one = main.main([*small, "--n_epochs", "2", "--savename", "one"])
+    two = main.main([*small, "--n_epochs", "2", "--savename", "two", "--kernels", "2"])
+    for name in ("log_train_Base.csv", "log_val_Base.csv"):
+        assert (Path(one) / name).read_bytes() == (Path(two) / name).read_bytes()
+
+
+# ---- resumption
+
+
+def stop_in(epoch, monkeypatch):
+    """Makes the next run stop as by Ctrl-C in the middle of an epoch."""
+    original = main.Run.after_iteration
+
+    def after_iteration(run, trainer):
+        original(run, trainer)
+        if trainer.epoch == epoch and trainer.iteration == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(main.Run, "after_iteration", after_iteration)
+
+
+@pytest.mark.parametrize("loss", ["marginloss", "proxynca", "npair"])
+def test_a_run_stopped_inside_an_epoch_resumes_to_the_same_numbers(small, monkeypatch, loss):
+    options = [*small, "--n_epochs", "4", "--loss", loss, "--tau", "2"]
+    whole = main.main([*options, "--savename", "whole"])
+    with monkeypatch.context() as patch:
+        stop_in(3, patch)
+        with pytest.raises(SystemExit, match="--resume"):
+            main.main([*options, "--savename", "broken"])
+    resumed = main.main([*options, "--savename", "broken", "--resume"])
+    for name in ("log_train_Base.csv", "log_val_Base.csv", "InfoPlot_Base.svg"):
+        assert (Path(whole) / name).read_bytes() == (Path(resumed) / name).read_bytes()
+    for name in ("checkpoint.pth.tar", "last.pth.tar"):
+        first, second = state(whole, name), state(resumed, name)
+        assert first["epoch"] == second["epoch"]
+        for part in ("trunk", "embedder"):
+            for key, value in first["models"][part].items():
+                assert torch.equal(value, second["models"][part][key])
+        for key, value in first["losses"]["metric_loss"].items():
+            assert torch.equal(value, second["losses"]["metric_loss"][key])
+
+
+def test_resume_takes_a_finished_run_further(small):
+    main.main(small)
+    folder = main.main([*small, "--resume", "--n_epochs", "2"])
+    assert [row["epoch"] for row in rows(folder, "log_val_Base.csv")] == ["0", "1", "2"]
+
+
+def test_resume_with_other_options_names_them(small, capsys):
+    folder = main.main(small)
+    before = (Path(folder) / "last.pth.tar").read_bytes()
+    message = error_of([*small, "--resume", "--margin", "0.3"], capsys)
+    assert "--margin (was 0.2, is 0.3)" in message
+    assert (Path(folder) / "last.pth.tar").read_bytes() == before
+
+
+def test_resume_refuses_a_damaged_checkpoint(small, capsys):
+    folder = Path(main.main(small))
+    whole = (folder / "last.pth.tar").read_bytes()
+    for damaged in (whole[:len(whole) // 2], b"", b"not a checkpoint", pickle.dumps({"epoch": 1})):
+        (folder / "last.pth.tar").write_bytes(damaged)
+        message = error_of([*small, "--resume"], capsys)
+        assert "last.pth.tar" in message
+    torch.save({"something": 1}, folder / "last.pth.tar")
+    assert "last.pth.tar" in error_of([*small, "--resume"], capsys)
+
+
+def test_resume_without_a_run_is_an_error(small, capsys):
+    assert "there is no run" in error_of([*small, "--resume"], capsys)
+    without_name = [option for option in small if option not in ("--savename", "run")]
+    assert "--savename" in error_of([*without_name, "--resume"], capsys)
+
+
+# ---- every flag does something
+
+# What a flag needs around it to matter (a loss's own flag: that loss), and a value where "one more"
+# is not a legal one.
+CONTEXT = {
+    "scheduler": ["--n_epochs", "2", "--tau", "1"],
+    "tau": ["--n_epochs", "2"],
+    "gamma": ["--n_epochs", "2", "--tau", "1"],
+    "not_pretrained": ["--arch", "resnet18", "--image_size", "32"],
+    "arch": ["--not_pretrained", "--image_size", "32"],
+}
+VALUES = {"bs": "12", "samples_per_class": "2", "k_vals": "3", "tau": "1", "arch": "resnet18",
+          "distance_cutoff": "0.6", "gamma": "0.5", "loss": "triplet", "dataset": "glyphs"}
+
+
+def context_of(flag):
+    """Options under which a flag is read: of losses, the first that takes it."""
+    for name, (loss_class, rate) in losses.LOSSES.items():
+        if flag == rate or flag in inspect.signature(loss_class).parameters:
+            return ["--loss", name, "--samples_per_class",
+                    str(min(4, loss_class.max_samples_per_class))]
+    return ["--samples_per_class", "4", *CONTEXT.get(flag, [])]
+
+
+def trace(options, capsys, monkeypatch):
+    """What a run builds and does, without its own statement of the options and without times."""
+    workers = []
+    original = torch.utils.data.DataLoader.__init__
+
+    def recording(loader, *args, **kwargs):
+        workers.append(kwargs.get("num_workers"))
+        original(loader, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.utils.data.DataLoader, "__init__", recording)
+        capsys.readouterr()
+        folder = main.main(options)
+    printed = capsys.readouterr().out
+    printed = re.sub(r"^options .*$|\d+(s|m \d+s), \d+ images/s$", "", printed, flags=re.M)
+    last = state(folder, "last.pth.tar")
+    tensors = [value.double().sum().item() for part in ("trunk", "embedder")
+               for value in last["models"][part].values()]
+    tensors += [value.double().sum().item() for value in last["losses"]["metric_loss"].values()]
+    groups = [{key: value for key, value in group.items() if key != "params"}
+              for optimizer in last["optimizers"].values() for group in optimizer["param_groups"]]
+    return str((printed, workers, sorted(os.listdir(folder)), tensors, groups,
+                (Path(folder) / "log_val_Base.csv").read_text()))
+
+
+def renamed(trace):
+    """A trace as it would be under --savename again."""
+    return trace.replace("folder/run\\n", "folder/again\\n").replace("glyphs/run\\n", "glyphs/again\\n")
+
+
+FLAGS = [action for action in main.build_parser()._actions if action.dest != "help"]
+
+
+@pytest.mark.parametrize("action", FLAGS, ids=lambda action: action.dest)
+def test_every_flag_changes_the_run(action, small, tree, tmp_path, capsys, monkeypatch):
+    """Walks the parser itself, so that a flag that nothing reads cannot be added unnoticed."""
+    import torchvision
+    imagenet = torchvision.models.resnet18().state_dict()
+    monkeypatch.setattr("torchvision.models._api.WeightsEnum.get_state_dict",
+                        lambda weights, *args, **kwargs: imagenet)
+    base = [*small, *context_of(action.dest)]
+    if action.dest == "resume":
+        capsys.readouterr()
+        main.main(base)
+        with pytest.raises(SystemExit, match="exists already"):
+            main.main(base)
+        main.main([*base, "--resume"])
+        assert "1 epochs already" in capsys.readouterr().out
+        return
+    option = action.option_strings[0]
+    current = getattr(main.parse_options(base), action.dest)
+    if action.nargs == 0:
+        changed = [option]
+    elif action.dest == "source_path":
+        changed = [option, str(make_tree(tmp_path / "other", seed=1))]
+    elif action.dest == "weights":
+        torch.manual_seed(5)
+        torch.save(netlib.ConvNet().state_dict(), tmp_path / "weights.pth")
+        changed = [option, str(tmp_path / "weights.pth")]
+    elif action.dest in VALUES:
+        changed = [option, VALUES[action.dest]]
+    elif action.choices:
+        changed = [option, next(choice for choice in action.choices if choice != current)]
+    elif action.type in (int, float):
+        changed = [option, str(current + 1 if action.type is int else 2 * current + 0.1)]
+    else:
+        changed = [option, str(tmp_path / "elsewhere") if "path" in action.dest else "elsewhere"]
+    first = trace(base, capsys, monkeypatch)
+    again = base if action.dest in ("save_path", "savename") else [*base, "--savename", "again"]
+    second = trace([*again, *changed], capsys, monkeypatch)
+    assert second != (first if again is base else renamed(first))
+
+
+def test_two_runs_with_the_same_options_leave_the_same_trace(small, capsys, monkeypatch):
+    """The comparison that the flag test rests on: nothing but the options changes a trace."""
+    first = trace(small, capsys, monkeypatch)
+    second = trace([*small, "--savename", "again"], capsys, monkeypatch)
+    assert renamed(first) == second
+
+
+# ---- options
+
+
+def test_defaults_are_those_of_the_reference():
+    opt = main.parse_options([])
+    assert (opt.dataset, opt.loss, opt.sampling, opt.arch) == ("cub200", "marginloss", "distance",
+                                                               "resnet50")
+    assert (opt.lr, opt.fc_lr_mul, opt.n_epochs, opt.bs, opt.samples_per_class, opt.seed) == (
+        1e-5, 0, 70, 112, 4, 1)
+    assert (opt.scheduler, opt.gamma, opt.tau, opt.decay) == ("step", 0.3, [30, 55], 4e-4)
+    assert (opt.margin, opt.beta, opt.beta_lr, opt.nu, opt.proxy_lr, opt.l2npair) == (
+        0.2, 1.2, 5e-4, 0, 1e-5, 0.02)
+    assert (opt.embed_dim, opt.image_size, opt.k_vals, opt.gpu) == (128, 224, [1, 2, 4, 8], 0)
+    assert (opt.source_path, opt.save_path) == ("./Datasets", "./Training_Results")
+    assert opt.batchnorm == "frozen" and not opt.not_pretrained
+
+
+@pytest.mark.parametrize("options,expected", [
+    (["--arch", "googlenet"], dict(embed_dim=512, image_size=227)),
+    (["--arch", "googlenet", "--embed_dim", "64"], dict(embed_dim=64)),
+    (["--dataset", "online_products"], dict(k_vals=[1, 10, 100, 1000])),
+    (["--dataset", "in-shop"], dict(k_vals=[1, 10, 20, 30, 50])),
+    (["--dataset", "vehicle_id"], dict(k_vals=[1, 5])),
+    (["--dataset", "vehicle_id", "--k_vals", "2"], dict(k_vals=[2])),
+    (["--loss", "proxynca"], dict(samples_per_class=1, sampling="none")),
+    (["--loss", "npair"], dict(samples_per_class=4, sampling="npair")),
+    (["--not_pretrained"], dict(batchnorm="trained")),
+    (["--dataset", "glyphs"], dict(arch="convnet", image_size=32, kernels=0, lr=1e-3)),
+    (["--dataset", "glyphs", "--lr", "1e-5", "--arch", "resnet18"], dict(lr=1e-5, arch="resnet18")),
+])
+def test_dependent_defaults_give_way_to_the_user(options, expected):
+    opt = vars(main.parse_options(options))
+    assert {name: opt[name] for name in expected} == expected
+
+
+def test_help_is_grouped_and_says_where_defaults_come_from():
+    parser = main.build_parser()
+    titles = [group.title for group in parser._action_groups if group._group_actions]
+    assert titles[-8:] == ["data", "batch", "sampling", "network", "loss", "optimisation",
+                           "evaluation", "run"]
+    for action in FLAGS:
+        assert len(action.help) > 20
+        if action.nargs != 0 and action.dest not in ("weights", "savename"):
+            assert "efault" in action.help, action.dest
+    assert "--beta_constant" in parser.format_help()
+
+
+def test_help_waits_for_nothing_but_torch():
+    """--help must not take longer than importing torch: no torchvision, no scikit-learn."""
+    code = ("import sys, main\ntry: main.main(['--help'])\nexcept SystemExit: pass\n"
+            "print([m for m in ('torchvision', 'sklearn', 'scipy') if m in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]"
+
+
+def test_progress_line_on_a_terminal_only(small, monkeypatch, capsys):
+    main.main(small)
+    assert "\r" not in capsys.readouterr().out
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    main.main([*small, "--savename", "terminal"])
+    assert "\repoch 1: evaluating" in sys.stdout.getvalue()
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize("options,words", [
+    (["--loss", "nosuch"], ["nosuch", "marginloss"]),
+    (["--dataset", "nosuch"], ["nosuch", "cub200"]),
+    (["--sampling", "nosuch"], ["nosuch", "semihard"]),
+    (["--arch", "nosuch"], ["nosuch", "resnet50"]),
+    (["--arch", "squeezenet1_0", "--not_pretrained"], ["squeezenet1_0"]),
+    (["--bs", "10", "--samples_per_class", "4"], ["--bs 10", "--samples_per_class 4"]),
+    (["--bs", "0"], ["--bs 0"]),
+    (["--bs", "40", "--samples_per_class", "4"], ["10 classes", "has 4", "--bs"]),
+    (["--loss", "proxynca", "--bs", "400"], ["--bs 400"]),
+    (["--loss", "proxynca", "--samples_per_class", "4"], ["--samples_per_class 4", "proxynca"]),
+    (["--loss", "proxynca", "--sampling", "random"], ["--sampling random", "proxynca"]),
+    (["--loss", "npair", "--sampling", "distance"], ["--sampling distance", "npair"]),
+    (["--loss", "triplet", "--sampling", "npair"], ["--sampling npair", "semihard"]),
+    (["--loss", "triplet", "--samples_per_class", "1"], ["--samples_per_class 1", "2 or more"]),
+    (["--source_path", "no_such_folder"], ["no_such_folder", "<class>"]),
+    (["--dataset", "cub200", "--source_path", "no_such_folder"], ["no_such_folder", "images.txt"]),
+    (["--k_vals", "1", "400"], ["400", "23", "--k_vals"]),
+    (["--k_vals", "0"], ["--k_vals 0"]),
+    (["--weights", "no_such_file"], ["no_such_file"]),
+    (["--weights", "x", "--not_pretrained"], ["--weights", "--not_pretrained"]),
+    (["--gamma", "0"], ["--gamma"]),
+    (["--margin", "-1"], ["margin", "-1"]),
+    (["--seed", "-1"], ["--seed"]),
+    (["--lr", "nan"], ["--lr"]),
+    (["--embed_dim", "0"], ["--embed_dim 0"]),
+    (["--distance_cutoff", "0.1"], ["--distance_cutoff", "0.1"]),
+])
+def test_bad_options_end_with_one_message_and_no_folder(small, tmp_path, capsys, options, words):
+    message = error_of([*small, *options], capsys)
+    for word in words:
+        assert word in message
+    assert not (tmp_path / "runs" / "folder" / "run").exists()
+
+
+def test_a_run_folder_is_never_written_over(small, capsys):
+    folder = Path(main.main(small))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert "exists already" in error_of(small, capsys)
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_fewer_than_two_classes(small, tmp_path, capsys):
+    one = make_tree(tmp_path / "one", classes=3)
+    assert "two or more" in error_of([*small, "--source_path", str(one)], capsys)
+
+
+@pytest.mark.parametrize("kernels", ["0", "2"])
+@pytest.mark.parametrize("content", [b"", b"no image at all"])
+def test_a_broken_image_stops_the_run_with_its_path(small, tmp_path, capsys, content, kernels):
+    broken = make_tree(tmp_path / "broken")
+    (broken / "class_1" / "2.png").write_bytes(content)
+    options = [*small, "--source_path", str(broken), "--kernels", kernels, "--n_epochs", "3"]
+    message = error_of(options, capsys)
+    assert str(broken / "class_1" / "2.png") in message and len(message.splitlines()) == 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(small, monkeypatch, capsys):
+    original = losses.MarginLoss.forward
+    calls = []
+
+    def forward(loss, *args):
+        calls.append(1)
+        return original(loss, *args) * (float("nan") if len(calls) > 4 else 1)
+
+    monkeypatch.setattr(losses.MarginLoss, "forward", forward)  # 3 iterations an epoch
+    message = error_of([*small, "--n_epochs", "3"], capsys)
+    assert "nan in epoch 2, iteration 1" in message
+    folder = Path(small[small.index("--save_path") + 1]) / "folder" / "run"
+    last = state(folder, "last.pth.tar")
+    assert last["epoch"] == 1
+    assert all(torch.isfinite(value).all() for value in last["models"]["trunk"].values())
+
+
+def test_a_save_path_that_is_a_file(small, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "--save_path" in error_of([*small, "--save_path", str(tmp_path / "file")], capsys)
+
+
+def test_a_full_disk_ends_the_run_and_leaves_whole_files(small, monkeypatch, capsys, tmp_path):
+    """The second epoch's checkpoint does not fit: the first one's stays, no half file is left."""
+    original = torch.save
+    calls = []
+
+    def save(value, file):
+        calls.append(1)
+        if len(calls) > 3:
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+        original(value, file)
+
+    monkeypatch.setattr(auxiliaries.torch, "save", save)
+    message = error_of([*small, "--n_epochs", "5"], capsys)
+    assert "No space left" in message and "--save_path" in message
+    folder = tmp_path / "runs" / "folder" / "run"
+    assert not [name for name in os.listdir(folder) if "tmp" in name]
+    assert state(folder, "last.pth.tar")["epoch"] >= 0

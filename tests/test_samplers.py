@@ -1,0 +1,723 @@
+"""Tuple samplers and batch samplers against their definitions, written as plain loops in float64.
+
+The oracle lists every pair (positive, negative) that a method may return for an anchor: a drawn
+tuple must be in that list, an anchor with a list must draw, and each entry must come up when the
+draw is repeated. The batch samplers are held to their promises on many unbalanced datasets.
+"""
+
+import argparse
+import inspect
+import math
+import types
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+import samplers
+from samplers import ClassBalancedBatchSampler, Sampler, ShuffledBatchSampler
+
+# What each triplet method is tried with; the key is the test's name.
+VARIANTS = {
+    "random": {"method": "random"},
+    "semihard-plain": {"method": "semihard", "margin": 0.3},
+    "semihard-squared": {"method": "semihard", "margin": 0.3, "squared": True},
+    "semihard-wide": {"method": "semihard", "margin": 1.0, "squared": True},
+    "softhard": {"method": "softhard"},
+    "distance": {"method": "distance"},
+    "distance-cutoff-1.4": {"method": "distance", "distance_cutoff": 1.4},
+    "distance-cutoff-0.9": {"method": "distance", "distance_cutoff": 0.9},
+}
+variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The tensors are tiny: waiting for a second thread would cost more than it brings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ---- oracles
+
+def eligible_pairs(embeddings, labels, method, margin=0.2, squared=False, distance_cutoff=None):
+    """For each anchor the set of (positive, negative) that the definition of the method allows.
+
+    random    any positive, any negative
+    semihard  any positive; negatives with d_ap < d_an < d_ap + margin, or all if there is none
+    softhard  positives with d_ap > min d_an, or all; negatives with d_an < max d_ap, or all
+    distance  any positive; negatives nearer than the cut-off, or all if there is none
+    """
+    rows, labels = embeddings.double().tolist(), labels.tolist()
+    pairs = []
+    for a, row in enumerate(rows):
+        d = [sum((x - y) ** 2 for x, y in zip(row, other)) for other in rows]
+        if not squared:
+            d = [math.sqrt(value) for value in d]
+        positives = [i for i in range(len(rows)) if labels[i] == labels[a] and i != a]
+        negatives = [i for i in range(len(rows)) if labels[i] != labels[a]]
+        allowed = set()
+        if method == "softhard" and positives and negatives:
+            nearest, farthest = min(d[n] for n in negatives), max(d[p] for p in positives)
+            positives = [p for p in positives if d[p] > nearest] or positives
+            negatives = [n for n in negatives if d[n] < farthest] or negatives
+        if method == "distance" and distance_cutoff is not None:
+            negatives = [n for n in negatives if d[n] < distance_cutoff] or negatives
+        for p in positives:
+            chosen = negatives
+            if method == "semihard":
+                chosen = [n for n in negatives if d[p] < d[n] < d[p] + margin] or negatives
+            allowed |= {(p, n) for n in chosen}
+        pairs.append(allowed)
+    return pairs
+
+
+def distance_probabilities(distances, n):
+    """{negative: d} -> {negative: probability}, in proportion to 1 / q(d) with d >= 0.5.
+
+    log q^-1 = (2 - n) log d - (n - 3)/2 log(1 - d^2/4)
+    """
+    logs = {}
+    for negative, d in distances.items():
+        d = max(d, 0.5)
+        logs[negative] = (2 - n) * math.log(d) - (n - 3) / 2 * math.log(1 - d ** 2 / 4)
+    top = max(logs.values())
+    total = sum(math.exp(value - top) for value in logs.values())
+    return {negative: math.exp(value - top) / total for negative, value in logs.items()}
+
+
+def chi_square_ok(observed, probabilities, draws):
+    """Pearson's statistic of the counts, within six standard deviations of its mean.
+
+    observed: Counter of outcomes; probabilities: {outcome: probability}. Outcomes expected less
+    than five times are pooled.
+    """
+    assert set(observed) <= set(probabilities), "an outcome of probability zero was drawn"
+    cells, pooled_seen, pooled_expected = [], 0, 0.0
+    for outcome, probability in probabilities.items():
+        if probability * draws >= 5:
+            cells.append((observed[outcome], probability * draws))
+        else:
+            pooled_seen += observed[outcome]
+            pooled_expected += probability * draws
+    if pooled_expected >= 5:
+        cells.append((pooled_seen, pooled_expected))
+    statistic = sum((seen - expected) ** 2 / expected for seen, expected in cells)
+    freedom = len(cells) - 1
+    assert freedom >= 1
+    return statistic < freedom + 6 * math.sqrt(2 * freedom)
+
+
+# ---- batches of embeddings
+
+def unit_rows(count, dim, generator):
+    rows = torch.randn(count, dim, dtype=torch.float64, generator=generator)
+    return torch.nn.functional.normalize(rows, dim=1)
+
+
+def random_batches():
+    """Sixty unbalanced batches of unit rows: 2 to 14 images, 1 to 6 classes, any label numbers."""
+    generator = torch.Generator().manual_seed(7)
+    numbers = np.random.default_rng(7)
+    for _ in range(60):
+        count, dim = int(numbers.integers(2, 15)), int(numbers.choice([2, 3, 8, 128]))
+        names = numbers.choice(1000, size=numbers.integers(1, 7), replace=False)
+        labels = torch.from_numpy(numbers.choice(names, size=count))
+        centre = unit_rows(1, dim, generator) * float(numbers.choice([0, 2]))  # spread, or bunched
+        rows = unit_rows(count, dim, generator) + centre
+        yield torch.nn.functional.normalize(rows, dim=1), labels
+
+
+def corner_batches():
+    """Degenerate batches, and one with exact ties: an integer grid has d_an == d_ap often."""
+    generator = torch.Generator().manual_seed(8)
+    point = unit_rows(1, 16, generator)
+    grid = torch.tensor([[x, y, z] for x in (0, 1, 2) for y in (0, 1) for z in (0, 1)])
+    axes = torch.cat([torch.eye(4), -torch.eye(4)]).double()
+    return {
+        "one class": (unit_rows(5, 8, generator), torch.zeros(5, dtype=torch.long)),
+        "all singles": (unit_rows(5, 8, generator), torch.arange(5)),
+        "one single": (unit_rows(1, 8, generator), torch.tensor([3])),
+        "pairs and singles": (unit_rows(6, 8, generator), torch.tensor([0, 0, 1, 1, 2, 3])),
+        "a class and a single": (unit_rows(4, 8, generator), torch.tensor([5, 5, 9, 5])),
+        "identical": (point.expand(6, -1).clone(), torch.tensor([0, 0, 1, 1, 2, 2])),
+        "antipodal": (torch.cat([point, point, -point, -point]), torch.tensor([0, 1, 0, 1])),
+        "axes": (axes, torch.tensor([0, 1, 1, 0, 0, 1, 2, 2])),
+        "grid": (grid.double(), torch.arange(12) % 4),
+        "2048 dimensions": (unit_rows(10, 2048, generator), torch.arange(10) % 3),
+        "2048, antipodal": (torch.cat([unit_rows(1, 2048, generator) * s for s in (1, 1, -1, -1)]),
+                            torch.tensor([0, 1, 0, 1])),
+    }
+
+
+corners = pytest.mark.parametrize("corner", corner_batches())
+
+
+def check_triplets(triplets, pairs):
+    """One allowed triplet for each anchor that has a pair, none for the others, as LongTensor."""
+    assert triplets.dtype == torch.long and triplets.shape == (len(triplets), 3)
+    drawn = {a: (p, n) for a, p, n in triplets.tolist()}
+    assert len(drawn) == len(triplets), "an anchor came twice"
+    assert set(drawn) == {a for a, allowed in enumerate(pairs) if allowed}
+    for anchor, pair in drawn.items():
+        assert pair in pairs[anchor]
+
+
+# ---- triplets
+
+@variants
+def test_triplets_satisfy_the_definition_on_random_batches(variant):
+    torch.manual_seed(0)
+    sampler = Sampler(**variant)
+    for embeddings, labels in random_batches():
+        pairs = eligible_pairs(embeddings, labels, **variant)
+        for _ in range(4):
+            check_triplets(sampler.give(embeddings, labels), pairs)
+
+
+@variants
+@corners
+def test_triplets_satisfy_the_definition_on_degenerate_batches(corner, variant):
+    torch.manual_seed(0)
+    embeddings, labels = corner_batches()[corner]
+    pairs = eligible_pairs(embeddings, labels, **variant)
+    for _ in range(10):
+        check_triplets(Sampler(**variant).give(embeddings, labels), pairs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("corner", ["axes", "grid"])
+@variants
+def test_other_float_types_keep_exact_ties(variant, corner, dtype):
+    """Small integers are exact in every type, so equal distances must stay equal."""
+    torch.manual_seed(0)
+    embeddings, labels = corner_batches()[corner]
+    pairs = eligible_pairs(embeddings, labels, **variant)
+    for _ in range(10):
+        check_triplets(Sampler(**variant).give(embeddings.to(dtype), labels), pairs)
+
+
+@variants
+def test_every_eligible_triplet_can_be_drawn(variant):
+    """1,500 draws give the whole brute-force set; in three dimensions no triplet is very rare.
+
+    The classes have 3, 3, 1 and 2 images.
+    """
+    torch.manual_seed(0)
+    labels = torch.tensor([4, 1, 4, 0, 1, 2, 4, 1, 0])
+    embeddings = unit_rows(9, 3, torch.Generator().manual_seed(3))
+    pairs = eligible_pairs(embeddings, labels, **variant)
+    sampler, seen = Sampler(**variant), set()
+    for _ in range(1500):
+        seen |= set(map(tuple, sampler.give(embeddings, labels).tolist()))
+    assert seen == {(a, p, n) for a, allowed in enumerate(pairs) for p, n in allowed}
+
+
+def test_semihard_band_by_hand():
+    """Points on a line; anchor 0 at 0, its positive at 1, negatives at 0.9, 1.0, 1.1, 1.25, 1.5.
+
+    Margin 0.3: plain distances in (1, 1.3) are those of 1.1 and 1.25; squared distances, with the
+    positive at 1, in (1, 1.3) leave 1.1^2 = 1.21 alone, since 1.25^2 = 1.5625.
+    """
+    torch.manual_seed(0)
+    embeddings = torch.tensor([0, 1, 0.9, 1.0, 1.1, 1.25, 1.5], dtype=torch.float64)[:, None]
+    labels = torch.tensor([0, 0, 1, 2, 3, 4, 5])
+    for squared, expected in ((False, {4, 5}), (True, {4})):
+        sampler = Sampler("semihard", margin=0.3, squared=squared)
+        drawn = {int(sampler.give(embeddings, labels)[0, 2]) for _ in range(60)}
+        assert drawn == expected
+
+
+def test_softhard_by_hand():
+    """Points on a line; anchor 0 at 0, positives at 1 and 3, negatives at 2, 2.5 and 4.
+
+    The nearest negative is at 2, so only the positive at 3 is hard; the farthest positive is at 3,
+    so the negatives at 2 and 2.5 are hard.
+    """
+    torch.manual_seed(0)
+    embeddings = torch.tensor([0, 1, 3, 2, 2.5, 4], dtype=torch.float64)[:, None]
+    labels = torch.tensor([0, 0, 0, 1, 2, 3])
+    drawn = {tuple(Sampler("softhard").give(embeddings, labels)[0].tolist()) for _ in range(60)}
+    assert drawn == {(0, 2, 3), (0, 2, 4)}
+
+
+def test_cutoff_falls_back_to_a_random_negative():
+    """Anchor 0 has its only negatives beyond the cut-off: each of them comes up, about evenly."""
+    torch.manual_seed(0)
+    angles = torch.tensor([0.0, 0.1, 2.8, 3.0, 3.14], dtype=torch.float64)
+    embeddings = torch.stack([angles.cos(), angles.sin()], 1)
+    labels = torch.tensor([0, 0, 1, 2, 3])
+    sampler = Sampler("distance", distance_cutoff=1.0)
+    drawn = Counter(int(sampler.give(embeddings, labels)[0, 2]) for _ in range(600))
+    assert chi_square_ok(drawn, {2: 1 / 3, 3: 1 / 3, 4: 1 / 3}, 600)
+
+
+@variants
+@corners
+def test_padded_marks_anchors_without_a_triplet(corner, variant):
+    """padded=True: row i is anchor i's triplet, or all -1; the others are those without it."""
+    embeddings, labels = corner_batches()[corner]
+    pairs = eligible_pairs(embeddings, labels, **variant)
+    torch.manual_seed(5)
+    padded = Sampler(**variant).give(embeddings, labels, padded=True)
+    assert padded.dtype == torch.long and padded.shape == (len(labels), 3)
+    for anchor, row in enumerate(padded.tolist()):
+        assert row[0] == anchor if pairs[anchor] else row == [-1, -1, -1]
+    torch.manual_seed(5)
+    triplets = Sampler(**variant).give(embeddings, labels)
+    assert triplets.tolist() == [row for row in padded.tolist() if row[0] >= 0]
+
+
+@pytest.mark.parametrize("method", samplers.METHODS)
+def test_seed_decides_the_draw_and_the_embeddings_stay(method):
+    """torch.manual_seed is all the state; embeddings that need a gradient are not changed."""
+    embeddings = unit_rows(24, 8, torch.Generator().manual_seed(0)).requires_grad_()
+    before, labels = embeddings.detach().clone(), torch.arange(24) // 4
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append(Sampler(method).give(embeddings, labels).tolist())
+    assert draws[0] == draws[1] != draws[2]
+    assert torch.equal(embeddings, before) and embeddings.grad is None
+
+
+@variants
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_non_finite_embeddings_give_indices_of_the_batch(variant, bad):
+    """A diverged network must reach the check for a non-finite loss, not an index error."""
+    embeddings = unit_rows(8, 4, torch.Generator().manual_seed(0))
+    labels = torch.arange(8) // 2
+    for rows in (slice(0, 1), slice(None)):
+        broken = embeddings.clone()
+        broken[rows] = bad
+        triplets = Sampler(**variant).give(broken, labels, padded=True)
+        assert int(triplets.max()) < 8 and int(triplets.min()) >= -1
+
+
+# ---- how often
+
+def test_random_draws_every_pair_equally_often():
+    """3,000 draws: positive and negative are uniform and independent, by chi-square."""
+    torch.manual_seed(0)
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2])
+    embeddings, draws = torch.zeros(9, 2), 3000
+    seen = [Counter() for _ in labels]
+    for _ in range(draws):
+        for a, p, n in Sampler("random").give(embeddings, labels).tolist():
+            seen[a][p, n] += 1
+    for counts, allowed in zip(seen, eligible_pairs(embeddings, labels, "random")):
+        assert chi_square_ok(counts, {pair: 1 / len(allowed) for pair in allowed}, draws)
+
+
+@pytest.mark.parametrize("dim,dtype", [(2, torch.float64), (3, torch.float32), (8, torch.float32),
+                                       (128, torch.float16), (2048, torch.float32)])
+def test_distance_draws_with_the_inverse_density(dim, dtype):
+    """2,000 draws: negatives in the proportions of 1 / q(d), positives uniform, by chi-square."""
+    torch.manual_seed(0)
+    embeddings = unit_rows(12, dim, torch.Generator().manual_seed(dim)).to(dtype)
+    labels, draws = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 4]), 2000
+    negatives, positives = [Counter() for _ in labels], [Counter() for _ in labels]
+    for _ in range(draws):
+        for a, p, n in Sampler("distance").give(embeddings, labels).tolist():
+            positives[a][p] += 1
+            negatives[a][n] += 1
+    rows, names = embeddings.double().tolist(), labels.tolist()
+    for a, name in enumerate(names[:-1]):                 # the last image has no positive
+        distances = {n: math.dist(rows[a], rows[n]) for n in range(12) if names[n] != name}
+        assert chi_square_ok(negatives[a], distance_probabilities(distances, dim), draws)
+        same = [p for p in range(12) if names[p] == name and p != a]
+        assert set(positives[a]) == set(same)
+        if len(same) > 1:
+            assert chi_square_ok(positives[a], {p: 1 / len(same) for p in same}, draws)
+
+
+def test_distance_treats_near_negatives_alike():
+    """Negatives at 0, 0.1 and 0.4 are all at the lower cut-off 0.5, hence equally frequent.
+
+    In 16 dimensions the unclipped weight of the one at 0.1 would be 4^14 that of the one at 0.4.
+    """
+    torch.manual_seed(0)
+    angles = [0.0, 0.0] + [2 * math.asin(d / 2) for d in (0.0, 0.1, 0.4)]
+    embeddings = torch.zeros(5, 16, dtype=torch.float64)
+    for row, angle in enumerate(angles):
+        embeddings[row, 0], embeddings[row, 1] = math.cos(angle), math.sin(angle)
+    labels = torch.tensor([0, 0, 1, 2, 3])
+    drawn = Counter(int(Sampler("distance").give(embeddings, labels)[0, 2]) for _ in range(1500))
+    assert chi_square_ok(drawn, {2: 1 / 3, 3: 1 / 3, 4: 1 / 3}, 1500)
+
+
+# ---- n-pair
+
+def check_npair(tuples, labels):
+    """One (anchor, positive) of each class with two images, the others' positives as negatives."""
+    names = labels.tolist()
+    paired = [name for name, size in Counter(names).items() if size >= 2]
+    paired = paired if len(paired) >= 2 else []           # a lone pair has no negative
+    assert tuples.dtype == torch.long and len(tuples) == len(paired)
+    if not paired:
+        return
+    assert tuples.shape == (len(paired), 1 + 1 + len(paired) - 1)
+    rows = tuples.tolist()
+    assert sorted(names[row[0]] for row in rows) == sorted(paired)
+    for t, (anchor, positive, *negatives) in enumerate(rows):
+        assert anchor != positive and names[anchor] == names[positive]
+        others = [other[1] for u, other in enumerate(rows) if u != t]
+        assert sorted(negatives) == sorted(others)
+
+
+def test_npair_satisfies_the_definition():
+    torch.manual_seed(0)
+    for embeddings, labels in [*random_batches(), *corner_batches().values()]:
+        for _ in range(4):
+            check_npair(Sampler("npair").give(embeddings, labels), labels)
+
+
+def test_npair_draws_every_pair_of_a_class_equally_often():
+    """3,000 draws: each ordered pair of distinct images of a class, by chi-square."""
+    torch.manual_seed(0)
+    labels, draws = torch.tensor([0, 1, 0, 1, 0, 2, 1, 1, 3, 3]), 3000
+    seen = {0: Counter(), 1: Counter(), 3: Counter()}
+    for _ in range(draws):
+        for a, p, *_ in Sampler("npair").give(torch.zeros(10, 2), labels).tolist():
+            seen[int(labels[a])][a, p] += 1
+    for name, counts in seen.items():
+        images = [i for i in range(10) if labels[i] == name]
+        pairs = [(a, p) for a in images for p in images if a != p]
+        assert chi_square_ok(counts, {pair: 1 / len(pairs) for pair in pairs}, draws)
+
+
+def test_npair_padded_rows_hold_the_same_tuples():
+    """Padded: as many rows as images, all -1 where the image is no anchor of its class."""
+    labels = torch.tensor([0, 1, 0, 1, 2, 2, 3])
+    torch.manual_seed(5)
+    padded = Sampler("npair").give(torch.zeros(7, 2), labels, padded=True)
+    assert len(padded) == 7
+    torch.manual_seed(5)
+    tuples = Sampler("npair").give(torch.zeros(7, 2), labels)
+    assert [[i for i in row if i >= 0] for row in padded.tolist() if row[0] >= 0] == tuples.tolist()
+    assert sum(row[0] < 0 for row in padded.tolist()) == 4
+    assert all(set(row) == {-1} for row in padded.tolist() if row[0] < 0)
+
+
+# ---- a user's own method, wrong options, flags
+
+class OwnSampler(Sampler):
+    """A sampler of a user: every positive with the next image of another class, as a plain list."""
+
+    def neighbour(self, embeddings, labels, step=1):
+        names = labels.tolist()
+        return [(a, p, n) for a in range(len(names)) for p in range(len(names))
+                for n in [(a + step) % len(names)]
+                if a != p and names[a] == names[p] and names[n] != names[a]]
+
+
+def test_own_method_may_return_a_list_of_tuples(monkeypatch):
+    """A method and its name in METHODS suffice; extra arguments of give reach it."""
+    monkeypatch.setattr(samplers, "METHODS", (*samplers.METHODS, "neighbour"))
+    sampler, embeddings = OwnSampler("neighbour"), torch.zeros(4, 2)
+    triplets = sampler.give(embeddings, torch.tensor([0, 0, 1, 1]))
+    assert triplets.dtype == torch.long
+    assert triplets.tolist() == [[1, 0, 2], [3, 2, 0]]
+    assert sampler.give(embeddings, torch.tensor([0, 0, 1, 1]), padded=True).shape == (2, 3)
+    assert sampler.give(embeddings, torch.tensor([0, 0, 1, 1]), step=2).shape == (4, 3)
+    empty = sampler.give(embeddings, torch.zeros(4))
+    assert empty.dtype == torch.long and empty.shape == (0, 3)
+
+
+def test_overridden_method_of_a_subclass_is_the_one_used():
+    class Fixed(Sampler):
+        def random(self, embeddings, labels):
+            return [(0, 1, 2), (0, 1, 3)]
+
+    assert Fixed("random").give(torch.zeros(4, 2), torch.arange(4)).tolist() == [[0, 1, 2],
+                                                                                [0, 1, 3]]
+
+
+@pytest.mark.parametrize("options,flag", [
+    ({"method": "hardest"}, "--sampling"), ({"method": "give"}, "--sampling"),
+    ({"method": "semihard", "margin": -0.1}, "--margin"),
+    ({"method": "distance", "distance_cutoff": 0.5}, "--distance_cutoff"),
+    ({"method": "distance", "distance_cutoff": -1.0}, "--distance_cutoff"),
+])
+def test_wrong_sampler_options_name_the_flag(options, flag):
+    with pytest.raises(ValueError, match=flag):
+        Sampler(**options)
+
+
+def flags():
+    parser = argparse.ArgumentParser()
+    samplers.add_arguments(parser)
+    return parser
+
+
+def test_flags_and_constructors_share_their_defaults():
+    parser = flags()
+    batch = inspect.signature(ClassBalancedBatchSampler).parameters
+    assert parser.get_default("bs") == batch["batch_size"].default == 112
+    assert parser.parse_args(["--batch_size", "8"]).bs == 8
+    cutoff = inspect.signature(Sampler).parameters["distance_cutoff"].default
+    assert parser.get_default("distance_cutoff") is cutoff is None
+
+
+@pytest.mark.parametrize("method", samplers.METHODS)
+def test_every_method_is_a_choice_of_the_flag(method):
+    assert flags().parse_args(["--sampling", method]).sampling == method
+    assert callable(getattr(Sampler, method))
+
+
+# ---- the two helpers
+
+@pytest.mark.parametrize("rows,columns", [(5, None), (4, 7), (1, 3)])
+def test_pairwise_sq_distances_against_a_loop(rows, columns):
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(rows, 6, dtype=torch.float64, generator=generator)
+    right = None if columns is None else torch.randn(columns, 6, dtype=torch.float64,
+                                                     generator=generator)
+    expected = [[math.dist(x, y) ** 2 for y in (left if right is None else right).tolist()]
+                for x in left.tolist()]
+    actual = samplers.pairwise_sq_distances(left, right)
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64),
+                               rtol=0, atol=1e-12)
+
+
+def test_pairwise_sq_distances_are_never_negative():
+    """Ten times one point, of a length that provokes rounding: no distance below zero."""
+    point = torch.randn(1, 512, generator=torch.Generator().manual_seed(0)) * 10
+    assert float(samplers.pairwise_sq_distances(point.expand(10, -1)).min()) >= 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_draw_columns_never_takes_a_zero_weight(dtype):
+    """Zeros in front, behind and between, weights from 1e-30 to 1e30, a row of zeros."""
+    torch.manual_seed(0)
+    weights = torch.tensor([[0, 0, 1, 0, 2, 0], [1e-30, 0, 0, 0, 0, 0], [0] * 6,
+                            [0, 1e30, 0, 1e30, 0, 0], [0, 0, 0, 0, 0, 1], [1e-30, 0, 1, 0, 0, 0]],
+                           dtype=dtype)
+    seen = [set() for _ in weights]
+    for _ in range(500):
+        for row, column in enumerate(samplers.draw_columns(weights).tolist()):
+            seen[row].add(column)
+    assert seen == [{2, 4}, {0}, {-1}, {1, 3}, {5}, {2}]
+
+
+# ---- class-balanced batches
+
+def check_balanced_epoch(batches, labels, batch_size, samples_per_class):
+    """Distinct classes, equal shares, distinct images or repeats as even as possible."""
+    sizes = Counter(labels)
+    for batch in batches:
+        assert len(batch) == batch_size and all(type(i) is int for i in batch)
+        members = {}
+        for i in batch:
+            members.setdefault(labels[i], []).append(i)
+        assert len(members) == batch_size // samples_per_class
+        for name, images in members.items():
+            assert len(images) == samples_per_class
+            uses = Counter(images)
+            least, rest = divmod(samples_per_class, min(sizes[name], samples_per_class))
+            assert len(uses) == min(sizes[name], samples_per_class)
+            assert sorted(uses.values(), reverse=True) == [
+                least + (k < rest) for k in range(len(uses))]
+
+
+def random_datasets():
+    """200 datasets: (labels, batch_size, samples_per_class); some have one dominating class."""
+    numbers = np.random.default_rng(11)
+    for trial in range(200):
+        num_classes = int(numbers.integers(1, 25))
+        sizes = numbers.integers(1, int(numbers.choice([3, 6, 40])), size=num_classes)
+        if trial % 4 == 0:
+            sizes[numbers.integers(num_classes)] += int(numbers.choice([50, 400]))
+        labels = numbers.permutation(np.repeat(numbers.permutation(num_classes) * 3 + 5, sizes))
+        samples_per_class = int(numbers.integers(1, 7))
+        classes = int(numbers.integers(1, num_classes + 1))
+        yield labels.tolist(), classes * samples_per_class, samples_per_class
+
+
+def test_balanced_batches_keep_their_promises_on_200_random_datasets():
+    """Lengths, classes and images of two epochs; the second epoch differs where it can."""
+    for labels, batch_size, samples_per_class in random_datasets():
+        sampler = ClassBalancedBatchSampler(labels, batch_size, samples_per_class, seed=3)
+        epochs = []
+        for epoch in (0, 1):
+            sampler.set_epoch(epoch)
+            epochs.append(list(sampler))
+            assert len(epochs[-1]) == len(sampler) == max(1, len(labels) // batch_size)
+            check_balanced_epoch(epochs[-1], labels, batch_size, samples_per_class)
+        if len(labels) >= 20 and len(set(labels)) > 1:
+            assert epochs[0] != epochs[1]
+
+
+def test_balanced_batches_depend_on_labels_seed_and_epoch_alone():
+    """The same epoch again, after other epochs and under another global seed, is the same."""
+    labels = np.repeat(np.arange(12), np.arange(1, 13))
+    first = ClassBalancedBatchSampler(labels, 12, 3, seed=5)
+    first.set_epoch(4)
+    expected = list(first)
+    assert list(first) == expected
+    first.set_epoch(5)
+    assert list(first) != expected
+    torch.manual_seed(99)
+    np.random.seed(99)
+    again = ClassBalancedBatchSampler(labels.tolist(), 12, 3, seed=5)
+    again.set_epoch(4)
+    assert list(again) == expected
+    other = ClassBalancedBatchSampler(labels, 12, 3, seed=6)
+    other.set_epoch(4)
+    assert list(other) != expected
+
+
+def test_balanced_epoch_draws_each_image_once_when_all_fits():
+    """Classes of 8, 12 and 4 images, 4 a class, batches of 12: an epoch is a permutation."""
+    labels = np.repeat(np.arange(6), [8, 8, 12, 4, 8, 8])
+    sampler = ClassBalancedBatchSampler(labels, 12, 4)
+    for epoch in range(20):
+        sampler.set_epoch(epoch)
+        assert sorted(i for batch in sampler for i in batch) == list(range(48))
+
+
+def fair_draws(sizes, batch_size, samples_per_class):
+    """Draws per image and epoch in each class, as even as "once in a batch" lets them be.
+
+    A class can give samples_per_class images to each batch at most. Those for which this binds give
+    just that; the rest of the places is shared by the images of the other classes alike.
+    """
+    batches = max(1, sum(sizes) // batch_size)
+    most, places = batches * samples_per_class, batches * batch_size
+    draws, free = {}, set(range(len(sizes)))
+    while True:
+        share = places / sum(sizes[c] for c in free) if free else 0
+        full = {c for c in free if share * sizes[c] > most}
+        if not full:
+            return [draws.get(c, share) for c in range(len(sizes))]
+        for c in full:
+            draws[c] = most / sizes[c]
+            places -= most
+        free -= full
+
+
+@pytest.mark.parametrize("sizes,batch_size,samples_per_class,epochs", [
+    ([10] * 12, 12, 4, 400),
+    ([1, 2, 3, 5, 7, 9, 11, 30, 40], 12, 4, 1500),
+    ([1, 1, 2, 3, 4, 4, 60, 61], 6, 2, 800),
+    ([3] * 30, 20, 2, 800),
+    ([7, 8, 9, 10, 11, 12], 40, 10, 3000),
+    ([500, 10, 10, 10], 8, 4, 60),
+    ([400, 30, 12, 6], 8, 4, 100),
+    ([300, 300, 20, 5], 12, 4, 100),
+    ([50, 2, 2, 2, 2], 10, 2, 1500),
+], ids=str)
+def test_images_are_drawn_equally_often(sizes, batch_size, samples_per_class, epochs):
+    """Mean draws per image over many epochs against the fairest shares: 10 % and the noise."""
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    sampler = ClassBalancedBatchSampler(labels, batch_size, samples_per_class)
+    draws = np.zeros((epochs, len(labels)))
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch)
+        draws[epoch] = np.bincount(np.concatenate(list(sampler)), minlength=len(labels))
+    fair = np.repeat(fair_draws(sizes, batch_size, samples_per_class), sizes)
+    noise = draws.std(0) / math.sqrt(epochs)
+    off = np.abs(draws.mean(0) - fair) - 6 * noise - 0.1 * fair
+    assert off.max() <= 0, {c: (draws.mean(0)[labels == c].mean(), fair[labels == c][0])
+                            for c in range(len(sizes))}
+
+
+def test_small_classes_repeat_their_images_evenly():
+    """A class of 3 images in a share of 7 has one of them three times and two of them twice."""
+    labels = [0] * 3 + [1] * 20
+    for batch in ClassBalancedBatchSampler(labels, 14, 7):
+        assert sorted(Counter(i for i in batch if i < 3).values()) == [2, 2, 3]
+
+
+@pytest.mark.parametrize("batch_size,samples_per_class,flags_named", [
+    (10, 4, ("--bs 10", "--samples_per_class 4")),
+    (0, 4, ("--bs 0",)),
+    (4, 0, ("--samples_per_class 0",)),
+    (-4, 2, ("--bs -4",)),
+    (16, 4, ("--bs 12", "--samples_per_class")),         # four classes of three
+])
+def test_balanced_sampler_refuses_sizes_and_names_the_flags(batch_size, samples_per_class,
+                                                            flags_named):
+    with pytest.raises(ValueError) as error:
+        ClassBalancedBatchSampler([0, 0, 1, 1, 2, 2], batch_size, samples_per_class)
+    assert all(flag in str(error.value) for flag in flags_named)
+
+
+# ---- shuffled batches
+
+def test_shuffled_batches_keep_their_promises():
+    """Each image at most once an epoch, full batches only, whatever the sizes."""
+    numbers = np.random.default_rng(2)
+    for _ in range(100):
+        num_images = int(numbers.integers(1, 200))
+        batch_size = int(numbers.integers(1, num_images + 1))
+        batches = list(ShuffledBatchSampler(num_images, batch_size))
+        assert len(batches) == len(ShuffledBatchSampler(num_images, batch_size))
+        assert len(batches) == num_images // batch_size
+        assert all(len(batch) == batch_size for batch in batches)
+        drawn = [i for batch in batches for i in batch]
+        assert len(set(drawn)) == len(drawn) and set(drawn) <= set(range(num_images))
+        assert all(type(i) is int for i in drawn)
+
+
+def test_shuffled_batches_depend_on_seed_and_epoch_alone():
+    sampler = ShuffledBatchSampler(50, 8, seed=2)
+    expected = list(sampler)
+    sampler.set_epoch(1)
+    assert list(sampler) != expected
+    sampler.set_epoch(0)
+    torch.manual_seed(3)
+    np.random.seed(3)
+    assert list(sampler) == expected
+    assert list(ShuffledBatchSampler(50, 8, seed=3)) != expected
+
+
+def test_shuffled_batches_leave_no_image_out_for_long():
+    """The images dropped at the end of an epoch differ, so 400 epochs draw each about alike."""
+    sampler, draws = ShuffledBatchSampler(11, 4), np.zeros(11)
+    for epoch in range(400):
+        sampler.set_epoch(epoch)
+        draws += np.bincount(np.concatenate(list(sampler)), minlength=11)
+    # Binomial with 400 trials of probability 8/11: standard deviation 8.9.
+    assert np.abs(draws - 400 * 8 / 11).max() < 6 * 8.9
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 11])
+def test_shuffled_sampler_refuses_sizes_and_names_the_flag(batch_size):
+    with pytest.raises(ValueError, match=f"--bs {batch_size}"):
+        ShuffledBatchSampler(10, batch_size)
+
+
+# ---- selection, and the way through a DataLoader
+
+def test_batch_sampler_select_follows_samples_per_class():
+    options = types.SimpleNamespace(bs=4, samples_per_class=2, seed=9)
+    balanced = samplers.batch_sampler_select([0, 0, 1, 1, 2, 2], options)
+    assert type(balanced) is ClassBalancedBatchSampler
+    assert (balanced.batch_size, balanced.samples_per_class, balanced.seed) == (4, 2, 9)
+    options.samples_per_class = 1
+    shuffled = samplers.batch_sampler_select([0, 0, 1, 1, 2, 2], options)
+    assert type(shuffled) is ShuffledBatchSampler
+    assert (shuffled.num_images, shuffled.batch_size, shuffled.seed) == (6, 4, 9)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: ClassBalancedBatchSampler(np.arange(40) // 5, 8, 2, seed=4),
+    lambda: ShuffledBatchSampler(40, 8, seed=4),
+], ids=["balanced", "shuffled"])
+def test_data_loader_gives_the_same_batches_with_any_number_of_workers(make):
+    """Two epochs with 0 and 2 workers under different global seeds: the sampler's batches."""
+    dataset, seen = torch.utils.data.TensorDataset(torch.arange(40)), []
+    for workers in (0, 2):
+        torch.manual_seed(workers)
+        sampler = make()
+        loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, num_workers=workers)
+        assert len(loader) == len(sampler) == 5
+        for epoch in (0, 1):
+            sampler.set_epoch(epoch)
+            seen.append([images.tolist() for images, in loader])
+            assert seen[-1] == list(sampler)
+    assert seen[:2] == seen[2:] and seen[0] != seen[1]
