@@ -80,12 +80,11 @@ def make_run_folder(save_path, dataset, savename=None, resume=False):
             raise FileNotFoundError(f"--resume: there is no run in {folder}; --savename and --save_path "
                                     "say where to look")
         return folder
-    try:
-        os.makedirs(os.path.dirname(folder), exist_ok=True)
-        os.mkdir(folder)
-    except FileExistsError:
+    if os.path.lexists(folder):
         raise ValueError(f"the run folder {folder} exists already: choose another --savename, or "
-                         "continue it with --resume") from None
+                         "continue it with --resume")
+    try:
+        os.makedirs(folder)
     except OSError as error:
         raise OSError(f"--save_path {save_path}: no folder can be made there ({error})") from error
     return folder
@@ -105,13 +104,13 @@ def load_checkpoint(path, keys):
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        missing = [key for key in keys if key not in state]
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no checkpoint {path}") from None
     except Exception as error:  # torch.load raises a dozen types for damaged or foreign files
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"the checkpoint {path} is damaged or not one of this program: "
                          f"{reason}") from error
+    missing = [key for key in keys if not isinstance(state, dict) or key not in state]
     if missing:
         raise ValueError(f"the checkpoint {path} is not one of this program: it has no {missing[0]}")
     return state

@@ -225,8 +225,8 @@ def read_cub200(source):
 def read_cars196(source):
     """CARS196: classes in the order of their names (the official ids' order), the first half trains."""
     def usable(root):
-        return os.path.exists(f"{root}/cars_annos.mat") or os.path.isdir(f"{root}/images") or (
-            root != source and os.path.isdir(root))
+        return (os.path.exists(f"{root}/cars_annos.mat") or os.path.isdir(f"{root}/images")
+                or os.path.isdir(root) and any(class_folders(root).values()))
 
     root = find_root(source, "cars196", ("cars196", "stanford_cars", ""), usable)
     if not os.path.exists(f"{root}/cars_annos.mat"):
@@ -237,7 +237,10 @@ def read_cars196(source):
         table = scipy.io.loadmat(f"{root}/cars_annos.mat", squeeze_me=True)
         annotations, names = np.atleast_1d(table["annotations"]), np.atleast_1d(table["class_names"])
         files = [str(name) for name in annotations["relative_im_path"]]
-        classes = [str(names[int(number) - 1]) for number in annotations["class"]]
+        numbers = [int(number) for number in annotations["class"]]
+        if not 1 <= min(numbers) <= max(numbers) <= len(names):
+            raise ValueError(f"classes {min(numbers)} to {max(numbers)} with {len(names)} names")
+        classes = [str(names[number - 1]) for number in numbers]
     except Exception as error:  # scipy raises many types for files that are cut or of another kind
         raise ValueError(f"{root}/cars_annos.mat cannot be read as CARS196's annotations "
                          f"({type(error).__name__}: {error})") from error
@@ -404,8 +407,6 @@ def class_folders(root):
                            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
                            and not name.startswith("."))
             classes[entry.name] = [os.path.join(entry.path, name) for name in names]
-    if not classes:
-        raise FileNotFoundError(f"{root} holds no class folders (one folder of images for each class)")
     return classes
 
 
@@ -421,7 +422,9 @@ def from_classes(by_class):
 
 def halves(layout, by_class):
     """{class: [paths]} -> Found: the first half of the sorted classes trains, the second tests."""
-    names = sorted(name for name in by_class)
+    if not by_class:
+        raise FileNotFoundError(f"there are no {layout} (one folder of images for each class)")
+    names = sorted(by_class)
     first, second = names[:len(names) // 2], names[len(names) // 2:]
     train, odd_train = from_classes({name: by_class[name] for name in first})
     test, odd_test = from_classes({name: by_class[name] for name in second})
@@ -466,9 +469,12 @@ def find_images(folder, names, source):
     for name in names:
         directory, file = os.path.split(os.path.join(folder, name))
         if directory not in listings:
-            listings[directory] = ({suffix_folded(entry): entry for entry in os.listdir(directory)}
-                                   if os.path.isdir(directory) else {})
-        actual = listings[directory].get(suffix_folded(file))
+            entries = os.listdir(directory) if os.path.isdir(directory) else []
+            # The exact name comes first, then one that differs in the suffix's case.
+            listings[directory] = ({suffix_folded(entry): entry for entry in entries}
+                                   | {entry: entry for entry in entries})
+        listing = listings[directory]
+        actual = listing.get(file, listing.get(suffix_folded(file)))
         if actual is None:
             missing.append(name)
         else:
@@ -490,8 +496,11 @@ def suffix_folded(file):
 
 def check(dataset, source_path, quick=False):
     """Prints what was found beside what is published; returns whether the data is usable."""
+    def say(text):  # file names need not be valid text
+        print(text.encode(errors="backslashreplace").decode())
+
     found = READERS[dataset](source_path)
-    print(f"{dataset}: {found.layout}")
+    say(f"{dataset}: {found.layout}")
     published = PUBLISHED.get(dataset, {})
     problems, odd, differs, more = [], list(found.odd), False, False
     for name, split in found.splits.items():
@@ -508,7 +517,7 @@ def check(dataset, source_path, quick=False):
             (large, most), (small, fewest) = sizes.most_common()[0], sizes.most_common()[-1]
             line += (f"; smallest class {split.class_names[small]} with {fewest}, largest "
                      f"{split.class_names[large]} with {most}")
-        print(line)
+        say(line)
         if len(sizes) < 2:
             problems.append(f"the {name} split has fewer than two classes")
         single = sum(size == 1 for size in sizes.values())
@@ -520,9 +529,9 @@ def check(dataset, source_path, quick=False):
         odd.append("more than the published data: is it another version?" if more else
                    f"a subset of {dataset.upper()}: published numbers do not apply")
     for remark in odd:
-        print(f"  note: {remark}")
+        say(f"  note: {remark}")
     for problem in problems:
-        print(f"  problem: {problem}")
+        say(f"  problem: {problem}")
     print("usable" if not problems else "not usable")
     return not problems
 

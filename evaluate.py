@@ -11,7 +11,7 @@ import torch
 
 import auxiliaries
 
-BLOCK_ELEMENTS = 2 ** 25  # distances held at a time: 128 MiB in float32
+BLOCK_ELEMENTS = 2 ** 24  # distances held at a time: 128 MiB in float64
 
 
 def add_arguments(parser):
@@ -63,34 +63,45 @@ def knn(queries, gallery=None, k=1):
     queries are compared with each other, each left out of its own neighbours by index, so an exact
     duplicate counts as a neighbour. Raises ValueError for k above the number of neighbours.
     """
-    others = queries if gallery is None else gallery
-    available = len(others) - (gallery is None)
+    available = len(queries) - 1 if gallery is None else len(gallery)
     if not 1 <= k <= available:
         raise ValueError(f"k = {k} neighbours of {available}; --k_vals takes 1 to {available}")
+    rows64, others = centred(queries, gallery)
     distances = queries.new_empty((len(queries), k))
     indices = torch.empty((len(queries), k), dtype=torch.int64, device=queries.device)
     for rows in blocks(len(queries), len(others)):
-        block = torch.cdist(queries[rows], others)                               # [rows, G]
+        block = torch.cdist(rows64[rows], others)                                # [rows, G]
         if gallery is None:
             own = torch.arange(rows.start, rows.stop, device=block.device)
             block[own - rows.start, own] = torch.inf
-        distances[rows], indices[rows] = block.topk(k, largest=False)
+        nearest, indices[rows] = block.topk(k, largest=False)
+        distances[rows] = nearest.to(distances.dtype)
     return distances, indices
+
+
+def centred(queries, gallery=None):
+    """Queries [Q, D] and gallery [G, D] (None: the queries) in float64, around the gallery's mean.
+
+    Distances do not change under a shift, and near the origin the expansion |q|^2 - 2 q.g + |g|^2
+    loses fewest digits; in float64 it is exact enough to order any float32 embeddings.
+    """
+    others = (queries if gallery is None else gallery).double()
+    centre = others.mean(0)
+    others = others - centre
+    return (others if gallery is None else queries.double() - centre), others
 
 
 def first_match_ranks(queries, query_labels, gallery=None, gallery_labels=None):
     """Rank of each query's nearest true match, [Q] int64; 0 where the gallery holds none.
 
     The rank is one plus the number of wrong gallery rows that are nearer; a wrong row exactly as
-    near counts as nearer, so ties never favour the model. One pass over blocks of distances gives
-    recall at every k: no neighbour list is made.
+    near (to within float64 rounding) counts as nearer, so ties never favour the model. One pass over
+    blocks of distances gives recall at every k: no neighbour list is made.
     """
-    others = queries if gallery is None else gallery
     other_labels = query_labels if gallery is None else gallery_labels
-    # Distances do not change under a shift; around the mean the expansion loses fewest digits.
-    centre = others.mean(0)
-    queries, others = queries - centre, others - centre
+    queries, others = centred(queries, gallery)
     sq_norms = others.square().sum(1)
+    rounding = 1e-14 * (sq_norms.max() + queries.square().sum(1, keepdim=True))  # [Q, 1]
     ranks = torch.empty(len(queries), dtype=torch.int64, device=queries.device)
     for rows in blocks(len(queries), len(others)):
         # |q - g|^2 without |q|^2, which is the same for a whole row.
@@ -101,7 +112,7 @@ def first_match_ranks(queries, query_labels, gallery=None, gallery_labels=None):
             block[own - rows.start, own] = torch.inf
             same[own - rows.start, own] = False
         nearest = block.masked_fill(~same, torch.inf).amin(1, keepdim=True)
-        nearer_wrong = ((block <= nearest) & ~same).sum(1)
+        nearer_wrong = ((block <= nearest + rounding[rows]) & ~same).sum(1)
         ranks[rows] = (nearer_wrong + 1).masked_fill(nearest.squeeze(1) == torch.inf, 0)
     return ranks
 
@@ -145,6 +156,8 @@ def kmeans(embeddings, num_clusters, iterations=20, seed=0):
                          f"1 to {len(embeddings)}")
     generator = torch.Generator().manual_seed(seed)
     start = torch.randperm(len(embeddings), generator=generator)[:num_clusters]
+    centre = embeddings.mean(0)
+    embeddings = embeddings - centre  # keeps the digits that tell rows apart
     centroids = embeddings[start.to(embeddings.device)]
     assignments, sq_distances = nearest_centroids(embeddings, centroids)
     for _ in range(iterations):
@@ -157,7 +170,7 @@ def kmeans(embeddings, num_clusters, iterations=20, seed=0):
         assignments, sq_distances = nearest_centroids(embeddings, centroids)
         if torch.equal(assignments, previous):
             break
-    return assignments, centroids
+    return assignments, centroids + centre
 
 
 def nearest_centroids(embeddings, centroids):
@@ -178,7 +191,8 @@ def nmi(assignments, labels):
     reference results were made with the geometric mean, which is slightly larger.
     """
     from sklearn.metrics import normalized_mutual_info_score  # here, so that --help need not wait
-    return float(normalized_mutual_info_score(labels.cpu().numpy(), assignments.cpu().numpy()))
+    score = normalized_mutual_info_score(labels.cpu().numpy(), assignments.cpu().numpy())
+    return min(1.0, max(0.0, float(score)))  # rounding can lead just outside
 
 
 def f1(assignments, labels):
@@ -208,19 +222,20 @@ def distance_ratio(embeddings, labels):
     class has a pair, infinite if all centres coincide. The reference code's --dist_measure.
     """
     order = labels.argsort(stable=True)
-    embeddings, labels = embeddings[order], labels[order].unique(return_inverse=True)[1]
+    embeddings = centred(embeddings)[1][order]
+    labels = labels[order].unique(return_inverse=True)[1]
     counts = torch.bincount(labels)                                              # [C]
-    within = embeddings.new_zeros(len(counts), dtype=torch.float64)
+    within = embeddings.new_zeros(len(counts))
     # Rows are sorted by class, so pairs of a class lie 1, 2, ... up to its size apart.
     for offset in range(1, int(counts.max())):
         same = labels[offset:] == labels[:-offset]
         distances = (embeddings[offset:][same] - embeddings[:-offset][same]).norm(dim=1)
-        within.index_add_(0, labels[offset:][same], distances.double())
+        within.index_add_(0, labels[offset:][same], distances)
     pairs = counts * (counts - 1) / 2
     within = within[pairs > 0] / pairs[pairs > 0]
     centres = embeddings.new_zeros(len(counts), embeddings.shape[1])
     centres = centres.index_add_(0, labels, embeddings) / counts.unsqueeze(1)
-    total = sum(torch.cdist(centres[rows], centres).double().sum()
+    total = sum(torch.cdist(centres[rows], centres).sum()
                 for rows in blocks(len(centres), len(centres)))
     between = float(total) / max(1, len(centres) * (len(centres) - 1))
     if not len(within):

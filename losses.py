@@ -3,13 +3,14 @@
 Every loss is a torch.nn.Module with one contract: forward(embeddings, labels, indices_tuple=None)
 -> scalar. It works on any device and float type, does its arithmetic in float32 at least, and
 gives a zero that stays in the graph where a batch holds no valid tuple. indices_tuple replaces the
-loss's own sampler: a [T, 3] tensor, a list of tuples, or three index tensors (a, p, n) as the
-miners of other libraries return them. unit_norm says whether the loss wants embeddings of length
+loss's own sampler: a [T, 3] tensor, a list of tuples, or index tensors (a, p, n) or (a1, p, a2, n)
+as the miners of other libraries return them. unit_norm says whether the loss wants embeddings of length
 one, samplings which --sampling it takes (the default first), and the two samples_per_class bounds
 how many images of a class a batch should hold. To add a loss: write the class here, its flags in
 add_arguments, its line in LOSSES.
 """
 
+import functools
 import inspect
 import sys
 
@@ -62,24 +63,40 @@ def add_arguments(parser):
                             "code; glyphs 1e-2")
 
 
-def at_least_float32(embeddings):
-    """embeddings [B, D] of any float type -> float32 or float64: half types cannot hold a loss."""
-    return embeddings.float() if embeddings.dtype.itemsize < 4 else embeddings
+def full_precision(forward):
+    """Runs a loss's forward in float32 or float64, outside of autocast: half types cannot hold a loss."""
+    @functools.wraps(forward)
+    def wrapped(self, embeddings, labels, indices_tuple=None):
+        embeddings = embeddings.float() if embeddings.dtype.itemsize < 4 else embeddings
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return forward(self, embeddings, labels, indices_tuple)
+    return wrapped
 
 
-def as_index_tuples(indices_tuple, device):
+def as_index_tuples(indices_tuple, device, width=None):
     """Any accepted form of indices_tuple -> LongTensor [T, width] on the device.
 
-    A tensor [T, width] as it is; a tuple of index vectors (a, p, n) becomes columns; a list of
-    tuples becomes rows. Raises ValueError for anything else.
+    A tensor [T, width] as it is; a list of tuples becomes rows; three index vectors (a, p, n) become
+    columns; four (a1, p, a2, n), pairs as other libraries' miners give them, become all triplets
+    whose two pairs share their anchor. width: what is wanted, None for 3 or more. Raises ValueError
+    for anything else.
     """
     if isinstance(indices_tuple, tuple) and indices_tuple and torch.is_tensor(indices_tuple[0]):
+        lengths = [len(vector) for vector in indices_tuple]
+        if len(lengths) == 4 and lengths[0] == lengths[1] and lengths[2] == lengths[3]:
+            anchors, positives, other_anchors, negatives = indices_tuple
+            first, second = (anchors.unsqueeze(1) == other_anchors).nonzero(as_tuple=True)
+            indices_tuple = anchors[first], positives[first], negatives[second]
+        elif len(lengths) != 3 or len(set(lengths)) != 1:
+            raise ValueError(f"indices_tuple has {len(lengths)} index tensors of lengths {lengths}; it "
+                             "takes three (a, p, n) or two pairs (a1, p, a2, n) of equal lengths")
         indices_tuple = torch.stack(indices_tuple, dim=1)
     tuples = torch.as_tensor(indices_tuple, dtype=torch.long, device=device)
     tuples = tuples.reshape(-1, 3) if tuples.numel() == 0 else tuples
-    if tuples.dim() != 2 or tuples.shape[1] < 3:
+    if tuples.dim() != 2 or tuples.shape[1] < 3 or width not in (None, tuples.shape[1]):
         raise ValueError("indices_tuple is neither [T, 3], nor a list of (anchor, positive, "
-                         f"negative), nor three index tensors: its shape is {list(tuples.shape)}")
+                         "negative), nor index tensors of these: its shape is "
+                         f"{list(tuples.shape)}")
     return tuples
 
 
@@ -118,12 +135,12 @@ class TripletLoss(torch.nn.Module):
         self.margin = margin
         self.sampler = Sampler(sampling, margin=margin, squared=True, distance_cutoff=distance_cutoff)
 
+    @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
-        embeddings = at_least_float32(embeddings)
         if indices_tuple is None:
             triplets = self.sampler.give(embeddings, labels, padded=True)
         else:
-            triplets = as_index_tuples(indices_tuple, embeddings.device)
+            triplets = as_index_tuples(indices_tuple, embeddings.device, width=3)
         valid = triplets[:, 0] >= 0                                              # [T]
         anchors, positives, negatives = triplets.clamp_min(0).unbind(1)          # [T] each
         sq_ap = pair_sq_distances(embeddings, anchors, positives)                # [T]
@@ -160,12 +177,12 @@ class MarginLoss(torch.nn.Module):
         else:
             self.beta = torch.nn.Parameter(betas)
 
+    @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
-        embeddings = at_least_float32(embeddings)
         if indices_tuple is None:
             triplets = self.sampler.give(embeddings, labels, padded=True)
         else:
-            triplets = as_index_tuples(indices_tuple, embeddings.device)
+            triplets = as_index_tuples(indices_tuple, embeddings.device, width=3)
         valid = triplets[:, 0] >= 0                                              # [T]
         anchors, positives, negatives = triplets.clamp_min(0).unbind(1)          # [T] each
         d_ap = distance_from_square(pair_sq_distances(embeddings, anchors, positives))
@@ -195,8 +212,8 @@ class NPairLoss(torch.nn.Module):
         self.l2npair = l2npair
         self.sampler = Sampler("npair")
 
+    @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
-        embeddings = at_least_float32(embeddings)
         if indices_tuple is None:
             tuples = self.sampler.give(embeddings, labels, padded=True)
         else:
@@ -241,8 +258,9 @@ class ProxyNCALoss(torch.nn.Module):
         self.positive_in_denominator = proxynca_positive_in_denominator
         self.proxies = torch.nn.Parameter(torch.randn(num_classes, embed_dim) / 8)
 
+    @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
-        embeddings, labels = anchors_only(at_least_float32(embeddings), labels, indices_tuple)
+        embeddings, labels = anchors_only(embeddings, labels, indices_tuple)
         # -d = 2 * 9 * cosine - 18; the constant cancels between numerator and denominator.
         scaled = F.normalize(embeddings, dim=1) * (2 * self.scale ** 2)
         logits = scaled @ F.normalize(self.proxies.to(embeddings.dtype), dim=1).t()   # [B, C]
@@ -267,8 +285,9 @@ class CrossEntropyLoss(torch.nn.Module):
         super().__init__()
         self.classifier = torch.nn.Linear(embed_dim, num_classes)
 
+    @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
-        embeddings, labels = anchors_only(at_least_float32(embeddings), labels, indices_tuple)
+        embeddings, labels = anchors_only(embeddings, labels, indices_tuple)
         weight, bias = (p.to(embeddings.dtype) for p in self.classifier.parameters())
         logits = F.linear(embeddings, weight, bias)                              # [B, C]
         return F.cross_entropy(logits, labels, reduction="sum") / max(1, len(labels))

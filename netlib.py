@@ -5,7 +5,9 @@ Embedder is the linear layer in its place. Neither knows losses or options; netw
 network of your own is a class beside ConvNet and a line in network_select.
 """
 
-import urllib.error
+import collections
+import re
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -106,50 +108,56 @@ def network_select(opt, unit_norm):
         backbone = ConvNet()
         num_features, heads = backbone.num_features, ()
     else:
-        backbone = torchvision_network(opt.arch, pretrained=not (opt.not_pretrained or opt.weights))
+        backbone = torchvision_network(opt.arch)
         num_features, last_layer = remove_last_layer(backbone, opt.arch)
         heads = (last_layer, "aux1", "aux2", "AuxLogits")
     if opt.weights:
-        load_weights(backbone, opt.weights, opt.arch, heads)
+        load_weights(backbone, read_weights(opt.weights), opt.weights, opt.arch, heads)
+    elif not opt.not_pretrained and opt.arch != "convnet":  # which has none
+        state, url = fetch_weights(opt.arch)
+        load_weights(backbone, state, url, opt.arch, heads)
     trunk = Trunk(backbone, num_features)
     return trunk, Embedder(num_features, opt.embed_dim, unit_norm)
 
 
-def torchvision_network(arch, pretrained):
-    """A torchvision classification network by name, with ImageNet weights if pretrained."""
+def torchvision_network(arch):
+    """A torchvision classification network by name, with random weights and one output."""
     import torchvision.models as models  # here, so that --help need not wait for it
 
     names = models.list_models(module=models)
     if arch not in names:
         raise ValueError(f"--arch {arch} is neither convnet nor a torchvision classification network; "
                          f"those are {', '.join(names)}")
-    weights, options = None, {}
-    if pretrained:
-        choices = models.get_model_weights(arch).__members__
-        if "IMAGENET1K_V1" not in choices:
-            raise ValueError(f"torchvision has no IMAGENET1K_V1 weights for --arch {arch}; give a "
-                             "file with --weights or start with --not_pretrained")
-        weights = choices["IMAGENET1K_V1"]
     if arch in ("googlenet", "inception_v3"):
-        # These two rescale ImageNet's normalisation to the one that their weights were trained with,
-        # and have auxiliary classifiers, which torchvision only builds where no weights are given.
-        options = {"transform_input": True}
-        if not pretrained:
-            options |= {"aux_logits": False, "init_weights": True}
+        # No auxiliary classifiers; transform_input rescales ImageNet's normalisation to the one that
+        # the weights of these two were trained with.
+        return models.get_model(arch, weights=None, aux_logits=False, transform_input=True,
+                                init_weights=True)
+    return models.get_model(arch, weights=None)
+
+
+def fetch_weights(arch):
+    """torchvision's IMAGENET1K_V1 weights, downloaded or from its cache -> (state dict, URL).
+
+    Read without running code from the file. ValueError with the remedies where that fails.
+    """
+    import torchvision.models as models
+
+    choices = models.get_model_weights(arch).__members__
+    if "IMAGENET1K_V1" not in choices:
+        raise ValueError(f"there are no IMAGENET1K_V1 weights for --arch {arch}; give a file with "
+                         "--weights or start with --not_pretrained")
+    weights = choices["IMAGENET1K_V1"]
     try:
-        network = models.get_model(arch, weights=weights, **options)
-    except (urllib.error.URLError, OSError, RuntimeError) as error:
-        if not pretrained:
-            raise
+        state = weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True,
+                                       weights_only=True)
+    except Exception as error:  # network, disk, hash, damaged file in the cache: all end here
         raise ValueError(
-            f"the pretrained weights of --arch {arch} could not be fetched from {weights.url} "
-            f"({error}). Without a network: put that file into {torch.hub.get_dir()}/checkpoints, or "
-            "name a copy with --weights FILE, or start from random weights with --not_pretrained"
-        ) from error
-    if arch in ("googlenet", "inception_v3"):
-        network.aux_logits = False
-        network.aux1 = network.aux2 = network.AuxLogits = None
-    return network
+            f"the pretrained weights of --arch {arch} could not be had from {weights.url} "
+            f"({first_line(error)}). Without a network: put that file into {torch.hub.get_dir()}"
+            "/checkpoints (and remove a damaged one there), or name a copy with --weights FILE, or "
+            "start from random weights with --not_pretrained") from error
+    return state, weights.url
 
 
 def remove_last_layer(network, arch):
@@ -165,34 +173,48 @@ def remove_last_layer(network, arch):
     return layer.in_features, name
 
 
-def load_weights(backbone, path, arch, ignored_heads=()):
-    """Loads a state dict from a file into the backbone, leaving out the layers named as ignored.
+def read_weights(path):
+    """What torch.save put into a file, read without running code from it (weights_only=True).
 
-    Only tensors are read (weights_only=True): a file cannot run code. Raises ValueError where the
-    file is damaged or of another network, FileNotFoundError where it is not there.
+    ValueError where the file is damaged or something else, FileNotFoundError where it is not there.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"--weights {path}: there is no such file") from None
     except Exception as error:  # torch.load raises a dozen types for damaged or foreign files
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"--weights {path} is not a state dict that torch can read safely: "
-                         f"{reason}") from error
-    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
-        raise ValueError(f"--weights {path} holds no state dict (names and tensors)")
+                         f"{first_line(error)}") from error
+
+
+def load_weights(backbone, state, source, arch, ignored_heads=()):
+    """Loads a state dict into the backbone, leaving out the layers named as ignored.
+
+    state: {name: tensor}. ValueError, naming source and arch, where they do not fit each other.
+    """
+    if not isinstance(state, dict) or not all(isinstance(name, str) and torch.is_tensor(value)
+                                              for name, value in state.items()):
+        raise ValueError(f"--weights {source} holds no state dict (names and tensors)")
     heads = tuple(f"{name}." for name in ignored_heads)
-    state = {name: value for name, value in state.items() if not name.startswith(heads)}
-    expected = backbone.state_dict()
-    # Files from before 2018 do not count the batches that batch normalisation saw; torch fills it in.
-    missing = [name for name in expected
-               if name not in state and not name.endswith("num_batches_tracked")]
-    foreign = [name for name in state if name not in expected]
-    reshaped = [name for name in expected
-                if name in state and state[name].shape != expected[name].shape]
-    if missing or foreign or reshaped:
+    kept = {name: value for name, value in state.items() if not name.startswith(heads)}
+    if arch.startswith("densenet"):  # torchvision's files have the names of before 2017: norm.1 ...
+        kept = {re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])", r"\1\2", name): value
+                for name, value in kept.items()}
+    kept = collections.OrderedDict(kept)
+    kept._metadata = getattr(state, "_metadata", {})  # layer versions: some layers rename by them
+    try:
+        missing, foreign = backbone.load_state_dict(kept, strict=False)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"--weights {source} is not of --arch {arch}: "
+                         f"{str(error).splitlines()[-1].strip()}") from error
+    # Files from before 2018 do not count the batches that batch normalisation saw; that is no loss.
+    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
+    if missing or foreign:
         examples = [f"{len(names)} tensors {what} (as {names[0]})" for names, what in
-                    ((missing, "are missing"), (foreign, "are not of this network"),
-                     (reshaped, "have another shape")) if names]
-        raise ValueError(f"--weights {path} is not of --arch {arch}: {', '.join(examples)}")
-    backbone.load_state_dict(state, strict=False)
+                    ((missing, "are missing"), (foreign, "are not of this network")) if names]
+        raise ValueError(f"--weights {source} is not of --arch {arch}: {', '.join(examples)}")
+
+
+def first_line(error):
+    """The first line of an error's message, or its type's name if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

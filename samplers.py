@@ -62,6 +62,7 @@ def draw_columns(weights):
     # u < total keeps the search inside the row: the product above can round up to the total.
     uniform = torch.minimum(uniform, torch.nextafter(total, torch.zeros_like(total)))
     columns = torch.searchsorted(cumulative, uniform, right=True)
+    columns = columns.clamp_max(weights.shape[1] - 1)  # a row with NaN sorts behind its end
     return columns.masked_fill(total <= 0, -1).squeeze(1)
 
 
@@ -105,7 +106,8 @@ class Sampler:
         """
         if embeddings.dtype in (torch.float16, torch.bfloat16):
             embeddings = embeddings.float()
-        tuples = self.sample(embeddings, labels, **parameters)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            tuples = self.sample(embeddings, labels, **parameters)
         if not torch.is_tensor(tuples):
             width = len(tuples[0]) if len(tuples) else 3
             tuples = torch.tensor(tuples, dtype=torch.long, device=embeddings.device)
@@ -226,8 +228,8 @@ class ClassBalancedBatchSampler(torch.utils.data.BatchSampler):
     labels: the class of each image, [N] ints. Images of a class in one batch are distinct; a class
     with fewer than samples_per_class images repeats them as evenly as it can. An epoch has
     N // batch_size batches (at least one) and draws each image about once, whatever the size of
-    its class: a class's images are shuffled and cut into groups, and the incomplete last group is
-    taken with the probability that gives each image one draw on average. The batches depend on the
+    its class: a class's images are shuffled and cut into groups, and how many groups a class gives
+    is in proportion to its images, as far as one group a batch allows. The batches depend on the
     labels, the seed and the epoch alone. Raises ValueError where the sizes do not fit.
     """
 
@@ -260,23 +262,19 @@ class ClassBalancedBatchSampler(torch.utils.data.BatchSampler):
     def groups_per_class(self, generator):
         """How many groups each class gives in this epoch, [C] ints that sum to K x batches.
 
-        No class gives more groups than there are batches, since it may stand in a batch once.
+        In proportion to the class's images, but never more than there are batches, since a class
+        may stand in a batch once; the fractions are rounded at random (systematic sampling).
         """
-        whole, rest = np.divmod(self.counts, self.samples_per_class)
-        # Systematic sampling: the incomplete groups are taken with probability rest / M each,
-        # while their number in all stays fixed but for rounding.
-        steps = np.floor(np.cumsum(rest / self.samples_per_class) + generator.random())
-        groups = whole + np.diff(steps, prepend=0).astype(int)
-        groups = np.minimum(groups, self.num_batches)
-        excess = groups.sum() - self.num_batches * self.classes_per_batch
-        if excess > 0:
-            drop = generator.permutation(np.repeat(np.arange(len(groups)), groups))[:excess]
-            groups -= np.bincount(drop, minlength=len(groups))
-        while excess < 0:  # some class would stand in every batch: the others give more
-            room = generator.permutation(np.flatnonzero(groups < self.num_batches))[:-excess]
-            groups[room] += 1
-            excess += len(room)
-        return groups
+        wanted = float(self.num_batches * self.classes_per_batch)
+        full = np.zeros(len(self.counts), dtype=bool)  # classes that stand in every batch
+        while True:
+            share = (wanted - self.num_batches * full.sum()) / max(1, self.counts[~full].sum())
+            shares = np.where(full, self.num_batches, self.counts * share)
+            if not (shares > self.num_batches).any():
+                break
+            full |= shares >= self.num_batches
+        steps = np.floor(np.cumsum(shares) + generator.random() * (1 - 1e-6) + 1e-9)
+        return np.diff(steps, prepend=0).astype(int)
 
     def __iter__(self):
         generator = np.random.default_rng([self.seed, self.epoch])

@@ -109,6 +109,9 @@ class BaseTrainer:
         self.loader = self.make_loader()
         if self.iterations_per_epoch is None:
             self.iterations_per_epoch = len(self.loader)
+            if not self.iterations_per_epoch:
+                raise ValueError(f"there is no whole batch: a batch of {batch_size} from a dataset of "
+                                 f"{len(dataset)}, or from a sampler that gives less")
         self.batches, self.passes = None, 0
 
     # The loop
@@ -118,8 +121,6 @@ class BaseTrainer:
         self.batches, self.passes = None, start_epoch - 1
         for self.epoch in range(start_epoch, num_epochs + 1):
             self.set_to_train()
-            if self.iterations_per_epoch == len(self.loader):
-                self.batches = None  # one epoch, one pass
             for self.iteration in range(self.iterations_per_epoch):
                 self.training_step()
                 self.end_of_iteration_hook(self)
@@ -132,8 +133,9 @@ class BaseTrainer:
     def training_step(self):
         """One batch: forward, backward, clip, step."""
         data, labels = self.next_batch()
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
+        for _, part in self.parts():
+            if isinstance(part, torch.nn.Module):
+                part.zero_grad(set_to_none=True)
         self.losses = self.calculate_loss(data, labels)
         total = sum(self.loss_weights[name] * loss for name, loss in self.losses.items())
         self.losses = {name: loss.detach() for name, loss in self.losses.items()}
@@ -191,36 +193,47 @@ class BaseTrainer:
     # Batches
 
     def make_loader(self):
-        """torch's DataLoader over the dataset; processes stay alive from epoch to epoch."""
+        """torch's DataLoader over the dataset.
+
+        Its processes stay alive from epoch to epoch, unless the dataset's set_epoch would not reach
+        them (they hold copies; an epoch in shared memory does).
+        """
+        epoch = getattr(self.dataset, "epoch", None)
+        lasting = not hasattr(self.dataset, "set_epoch") or (torch.is_tensor(epoch)
+                                                             and epoch.is_shared())
         options = dict(num_workers=self.dataloader_num_workers, collate_fn=self.collate_fn,
-                       persistent_workers=self.dataloader_num_workers > 0,
-                       generator=self.loader_generator(),
+                       persistent_workers=lasting and self.dataloader_num_workers > 0,
+                       generator=torch.Generator(),
                        pin_memory=torch.device(self.data_device).type == "cuda")
         if isinstance(self.sampler, torch.utils.data.BatchSampler):
             return torch.utils.data.DataLoader(self.dataset, batch_sampler=self.sampler, **options)
-        if self.sampler is None and len(self.dataset) < self.batch_size:
-            raise ValueError(f"a batch of {self.batch_size} from a dataset of {len(self.dataset)}: "
-                             "there is no whole batch")
+        sampler = self.sampler
+        if sampler is None:
+            sampler = torch.utils.data.RandomSampler(self.dataset, generator=torch.Generator())
         return torch.utils.data.DataLoader(self.dataset, batch_size=self.batch_size, drop_last=True,
-                                           sampler=self.sampler, shuffle=self.sampler is None,
-                                           **options)
+                                           sampler=sampler, **options)
 
-    def loader_generator(self):
-        """A generator for the loader's own draws, so that torch's global one is the losses' alone.
+    def start_pass(self):
+        """Begins a pass over the data: sampler and dataset hear its number, generators are seeded.
 
-        None for torch's default shuffling, which is expected to follow torch.manual_seed.
+        The seeds are what a plain DataLoader would draw from torch's global generator; drawing them
+        here makes the numbers the same for any number of loading processes.
         """
-        return None if self.sampler is None else torch.Generator().manual_seed(torch.initial_seed())
+        self.passes += 1
+        for part in (self.sampler, self.dataset):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(self.passes)
+        shuffler = self.loader.sampler if self.sampler is None else None
+        for part in (self.loader, shuffler):
+            if part is not None:
+                part.generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
+        self.batches = iter(self.loader)
 
     def next_batch(self):
         """The next batch, on the device and thinned by the subset_batch_miner -> (data, labels)."""
         item = next(self.batches, None) if self.batches is not None else None
         if item is None:
-            self.passes += 1
-            for part in (self.sampler, self.dataset):
-                if hasattr(part, "set_epoch"):
-                    part.set_epoch(self.passes)
-            self.batches = iter(self.loader)
+            self.start_pass()
             item = next(self.batches, None)
             if item is None:
                 raise ValueError("the data loader gives no batch: the sampler is empty or shorter "
@@ -242,7 +255,7 @@ class BaseTrainer:
 
     def process_labels(self, labels):
         """Labels as the loader gives them -> LongTensor [B]: one hierarchy level, ranks if asked for."""
-        if isinstance(labels, (list, tuple)) and not isinstance(labels[0], (str, int)):
+        if isinstance(labels, (list, tuple)) and np.ndim(labels[0]) > 0:
             labels = labels[self.label_hierarchy_level]  # collated level by level
         labels = labels if torch.is_tensor(labels) else np.asarray(labels)
         if labels.ndim == 2:

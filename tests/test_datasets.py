@@ -1,5 +1,6 @@
 """The datasets: readers on tiny generated trees, whole and damaged; items; the dataset check."""
 
+import io
 import os
 import random
 import subprocess
@@ -168,7 +169,8 @@ def vehicle_id_lists(source):
     root = source / "vehicle_id"
     (root / "train_test_split").mkdir(parents=True)
     expected, count = {}, 0
-    for split, name, vehicles in (("train", "train_list", (1, 2)), ("test_800", "test_list_800", (3, 4)),
+    for split, name, vehicles in (("train", "train_list", (1, 2)),
+                                  ("test_800", "test_list_800", (3, 4)),
                                   ("test_1600", "test_list_1600", (3, 4, 5)),
                                   ("test_2400", "test_list_2400", (3, 4, 5, 6))):
         lines, expected[split] = [], []
@@ -243,13 +245,15 @@ def contents(found, source):
 
 
 def options(dataset, source, image_size=16, seed=0):
-    return SimpleNamespace(dataset=dataset, source_path=str(source), image_size=image_size, seed=seed)
+    return SimpleNamespace(dataset=dataset, source_path=str(source), image_size=image_size,
+                           seed=seed)
 
 
 def use(dataset, source):
-    """Selects a dataset and reads every item -> the ValueError or OSError that it ends with, or None.
+    """Selects a dataset and reads every item -> the ValueError or OSError that it ends with.
 
-    Other errors, and those of decoding a text, mean nothing to a user: they fail the test.
+    None where it ends well. Other errors, and those of decoding a text, mean nothing to a user:
+    they fail the test.
     """
     try:
         train, sets, _ = datasets.dataset_select(options(dataset, source))
@@ -286,7 +290,8 @@ def test_labels_index_the_class_names(tree, source):
         assert all(type(label) is int for label in split.labels)
         assert sorted(set(split.labels)) == list(range(len(split.class_names)))
         assert len(set(split.class_names)) == len(split.class_names)
-        assert split.class_names == sorted(split.class_names, key=lambda n: (n.zfill(9), n))
+        numbers = all(name.isdigit() for name in split.class_names)
+        assert split.class_names == sorted(split.class_names, key=int if numbers else str)
 
 
 @pytest.mark.parametrize("tree", [tree for tree, (_, own, _) in TREES.items() if own])
@@ -305,7 +310,7 @@ def test_other_files_are_ignored_and_suffixes_may_be_upper_case(dataset, folder,
     root = source / folder
     made = {}
     for name in BIRDS:
-        made[name] = [f"{name}/{suffix[1:]}{suffix}" for suffix in (".JPG", ".Png", ".jpeg", ".webp")]
+        made[name] = [f"{name}/image{suffix}" for suffix in (".JPG", ".Png", ".jpeg", ".webp")]
         for path in made[name]:
             write_image(root / path)
     write_image(root / BIRDS[0] / ".hidden.jpg")
@@ -417,8 +422,9 @@ def test_a_name_that_is_not_utf8_is_read_and_checked(source, capsys):
         pytest.skip("this file system takes UTF-8 names only")
     Image.new("RGB", (6, 6)).save(os.fsdecode(os.path.join(odd, b"\xe9.jpg")))
     assert use("folder", source) is None
-    assert datasets.main(["--dataset", "folder", "--source_path", str(source)]) == 0
-    assert "codec" not in capsys.readouterr().out
+    assert checked(capsys, "folder", source)[0] == 0
+    code, output = checked(capsys, "folder", os.path.join(os.fsdecode(odd), "nothing"))
+    assert code == 1 and "nothing" in output and "codec" not in output
 
 
 # ---- readers on damaged trees
@@ -462,12 +468,13 @@ def test_any_file_of_a_tree_may_be_damaged(tree, source):
     unread = {"train_test_split.txt", "classes.txt", "bicycle.txt", "not_listed.jpg"}
     for path in sorted(path for path in source.rglob("*") if path.is_file()):
         original = path.read_bytes()
-        for kind in ("nothing", "folder", "dangling link", "link to itself", "empty", "junk", "text",
-                     "zeros", "one line"):
+        for kind in ("nothing", "folder", "dangling link", "link to itself", "empty", "junk",
+                     "text", "zeros", "one line"):
             damage_file(path, kind)
             error = use(dataset, source)
             if path.name not in unread and "folders" not in tree and "images" not in tree:
-                assert error or kind == "nothing", f"{path} replaced by {kind} went unnoticed"
+                absent = kind == "nothing" or "link" in kind
+                assert error or absent, f"{path} replaced by {kind} went unnoticed"
             path.rmdir() if kind == "folder" else path.unlink(missing_ok=True)
             path.write_bytes(original)
     assert use(dataset, source) is None
@@ -505,7 +512,8 @@ def test_a_list_that_is_cut_in_a_line_is_refused(tree, path, source):
         assert error or whole_lines, f"cut after {size} bytes: {content[:size][-40:]}"
 
 
-@pytest.mark.parametrize("tree, path", [(t, p) for t, p in ALL_LISTS if t.startswith(("cub", "in-s"))])
+@pytest.mark.parametrize("tree, path", [(tree, path) for tree, path in ALL_LISTS
+                                        if tree in ("cub200-release", "in-shop-img")])
 def test_a_list_that_is_cut_between_lines_is_refused_where_it_can_be_known(tree, path, source):
     dataset, _, build = TREES[tree]
     build(source)
@@ -588,8 +596,8 @@ def test_an_unknown_in_shop_status_is_refused(source):
     assert "train, query, gallery" in str(error)
 
 
-@pytest.mark.parametrize("dataset, folder", [("cub200", "cub200/images"), ("folder", ""),
-                                             ("cars196", "cars196/images"), ("cars196", "cars196")])
+@pytest.mark.parametrize("dataset, folder", [("cub200", "cub200/images"), ("cars196", "cars196"),
+                                             ("cars196", "cars196/images"), ("folder", "")])
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_fewer_than_two_classes_in_a_split_are_refused(dataset, folder, count, source):
     write_classes(source / folder, BIRDS[:count])
@@ -834,7 +842,8 @@ def test_damaged_bytes_give_an_image_or_a_value_error(suffix, tmp_path):
         content = bytearray(whole)
         for _ in range(generator.choice((1, 4, 20))):
             content[generator.randrange(len(content))] = generator.randrange(256)
-        path.write_bytes(content[:generator.choice((len(content), generator.randrange(len(whole))))])
+        size = generator.choice((len(content), generator.randrange(len(content))))
+        path.write_bytes(content[:size])
         try:
             assert datasets.read_image(str(path)).mode == "RGB"
         except ValueError as error:
@@ -889,8 +898,8 @@ def test_glyphs_are_drawn_and_differ(glyphs):
 
 
 def test_every_glyph_looks_like_no_other(glyphs):
-    steady = SimpleNamespace(uniform=lambda low, high, size=None: (low + high) / 2,
-                             normal=lambda mean, deviation, size: np.zeros(size))
+    steady = SimpleNamespace(normal=lambda mean, deviation, size: np.zeros(size),
+                             uniform=lambda low, high, size=(): np.full(size, (low + high) / 2))
     characters = [name for split in glyphs.splits.values() for name in split.class_names]
     drawn = {datasets.draw_glyphs(character, 1, steady).tobytes() for character in characters}
     assert len(drawn) == len(characters)
@@ -1029,11 +1038,36 @@ def test_check_of_one_class_or_of_nothing_fails(source, capsys):
 def test_check_as_a_program(source):
     write_classes(source, BIRDS)
     break_image(source / BIRDS[0] / "text.jpg", "text")
-    program = [sys.executable, datasets.__file__, "--dataset", "folder", "--source_path", str(source)]
-    result = subprocess.run(program, capture_output=True, text=True, encoding="utf-8",
+    program = [sys.executable, datasets.__file__, "--dataset", "folder", "--source_path"]
+    result = subprocess.run([*program, str(source)], capture_output=True, encoding="utf-8",
                             env=os.environ | {"PYTHONIOENCODING": "utf-8"})
     assert result.returncode == 1
     assert "text.jpg" in result.stdout and "Traceback" not in result.stderr
+
+
+def test_check_shows_its_progress_on_a_terminal_only(source, monkeypatch):
+    write_classes(source, BIRDS)
+    for is_terminal in (True, False):
+        output = io.StringIO()
+        output.isatty = lambda: is_terminal
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", output)
+            assert datasets.main(["--dataset", "folder", "--source_path", str(source)]) == 0
+        assert ("reading train: 4 of 4" in output.getvalue()) == is_terminal
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_check_prints_names_that_the_output_cannot_show(encoding, source, monkeypatch):
+    write_classes(source, ["été", "喜鹊"])
+    write_classes(source, BIRDS[:2])
+    with monkeypatch.context() as patch:
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        patch.setattr(sys, "stdout", stream)
+        assert datasets.main(["--dataset", "folder", "--source_path", str(source)]) == 0
+        assert datasets.main(["--dataset", "folder", "--source_path", str(source / "é")]) == 1
+    stream.flush()
+    output = stream.buffer.getvalue().decode(encoding)
+    assert "test: 2 classes/4 images" in output and "codec" not in output
 
 
 def test_check_of_glyphs(capsys):

@@ -23,7 +23,7 @@ VARIANTS = {
     "random": {"method": "random"},
     "semihard-plain": {"method": "semihard", "margin": 0.3},
     "semihard-squared": {"method": "semihard", "margin": 0.3, "squared": True},
-    "semihard-wide": {"method": "semihard", "margin": 1.0, "squared": True},
+    "semihard-wide": {"method": "semihard", "margin": 2.0, "squared": True},
     "softhard": {"method": "softhard"},
     "distance": {"method": "distance"},
     "distance-cutoff-1.4": {"method": "distance", "distance_cutoff": 1.4},
@@ -134,7 +134,7 @@ def random_batches():
 def corner_batches():
     """Degenerate batches, and one with exact ties: an integer grid has d_an == d_ap often."""
     generator = torch.Generator().manual_seed(8)
-    point = unit_rows(1, 16, generator)
+    point, far = unit_rows(1, 16, generator), unit_rows(1, 2048, generator)
     grid = torch.tensor([[x, y, z] for x in (0, 1, 2) for y in (0, 1) for z in (0, 1)])
     axes = torch.cat([torch.eye(4), -torch.eye(4)]).double()
     return {
@@ -148,8 +148,9 @@ def corner_batches():
         "axes": (axes, torch.tensor([0, 1, 1, 0, 0, 1, 2, 2])),
         "grid": (grid.double(), torch.arange(12) % 4),
         "2048 dimensions": (unit_rows(10, 2048, generator), torch.arange(10) % 3),
-        "2048, antipodal": (torch.cat([unit_rows(1, 2048, generator) * s for s in (1, 1, -1, -1)]),
-                            torch.tensor([0, 1, 0, 1])),
+        # Densities e^14000 apart in one batch: the third class has no antipodal negative.
+        "2048, antipodal": (torch.cat([far, -far, unit_rows(4, 2048, generator)]),
+                            torch.tensor([0, 1, 0, 1, 2, 2])),
     }
 
 
@@ -313,7 +314,8 @@ def test_random_draws_every_pair_equally_often():
 
 
 @pytest.mark.parametrize("dim,dtype", [(2, torch.float64), (3, torch.float32), (8, torch.float32),
-                                       (128, torch.float16), (2048, torch.float32)])
+                                       (128, torch.float32), (2048, torch.float32),
+                                       (2048, torch.float16)])
 def test_distance_draws_with_the_inverse_density(dim, dtype):
     """2,000 draws: negatives in the proportions of 1 / q(d), positives uniform, by chi-square."""
     torch.manual_seed(0)
@@ -397,17 +399,18 @@ def test_npair_padded_rows_hold_the_same_tuples():
     assert len(padded) == 7
     torch.manual_seed(5)
     tuples = Sampler("npair").give(torch.zeros(7, 2), labels)
-    assert [[i for i in row if i >= 0] for row in padded.tolist() if row[0] >= 0] == tuples.tolist()
-    assert sum(row[0] < 0 for row in padded.tolist()) == 4
-    assert all(set(row) == {-1} for row in padded.tolist() if row[0] < 0)
+    rows = padded.tolist()
+    assert [[i for i in row if i >= 0] for row in rows if row[0] >= 0] == tuples.tolist()
+    assert [set(row) for row in rows if row[0] < 0] == [{-1}] * 4
 
 
 # ---- a user's own method, wrong options, flags
 
 class OwnSampler(Sampler):
-    """A sampler of a user: every positive with the next image of another class, as a plain list."""
+    """A user's sampler: each positive with the image `step` further on, as a plain list."""
 
     def neighbour(self, embeddings, labels, step=1):
+        assert not torch.is_grad_enabled()
         names = labels.tolist()
         return [(a, p, n) for a in range(len(names)) for p in range(len(names))
                 for n in [(a + step) % len(names)]
@@ -415,7 +418,7 @@ class OwnSampler(Sampler):
 
 
 def test_own_method_may_return_a_list_of_tuples(monkeypatch):
-    """A method and its name in METHODS suffice; extra arguments of give reach it."""
+    """A method and its name in METHODS suffice; it runs without gradients; its arguments pass."""
     monkeypatch.setattr(samplers, "METHODS", (*samplers.METHODS, "neighbour"))
     sampler, embeddings = OwnSampler("neighbour"), torch.zeros(4, 2)
     triplets = sampler.give(embeddings, torch.tensor([0, 0, 1, 1]))
@@ -484,9 +487,9 @@ def test_pairwise_sq_distances_against_a_loop(rows, columns):
 
 
 def test_pairwise_sq_distances_are_never_negative():
-    """Ten times one point, of a length that provokes rounding: no distance below zero."""
-    point = torch.randn(1, 512, generator=torch.Generator().manual_seed(0)) * 10
-    assert float(samplers.pairwise_sq_distances(point.expand(10, -1)).min()) >= 0
+    """The distances of long vectors from themselves round to either side of zero."""
+    rows = torch.randn(200, 512, generator=torch.Generator().manual_seed(0)) * 10
+    assert samplers.pairwise_sq_distances(rows).min().item() >= 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -501,6 +504,14 @@ def test_draw_columns_never_takes_a_zero_weight(dtype):
         for row, column in enumerate(samplers.draw_columns(weights).tolist()):
             seen[row].add(column)
     assert seen == [{2, 4}, {0}, {-1}, {1, 3}, {5}, {2}]
+
+
+@pytest.mark.parametrize("uniform,expected", [(0, [2, 0, -1]), (1 - 2 ** -24, [4, 1, -1])])
+def test_draw_columns_at_the_ends_of_the_random_range(monkeypatch, uniform, expected):
+    """The smallest and the largest float32 that torch.rand gives pick the outermost weights."""
+    weights = torch.tensor([[0, 0, 1, 0, 2, 0], [0.3, 0.7, 0, 0, 0, 0], [0] * 6])
+    monkeypatch.setattr(torch, "rand", lambda *size, **kind: torch.full(size, uniform, **kind))
+    assert samplers.draw_columns(weights).tolist() == expected
 
 
 # ---- class-balanced batches
@@ -582,8 +593,8 @@ def test_balanced_epoch_draws_each_image_once_when_all_fits():
 def fair_draws(sizes, batch_size, samples_per_class):
     """Draws per image and epoch in each class, as even as "once in a batch" lets them be.
 
-    A class can give samples_per_class images to each batch at most. Those for which this binds give
-    just that; the rest of the places is shared by the images of the other classes alike.
+    A class can give samples_per_class images to each batch at most. Those for which this binds
+    give just that; the rest of the places is shared by the images of the other classes alike.
     """
     batches = max(1, sum(sizes) // batch_size)
     most, places = batches * samples_per_class, batches * batch_size

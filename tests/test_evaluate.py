@@ -1,0 +1,892 @@
+"""evaluate.py against slow oracles: float64 loops, scikit-learn, and numbers worked by hand.
+
+Many of the oracle tests use small whole numbers as embeddings: their squared distances are exact
+in every precision, and ties and duplicates, on which metrics differ, turn up all the time.
+"""
+
+import itertools
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.cluster import KMeans
+from sklearn.metrics import normalized_mutual_info_score
+from sklearn.metrics.cluster import pair_confusion_matrix
+
+import auxiliaries
+import evaluate
+
+BLOCK_SIZES = (1, 7, 64, 2 ** 25)  # distances in a block: less than one row, some rows, all
+
+
+def unit_rows(count, dimensions, seed=0):
+    rows = torch.randn(count, dimensions, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(rows, dim=1)
+
+
+def nearly_collapsed(count, dimensions, seed=0, spread=1e-4):
+    """Unit-norm rows that lie in one small spot, as those of a network that has collapsed."""
+    rows = unit_rows(1, dimensions, seed) + spread * unit_rows(count, dimensions, seed + 1)
+    return torch.nn.functional.normalize(rows, dim=1)
+
+
+def whole_numbers(count, dimensions, generator):
+    return torch.randint(-2, 3, (count, dimensions), generator=generator).float()
+
+
+def random_ints(high, count, generator):
+    return torch.randint(0, high, (count,), generator=generator)
+
+
+def float64_distances(queries, others):
+    difference = queries.double().numpy()[:, None] - others.double().numpy()[None]
+    return np.sqrt((difference ** 2).sum(-1))
+
+
+# ---- blocks
+
+
+@pytest.mark.parametrize("elements", BLOCK_SIZES)
+@pytest.mark.parametrize("rows, columns", [(1, 1), (5, 1), (7, 3), (13, 7), (64, 64), (3, 0)])
+def test_blocks_cover_every_row_once_and_stay_small(monkeypatch, elements, rows, columns):
+    monkeypatch.setattr(evaluate, "BLOCK_ELEMENTS", elements)
+    cut = evaluate.blocks(rows, columns)
+    assert [i for block in cut for i in range(rows)[block]] == list(range(rows))
+    for block in cut:
+        assert (block.stop - block.start) * columns <= elements or block.stop - block.start == 1
+
+
+# ---- knn
+
+
+def test_knn_by_hand():
+    # On a line at 0, 1, 3, 7. From 1: 0 is 1 away, 3 is 2 away, 7 is 6 away.
+    distances, indices = evaluate.knn(torch.tensor([[0.], [1.], [3.], [7.]]), k=2)
+    assert distances.tolist() == [[1, 3], [1, 2], [2, 3], [4, 6]]
+    assert indices.tolist() == [[1, 2], [0, 2], [1, 0], [2, 1]]
+    assert indices.dtype == torch.int64
+
+
+@pytest.mark.parametrize("elements", BLOCK_SIZES)
+@pytest.mark.parametrize("with_gallery", [False, True])
+@pytest.mark.parametrize("count, dimensions, k", [(2, 1, 1), (9, 3, 8), (40, 8, 5), (70, 64, 10)])
+def test_knn_equals_brute_force(monkeypatch, elements, with_gallery, count, dimensions, k):
+    monkeypatch.setattr(evaluate, "BLOCK_ELEMENTS", elements)
+    queries = unit_rows(count, dimensions) if dimensions > 1 else torch.tensor([[0.], [1.]])
+    gallery = torch.randn(count + 3, dimensions, generator=torch.Generator().manual_seed(1))
+    expected = float64_distances(queries, gallery if with_gallery else queries)
+    if not with_gallery:
+        np.fill_diagonal(expected, np.inf)
+    order = expected.argsort(1)[:, :k]
+    distances, indices = evaluate.knn(queries, gallery if with_gallery else None, k)
+    assert distances.dtype == queries.dtype and indices.dtype == torch.int64
+    assert indices.tolist() == order.tolist()
+    np.testing.assert_allclose(distances, np.take_along_axis(expected, order, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("with_gallery", [False, True])
+@pytest.mark.parametrize("seed", range(20))
+def test_knn_with_ties_and_duplicates(seed, with_gallery):
+    generator = torch.Generator().manual_seed(seed)
+    queries = whole_numbers(30, 2, generator)
+    gallery = whole_numbers(21, 2, generator) if with_gallery else None
+    expected = float64_distances(queries, gallery if with_gallery else queries)
+    if not with_gallery:
+        np.fill_diagonal(expected, np.inf)
+    distances, indices = evaluate.knn(queries, gallery, k=12)
+    # Which of several equally near rows comes first is free; the distances are not.
+    np.testing.assert_allclose(distances, np.sort(expected, 1)[:, :12], atol=2e-3)
+    np.testing.assert_allclose(np.take_along_axis(expected, indices.numpy(), 1),
+                               np.sort(expected, 1)[:, :12], atol=2e-3)
+    assert all(len(set(row)) == 12 for row in indices.tolist())
+
+
+@pytest.mark.parametrize("elements", BLOCK_SIZES)
+def test_knn_leaves_self_out_by_index_among_duplicates(monkeypatch, elements):
+    monkeypatch.setattr(evaluate, "BLOCK_ELEMENTS", elements)
+    queries = unit_rows(20, 16).repeat(3, 1)  # row i is also row i + 20 and i + 40
+    distances, indices = evaluate.knn(queries, k=2)
+    for i, row in enumerate(indices.tolist()):
+        assert set(row) == {i % 20, i % 20 + 20, i % 20 + 40} - {i}
+    assert distances.max() < 2e-3
+
+
+def test_knn_takes_a_copy_of_the_queries_as_a_gallery_like_any_other():
+    queries = unit_rows(20, 16)
+    _, indices = evaluate.knn(queries, queries.clone(), k=1)
+    assert indices.flatten().tolist() == list(range(20))
+
+
+def test_knn_of_every_row_is_a_permutation():
+    _, indices = evaluate.knn(unit_rows(12, 4), unit_rows(9, 4, seed=1), k=9)
+    assert all(sorted(row) == list(range(9)) for row in indices.tolist())
+
+
+def test_knn_is_exact_for_nearly_collapsed_embeddings():
+    rows = nearly_collapsed(200, 64)
+    expected = float64_distances(rows, rows)
+    np.fill_diagonal(expected, np.inf)
+    distances, _ = evaluate.knn(rows, k=3)
+    np.testing.assert_allclose(distances, np.sort(expected, 1)[:, :3], rtol=1e-2)
+
+
+@pytest.mark.parametrize("k, with_gallery, most", [(0, False, 4), (5, False, 4), (-1, True, 3),
+                                                   (4, True, 3)])
+def test_knn_refuses_k_out_of_range(k, with_gallery, most):
+    with pytest.raises(ValueError, match=rf"k = {k} .* 1 to {most}"):
+        evaluate.knn(unit_rows(5, 2), unit_rows(3, 2) if with_gallery else None, k)
+
+
+# ---- recall at k
+
+
+def brute_force_ranks(queries, query_labels, gallery=None, gallery_labels=None):
+    """For each query 1 + the number of wrong rows no farther than its nearest true match, or 0."""
+    others, other_labels = ((queries, query_labels) if gallery is None
+                            else (gallery, gallery_labels))
+    queries, others = queries.double().tolist(), others.double().tolist()
+    query_labels, other_labels = query_labels.tolist(), other_labels.tolist()
+    ranks = []
+    for i, query in enumerate(queries):
+        right, wrong = [], []
+        for j, other in enumerate(others):
+            if gallery is None and j == i:
+                continue
+            sq_distance = sum((a - b) ** 2 for a, b in zip(query, other))
+            (right if other_labels[j] == query_labels[i] else wrong).append(sq_distance)
+        ranks.append(1 + sum(d <= min(right) for d in wrong) if right else 0)
+    return ranks
+
+
+def brute_force_recall(queries, query_labels, gallery=None, gallery_labels=None, k_vals=(1, 2, 4)):
+    ranks = brute_force_ranks(queries, query_labels, gallery, gallery_labels)
+    found = [rank for rank in ranks if rank]
+    return {f"recall@{k}": sum(rank <= k for rank in found) / len(found) for k in k_vals}
+
+
+def whole_number_problem(seed, with_gallery):
+    """Arguments of recall_at_k: few dimensions, many ties; classes of all sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    count = 5 + random_ints(28, 1, generator).item()
+    dimensions = 1 + random_ints(4, 1, generator).item()
+    classes = 2 + random_ints(12, 1, generator).item()
+    problem = []
+    for size in (count, count + classes) if with_gallery else (count,):
+        labels = random_ints(classes, size, generator)
+        if seed % 2:
+            labels *= random_ints(2, size, generator)  # class 0 is by far the largest
+        labels[:2] = 0  # one true match at least
+        problem += [whole_numbers(size, dimensions, generator), labels]
+    return problem
+
+
+def test_recall_by_hand():
+    # On a line: A at 0 and 3, B at 1 and 10, C at 2 alone.
+    # A 0: B 1 and C 2 are nearer than A 3 -> rank 3. A 3: C, B nearer than A 0 -> rank 3.
+    # B 1: A 0 and C 2 (both 1 away) and A 3 are nearer than B 10 -> rank 4. B 10: A 3 and C 2 are
+    # nearer than B 1 -> rank 3. C has no true match and is left out: ranks 3, 3, 4, 3.
+    embeddings = torch.tensor([[0.], [3.], [1.], [10.], [2.]])
+    labels = torch.tensor([0, 0, 1, 1, 2])
+    assert evaluate.recall_at_k(embeddings, labels, k_vals=(1, 2, 3, 4)) == {
+        "recall@1": 0.0, "recall@2": 0.0, "recall@3": 0.75, "recall@4": 1.0}
+
+
+def test_recall_with_a_gallery_by_hand():
+    # Query A at 0: gallery A at 2 is nearer than B at -3 -> rank 1. Query B at 0: A at 2 is nearer
+    # than B at -3 -> rank 2. Query C: no C in the gallery, left out. Recall at 1 is 1 of 2.
+    scores = evaluate.recall_at_k(torch.zeros(3, 1), torch.tensor([0, 1, 2]),
+                                  torch.tensor([[2.], [-3.]]), torch.tensor([0, 1]), (1, 2))
+    assert scores == {"recall@1": 0.5, "recall@2": 1.0}
+
+
+def test_a_wrong_row_exactly_as_near_counts_as_nearer():
+    # Query A at 0, between A at 1 and B at -1, both 1 away: the tie goes to B, rank 2.
+    scores = evaluate.recall_at_k(torch.zeros(1, 1), torch.tensor([0]),
+                                  torch.tensor([[1.], [-1.]]), torch.tensor([0, 1]), (1, 2))
+    assert scores == {"recall@1": 0.0, "recall@2": 1.0}
+
+
+@pytest.mark.parametrize("with_gallery", [False, True])
+@pytest.mark.parametrize("first_seed", [0, 100, 200])
+def test_recall_equals_brute_force_with_ties_and_duplicates(with_gallery, first_seed):
+    wrong = []
+    for seed in range(first_seed, first_seed + 100):
+        problem = whole_number_problem(seed, with_gallery)
+        if evaluate.recall_at_k(*problem, k_vals=(1, 2, 4)) != brute_force_recall(*problem):
+            wrong.append(seed)
+    assert not wrong, f"{len(wrong)} of 100 seeds differ"
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_recall_equals_brute_force_without_ties(seed):
+    generator = torch.Generator().manual_seed(seed)
+    queries, gallery = unit_rows(30, 8, seed), unit_rows(25, 8, seed + 1000)
+    labels = random_ints(6, 30, generator)
+    assert evaluate.recall_at_k(queries, labels, k_vals=(1, 2, 4)) == (
+        brute_force_recall(queries, labels))
+    problem = (queries, labels, gallery, random_ints(5, 25, generator))
+    assert evaluate.recall_at_k(*problem, k_vals=(1, 2, 4)) == brute_force_recall(*problem)
+
+
+@pytest.mark.parametrize("count, dimensions", [(5, 3), (37, 17), (64, 64), (150, 128)])
+def test_recall_with_exact_copies_of_real_valued_rows(count, dimensions):
+    # Each row exists three times, twice in its class and once in another: rank 2 for the former,
+    # and the third copies are lone.
+    rows = unit_rows(count, dimensions).repeat(3, 1)
+    labels = torch.cat([torch.arange(count), torch.arange(count), torch.arange(count) + count])
+    assert evaluate.recall_at_k(rows, labels, k_vals=(1, 2)) == {"recall@1": 0.0, "recall@2": 1.0}
+
+
+def test_recall_of_collapsed_embeddings_is_the_worst():
+    # All rows equal: each of the 6 rows of other classes counts as nearer, so rank 7 of 8.
+    rows = unit_rows(1, 16).repeat(9, 1)
+    scores = evaluate.recall_at_k(rows, torch.arange(9) // 3, k_vals=(1, 6, 7, 8))
+    assert scores == {"recall@1": 0.0, "recall@6": 0.0, "recall@7": 1.0, "recall@8": 1.0}
+
+
+def test_recall_is_exact_for_nearly_collapsed_embeddings():
+    rows, labels = nearly_collapsed(120, 32), torch.arange(120) % 12
+    assert evaluate.recall_at_k(rows, labels, k_vals=(1, 2, 4)) == brute_force_recall(rows, labels)
+
+
+def test_lone_queries_are_left_out_of_the_mean():
+    rows, labels = unit_rows(40, 8), torch.arange(40) % 8
+    lone = 100 + torch.arange(10)
+    ranks = [r for r in brute_force_ranks(torch.cat([rows, unit_rows(10, 8, seed=1)]),
+                                          torch.cat([labels, lone])) if r]
+    assert len(ranks) == 40
+    scores = evaluate.recall_at_k(torch.cat([rows, unit_rows(10, 8, seed=1)]),
+                                  torch.cat([labels, lone]), k_vals=(3,))
+    assert scores == {"recall@3": sum(rank <= 3 for rank in ranks) / 40}
+
+
+@pytest.mark.parametrize("elements", BLOCK_SIZES)
+@pytest.mark.parametrize("with_gallery", [False, True])
+def test_recall_does_not_depend_on_the_blocks(monkeypatch, elements, with_gallery):
+    queries, labels = unit_rows(50, 16), torch.arange(50) % 7
+    problem = [queries, labels] + [unit_rows(31, 16, seed=1), torch.arange(31) % 7] * with_gallery
+    monkeypatch.setattr(evaluate, "BLOCK_ELEMENTS", elements)
+    assert evaluate.recall_at_k(*problem, k_vals=(1, 2, 4)) == brute_force_recall(*problem)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_recall_is_the_same_in_float32_and_float64(seed):
+    rows, labels = unit_rows(400, 32, seed), torch.arange(400) % 40
+    assert evaluate.recall_at_k(rows, labels) == evaluate.recall_at_k(rows.double(), labels)
+
+
+@pytest.mark.parametrize("names", [[5, 900, -3, 17],
+                                   [2 ** 62, 2 ** 62 + 1, 2 ** 62 + 2, -2 ** 62]])
+def test_labels_may_be_any_integers(names):
+    rows, labels = unit_rows(60, 8), torch.arange(60) % 4
+    renamed = torch.tensor(names)[labels]
+    assert evaluate.evaluate_embeddings(rows, renamed) == pytest.approx(
+        evaluate.evaluate_embeddings(rows, labels))
+    assert evaluate.distance_ratio(rows, renamed) == pytest.approx(
+        evaluate.distance_ratio(rows, labels))
+
+
+def test_the_order_of_the_rows_does_not_matter():
+    rows, labels = unit_rows(60, 8), torch.arange(60) % 9
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    assert evaluate.recall_at_k(rows[order], labels[order]) == evaluate.recall_at_k(rows, labels)
+
+
+def test_recall_rises_with_k_to_one():
+    scores = evaluate.recall_at_k(unit_rows(30, 4), torch.arange(30) % 10, k_vals=range(1, 30))
+    values = list(scores.values())
+    assert list(scores) == [f"recall@{k}" for k in range(1, 30)]
+    assert values == sorted(values) and values[-1] == 1.0
+    assert all(type(value) is float for value in values)
+
+
+@pytest.mark.parametrize("k, with_gallery, most", [(0, False, 5), (6, False, 5), (4, True, 3)])
+def test_recall_refuses_k_out_of_range(k, with_gallery, most):
+    problem = [unit_rows(6, 2), torch.arange(6) % 2]
+    problem += [unit_rows(3, 2), torch.arange(3) % 2] * with_gallery
+    with pytest.raises(ValueError, match=rf"--k_vals {k}: .*1 to {most}"):
+        evaluate.recall_at_k(*problem, k_vals=(1, k))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("part", ["query", "gallery"])
+def test_rows_that_are_not_finite_are_named(value, part):
+    problem = {"query": unit_rows(6, 4), "gallery": unit_rows(5, 4, seed=1)}
+    problem[part][3, 2] = problem[part][4, 0] = value
+    with pytest.raises(ValueError, match=rf"2 of \d {part} embeddings are not finite.* row 3"):
+        evaluate.recall_at_k(problem["query"], torch.arange(6) % 2, problem["gallery"],
+                             torch.arange(5) % 2, k_vals=(1,))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3, 1e15, 1e20, 1e30])
+def test_recall_of_large_rows_is_right_or_refused(scale):
+    # 1e20 squared is above float32's largest number; such rows must not come out as perfect.
+    rows, labels = unit_rows(20, 4), torch.arange(20) // 2
+    try:
+        scores = evaluate.recall_at_k(rows * scale, labels, k_vals=(1, 2, 4))
+    except ValueError as error:
+        assert scale >= 1e20 and "true match" not in str(error)
+    else:
+        assert scores == brute_force_recall(rows, labels)
+
+
+@pytest.mark.parametrize("queries, labels, gallery, gallery_labels, message", [
+    ((6, 4), 5, None, None, r"query embeddings of shape \[6, 4\] with 5 labels"),
+    ((6, 4), 6, (5, 4), 4, r"gallery embeddings of shape \[5, 4\] with 4 labels"),
+    ((6, 4), 6, (5, 3), 5, "query embeddings have 4 dimensions, gallery embeddings 3"),
+    ((6,), 6, None, None, r"expected \[N, D\]"),
+    ((0, 4), 0, None, None, "N above 0"),
+    ((6, 4), 6, (0, 4), 0, "gallery embeddings"),
+])
+def test_inputs_that_do_not_belong_together(queries, labels, gallery, gallery_labels, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate.recall_at_k(torch.ones(queries), torch.zeros(labels, dtype=torch.long),
+                             None if gallery is None else torch.ones(gallery),
+                             None if gallery is None else torch.zeros(gallery_labels).long(),
+                             k_vals=(1,))
+
+
+@pytest.mark.parametrize("labels, gallery_labels", [(range(6), None), ([0, 0, 1, 1], [2, 3, 4])])
+def test_no_query_with_a_true_match(labels, gallery_labels):
+    labels = torch.tensor(labels)
+    gallery = None if gallery_labels is None else unit_rows(len(gallery_labels), 3)
+    gallery_labels = None if gallery_labels is None else torch.tensor(gallery_labels)
+    with pytest.raises(ValueError, match="no query has a true match"):
+        evaluate.recall_at_k(unit_rows(len(labels), 3), labels, gallery, gallery_labels, (1,))
+
+
+# ---- k-means
+
+
+def objective(embeddings, assignments, centroids):
+    return (embeddings.double() - centroids.double()[assignments]).square().sum().item()
+
+
+def blobs(sizes, dimensions, spread, seed=0):
+    """Rows around len(sizes) centres, and the centre of each row."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(len(sizes), dimensions, generator=generator)
+    labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    rows = centres[labels] + spread * torch.randn(len(labels), dimensions, generator=generator)
+    return rows, labels
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_kmeans_by_hand(seed):
+    # Wherever two centroids start among 0, 1, 9, 10, the clusters end as {0, 1} and {9, 10}.
+    assignments, centroids = evaluate.kmeans(torch.tensor([[0.], [1.], [9.], [10.]]), 2, seed=seed)
+    assert sorted(centroids.flatten().tolist()) == [0.5, 9.5]
+    assert centroids[assignments].flatten().tolist() == [0.5, 0.5, 9.5, 9.5]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("sizes, spread", [([40] * 6, 0.1), ([90, 5, 30, 12, 3], 0.6),
+                                           ([200], 1.0)])
+def test_kmeans_is_as_good_as_scikit_learn_from_the_same_start(seed, sizes, spread):
+    rows, _ = blobs(sizes, 8, spread, seed)
+    _, start = evaluate.kmeans(rows, 7, iterations=0, seed=seed)
+    reference = KMeans(7, init=start.double().numpy(), n_init=1, max_iter=20, tol=0)
+    reference.fit(rows.double().numpy())
+    assert objective(rows, *evaluate.kmeans(rows, 7, seed=seed)) <= reference.inertia_ * 1.001
+
+
+def test_kmeans_of_nearly_collapsed_embeddings():
+    rows = nearly_collapsed(200, 16)
+    _, start = evaluate.kmeans(rows, 5, iterations=0)
+    shifted = rows.double() - rows.double().mean(0)  # the same clusters, without the large offset
+    reference = KMeans(5, init=(start.double() - rows.double().mean(0)).numpy(), n_init=1,
+                       max_iter=20, tol=0).fit(shifted.numpy())
+    assert objective(rows, *evaluate.kmeans(rows, 5)) <= reference.inertia_ * 1.02
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kmeans_starts_at_distinct_rows_drawn_with_the_seed(seed):
+    rows = unit_rows(30, 4)
+    _, start = evaluate.kmeans(rows, 10, iterations=0, seed=seed)
+    index = float64_distances(start, rows).argmin(1)
+    assert len(set(index.tolist())) == 10
+    torch.testing.assert_close(start, rows[index])
+    _, other = evaluate.kmeans(rows, 10, iterations=0, seed=seed + 1)
+    assert not torch.equal(start, other)
+
+
+def test_kmeans_is_a_function_of_the_seed_alone():
+    rows = unit_rows(80, 4)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = evaluate.kmeans(rows, 9, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)  # nothing is drawn globally
+    torch.manual_seed(2)
+    second = evaluate.kmeans(rows, 9, seed=3)
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 3, 20])
+def test_kmeans_assigns_each_row_to_its_nearest_centroid(iterations):
+    rows = unit_rows(70, 5)
+    assignments, centroids = evaluate.kmeans(rows, 6, iterations)
+    assert assignments.dtype == torch.int64
+    assert assignments.tolist() == float64_distances(rows, centroids).argmin(1).tolist()
+
+
+def test_kmeans_improves_with_every_iteration():
+    rows = unit_rows(300, 8)
+    values = [objective(rows, *evaluate.kmeans(rows, 12, iterations)) for iterations in range(8)]
+    assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(values))
+    assert values[-1] < values[0]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_empty_clusters_are_seeded_anew(seed):
+    # Four points in 25 copies each: four starts among them usually coincide, which leaves clusters
+    # empty; only with all four in use is the objective zero.
+    points = torch.tensor([[0., 0.], [0., 5.], [7., 0.], [20., 20.]])
+    rows = points.repeat(25, 1)
+    assignments, centroids = evaluate.kmeans(rows, 4, seed=seed)
+    assert Counter(assignments.tolist()) == {cluster: 25 for cluster in range(4)}
+    assert objective(rows, assignments, centroids) == 0
+
+
+def test_some_starts_of_the_previous_test_do_coincide():
+    rows = torch.tensor([[0., 0.], [0., 5.], [7., 0.], [20., 20.]]).repeat(25, 1)
+    starts = [evaluate.kmeans(rows, 4, iterations=0, seed=seed)[1] for seed in range(10)]
+    assert min(len(start.unique(dim=0)) for start in starts) < 4
+
+
+def test_kmeans_with_fewer_distinct_rows_than_clusters():
+    assignments, centroids = evaluate.kmeans(torch.ones(10, 3), 4)
+    assert torch.isfinite(centroids).all()
+    assert objective(torch.ones(10, 3), assignments, centroids) == 0
+
+
+def test_kmeans_stops_early_at_a_fixed_point(monkeypatch):
+    calls = []
+    nearest = evaluate.nearest_centroids
+    monkeypatch.setattr(evaluate, "nearest_centroids",
+                        lambda *arguments: calls.append(1) or nearest(*arguments))
+    rows, _ = blobs([20] * 3, 4, 0.01)
+    assignments, centroids = evaluate.kmeans(rows, 3, iterations=1000)
+    assert len(calls) < 20
+    for cluster in range(3):
+        torch.testing.assert_close(centroids[cluster], rows[assignments == cluster].mean(0))
+
+
+def test_kmeans_makes_at_most_the_given_iterations(monkeypatch):
+    calls = []
+    nearest = evaluate.nearest_centroids
+    monkeypatch.setattr(evaluate, "nearest_centroids",
+                        lambda *arguments: calls.append(1) or nearest(*arguments))
+    evaluate.kmeans(unit_rows(400, 8), 20, iterations=3)
+    assert len(calls) == 1 + 3  # the start, and one assignment after each update
+
+
+def test_one_cluster_is_the_mean_and_as_many_as_rows_are_the_rows():
+    rows = unit_rows(15, 4)
+    assignments, centroids = evaluate.kmeans(rows, 1)
+    assert assignments.tolist() == [0] * 15
+    torch.testing.assert_close(centroids[0], rows.mean(0))
+    assignments, centroids = evaluate.kmeans(rows, 15)
+    assert sorted(assignments.tolist()) == list(range(15))
+    torch.testing.assert_close(centroids[assignments], rows)
+
+
+@pytest.mark.parametrize("clusters", [0, -1, 16])
+def test_kmeans_refuses_more_clusters_than_rows(clusters):
+    with pytest.raises(ValueError, match=f"{clusters} clusters of 15 embeddings.* 1 to 15"):
+        evaluate.kmeans(unit_rows(15, 4), clusters)
+
+
+@pytest.mark.parametrize("elements", BLOCK_SIZES)
+def test_kmeans_does_not_depend_on_the_blocks(monkeypatch, elements):
+    rows, _ = blobs([20] * 4, 6, 0.05)
+    whole = evaluate.kmeans(rows, 4)[0]
+    monkeypatch.setattr(evaluate, "BLOCK_ELEMENTS", elements)
+    assert torch.equal(evaluate.kmeans(rows, 4)[0], whole)
+
+
+# ---- clusters against classes
+
+
+def clusterings(first_seed, count):
+    """Pairs (assignments, labels) of few to many clusters and classes; every third pair agrees."""
+    for seed in range(first_seed, first_seed + count):
+        generator = torch.Generator().manual_seed(seed)
+        size, clusters, classes = (1 + random_ints(high, 1, generator).item()
+                                   for high in (60, 20, 20))
+        labels = random_ints(classes, size, generator)
+        yield (labels * 3 + 7 if seed % 3 == 0 else random_ints(clusters, size, generator)), labels
+
+
+def entropy(keys):
+    counts = Counter(keys).values()
+    return -sum(n / len(keys) * math.log(n / len(keys)) for n in counts)
+
+
+def test_nmi_by_hand():
+    # Entropy of the classes 2 + 2: ln 2 = 0.693147; of the clusters 3 + 1: 0.75 ln(4/3) +
+    # 0.25 ln 4 = 0.562335. Mutual information: 0.5 ln(0.5 / 0.375) + 0.25 ln(0.25 / 0.375) +
+    # 0.25 ln(0.25 / 0.125) = 0.143841 - 0.101366 + 0.173287 = 0.215762.
+    # 0.215762 / ((0.693147 + 0.562335) / 2) = 0.343711.
+    clusters, labels = torch.tensor([0, 0, 0, 1]), torch.tensor([5, 5, 9, 9])
+    assert evaluate.nmi(clusters, labels) == pytest.approx(0.343711, abs=1e-6)
+
+
+def test_nmi_equals_the_entropies_and_scikit_learn():
+    for clusters, labels in clusterings(0, 300):
+        pairs = list(zip(clusters.tolist(), labels.tolist()))
+        entropies = entropy(clusters.tolist()), entropy(labels.tolist())
+        shared = sum(entropies) - entropy(pairs)
+        score = evaluate.nmi(clusters, labels)
+        assert score == pytest.approx(normalized_mutual_info_score(labels, clusters), abs=1e-12)
+        if sum(entropies):
+            assert score == pytest.approx(2 * shared / sum(entropies), abs=1e-9)
+
+
+@pytest.mark.parametrize("metric", [evaluate.nmi, evaluate.f1], ids=["nmi", "f1"])
+def test_nmi_and_f1_stay_between_0_and_1(metric):
+    scores = [metric(*pair) for pair in clusterings(0, 500)]
+    assert all(type(score) is float for score in scores)
+    assert min(scores) >= 0
+    assert max(scores) <= 1, f"{sum(score > 1 for score in scores)} of 500 are above 1"
+
+
+def test_nmi_of_equal_and_of_independent_partitions():
+    labels = torch.arange(40) % 4
+    assert evaluate.nmi(10 - labels, labels) == pytest.approx(1)
+    assert evaluate.nmi(torch.arange(40) // 20, labels) == pytest.approx(0, abs=1e-12)
+
+
+def test_f1_by_hand():
+    # Clusters {0, 1, 2}, {3}; classes {0, 1}, {2, 3}. Pairs in one cluster: 01, 02, 12; in one
+    # class: 01, 23; in both: 01. Precision 1/3, recall 1/2, F1 = 2 (1/3)(1/2) / (1/3 + 1/2) = 0.4.
+    clusters, labels = torch.tensor([0, 0, 0, 1]), torch.tensor([5, 5, 9, 9])
+    assert evaluate.f1(clusters, labels) == pytest.approx(0.4)
+
+
+def test_f1_equals_a_loop_over_pairs_and_scikit_learn():
+    for clusters, labels in clusterings(1000, 300):
+        both = in_cluster = in_class = 0
+        rows = zip(clusters.tolist(), labels.tolist())
+        for (cluster, label), (other_cluster, other_label) in itertools.combinations(rows, 2):
+            in_cluster += cluster == other_cluster
+            in_class += label == other_label
+            both += cluster == other_cluster and label == other_label
+        precision, recall = both / max(1, in_cluster), both / max(1, in_class)
+        expected = 2 * precision * recall / (precision + recall) if both else 0
+        assert evaluate.f1(clusters, labels) == pytest.approx(expected, abs=1e-12)
+        (_, fp), (fn, tp) = pair_confusion_matrix(labels.numpy(), clusters.numpy())
+        assert evaluate.f1(clusters, labels) == pytest.approx(2 * tp / max(1, 2 * tp + fp + fn))
+
+
+def test_f1_of_equal_partitions_of_lone_rows_and_of_many_rows():
+    labels = torch.arange(40) % 4
+    assert evaluate.f1(10 - labels, labels) == 1
+    assert evaluate.f1(torch.arange(5), torch.arange(5)) == 0  # no pair at all
+    # 200,000 rows have 2e10 pairs, more than 32 bits hold: one cluster of all, two equal classes.
+    labels = torch.arange(200_000) % 2
+    n = 100_000
+    expected = 2 * (n * (n - 1)) / (2 * n * (2 * n - 1) / 2 + n * (n - 1))
+    assert evaluate.f1(torch.zeros(2 * n).long(), labels) == pytest.approx(expected)
+
+
+# ---- distance ratio
+
+
+def slow_distance_ratio(embeddings, labels):
+    """Mean over classes of the mean distance of their pairs, over that of the classes' centres."""
+    rows, labels = embeddings.double().numpy(), labels.tolist()
+    classes = {label: [row for row, own in zip(rows, labels) if own == label] for label in labels}
+    within = [np.mean([np.linalg.norm(a - b) for a, b in itertools.combinations(members, 2)])
+              for members in classes.values() if len(members) > 1]
+    centres = [np.mean(members, 0) for members in classes.values()]
+    between = [np.linalg.norm(a - b) for a, b in itertools.combinations(centres, 2)]
+    if not within:
+        return 0.0
+    return np.mean(within) / np.mean(between) if between and np.mean(between) else np.inf
+
+
+def test_distance_ratio_by_hand():
+    # Class 0 at 0, 2: mean pair distance 2, centre 1. Class 1 at 4, 6, 8: pairs 2, 2, 4, mean 8/3,
+    # centre 6. Class 2 at 11 alone: no pair, centre 11. Within (2 + 8/3) / 2 = 7/3; between the
+    # centres 5, 10 and 5, mean 20/3. 7/3 over 20/3 = 0.35.
+    rows = torch.tensor([[0.], [4.], [6.], [2.], [11.], [8.]])
+    assert evaluate.distance_ratio(rows, torch.tensor([0, 1, 1, 0, 2, 1])) == pytest.approx(0.35)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 7, 40])
+@pytest.mark.parametrize("count", [41, 90])
+def test_distance_ratio_equals_loops(monkeypatch, classes, count):
+    generator = torch.Generator().manual_seed(classes)
+    labels = random_ints(classes, count, generator) * 10  # of all sizes, single members too
+    rows = unit_rows(count, 16)
+    expected = slow_distance_ratio(rows, labels)
+    assert evaluate.distance_ratio(rows, labels) == pytest.approx(expected, rel=1e-4)
+    monkeypatch.setattr(evaluate, "BLOCK_ELEMENTS", 50)
+    assert evaluate.distance_ratio(rows, labels) == pytest.approx(expected, rel=1e-4)
+
+
+def test_distance_ratio_of_nearly_collapsed_embeddings():
+    rows, labels = nearly_collapsed(120, 16), torch.arange(120) % 40
+    assert evaluate.distance_ratio(rows, labels) == pytest.approx(
+        slow_distance_ratio(rows, labels), rel=1e-2)
+
+
+@pytest.mark.parametrize("classes", [2, 30])
+def test_distance_ratio_without_pairs_or_with_coinciding_centres(classes):
+    rows = unit_rows(classes, 4)
+    assert evaluate.distance_ratio(rows, torch.arange(classes)) == 0
+    # Around one centre, each class a row and its mirror image, in whole numbers: centres equal.
+    rows = torch.arange(1, classes + 1).float().unsqueeze(1) * torch.ones(1, 3)
+    assert evaluate.distance_ratio(torch.cat([4 + rows, 4 - rows]),
+                                   torch.arange(classes).repeat(2)) == float("inf")
+
+
+# ---- all metrics at once
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("with_gallery", [False, True])
+def test_evaluate_embeddings_keys_and_range(seed, with_gallery):
+    problem = whole_number_problem(seed, with_gallery)
+    scores = evaluate.evaluate_embeddings(*problem, k_vals=(1, 3), seed=seed)
+    assert list(scores) == ["recall@1", "recall@3", "nmi", "f1"]
+    assert all(type(score) is float and 0 <= score <= 1 for score in scores.values())
+
+
+def test_evaluate_embeddings_of_well_separated_classes_are_perfect():
+    rows, labels = blobs([12, 20], 8, 1e-3)
+    assert evaluate.evaluate_embeddings(rows, labels) == pytest.approx(
+        {"recall@1": 1, "recall@2": 1, "recall@4": 1, "recall@8": 1, "nmi": 1, "f1": 1})
+
+
+def test_evaluate_embeddings_is_each_metric():
+    rows, labels = blobs([9, 30, 4, 14], 8, 0.7)
+    assignments, _ = evaluate.kmeans(rows, 4, seed=5)
+    assert evaluate.evaluate_embeddings(rows, labels, seed=5) == {
+        **evaluate.recall_at_k(rows, labels), "nmi": evaluate.nmi(assignments, labels),
+        "f1": evaluate.f1(assignments, labels)}
+
+
+def test_queries_and_gallery_are_clustered_together(monkeypatch):
+    seen = {}
+
+    def kmeans(embeddings, num_clusters, iterations=20, seed=0):
+        seen.update(embeddings=embeddings, num_clusters=num_clusters, seed=seed)
+        return torch.arange(len(embeddings)) % 2, None
+
+    monkeypatch.setattr(evaluate, "kmeans", kmeans)
+    queries, gallery = unit_rows(6, 4), unit_rows(5, 4, seed=1)
+    query_labels, gallery_labels = torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([0, 1, 2, 7, 7])
+    scores = evaluate.evaluate_embeddings(queries, query_labels, gallery, gallery_labels, (1,), 3)
+    assert torch.equal(seen["embeddings"], torch.cat([queries, gallery]))
+    assert (seen["num_clusters"], seen["seed"]) == (4, 3)  # classes 0, 1, 2 and 7
+    labels = torch.cat([query_labels, gallery_labels])
+    assert scores["f1"] == evaluate.f1(torch.arange(11) % 2, labels)
+    assert scores["nmi"] == evaluate.nmi(torch.arange(11) % 2, labels)
+
+
+# ---- embeddings of a network
+
+
+class Numbered(torch.utils.data.Dataset):
+    """Items (image i filled with i, label) as image datasets give them; load is for pictures."""
+
+    def __init__(self, labels, class_names=None, offset=0):
+        self.labels = list(labels)
+        self.class_names = class_names or [f"class {i}" for i in range(max(self.labels) + 1)]
+        self.offset = offset
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return torch.full((3, 2, 2), float(self.offset + i)), self.labels[i]
+
+    def load(self, i):
+        return Image.new("RGB", (8, 6), (self.offset + i, 0, 0))
+
+    def images(self):
+        return torch.stack([self[i][0] for i in range(len(self))])
+
+
+def small_network(seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5), torch.nn.Tanh(),
+                                   torch.nn.BatchNorm1d(5)).eval()
+
+
+@pytest.mark.parametrize("count, batch_size", [(10, 5), (10, 4), (10, 100), (1, 3)])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_embed_is_the_forward_pass_in_order(count, batch_size, workers):
+    dataset = Numbered([(7 * i) % 5 for i in range(count)])
+    network = small_network()
+    embeddings, labels = evaluate.embed(network, dataset, "cpu", batch_size, workers)
+    assert embeddings.dtype == torch.float32 and labels.dtype == torch.int64
+    assert labels.tolist() == dataset.labels
+    with torch.no_grad():
+        torch.testing.assert_close(embeddings, network(dataset.images()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_embed_gives_float32_whatever_the_network_computes_in(dtype):
+    dataset = Numbered(range(6))
+    embeddings, _ = evaluate.embed(lambda images: images.flatten(1).to(dtype), dataset, "cpu", 4)
+    assert embeddings.dtype == torch.float32
+    torch.testing.assert_close(embeddings, dataset.images().flatten(1))
+
+
+def test_embed_runs_in_inference_mode_in_batches_and_leaves_the_network_alone():
+    seen = []
+
+    def network(images):
+        seen.append((torch.is_inference_mode_enabled(), len(images)))
+        return images.flatten(1)
+
+    embeddings, _ = evaluate.embed(network, Numbered(range(10)), torch.device("cpu"), 4)
+    assert seen == [(True, 4), (True, 4), (True, 2)]
+    assert not embeddings.requires_grad
+    trained = small_network()
+    before = {name: value.clone() for name, value in trained.state_dict().items()}
+    evaluate.embed(trained, Numbered(range(10)), "cpu", 4)
+    assert not trained.training
+    assert all(torch.equal(value, before[name]) for name, value in trained.state_dict().items())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_embed_draws_nothing_from_the_global_generator(workers):
+    state = torch.get_rng_state()
+    evaluate.embed(small_network(), Numbered(range(6)), "cpu", 4, workers)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# ---- evaluation sets
+
+
+def test_evaluate_sets_with_one_set_without_a_name():
+    dataset = Numbered([i % 3 for i in range(12)])
+    network = small_network()
+    metrics, embedded = evaluate.evaluate_sets(network, [("", dataset, None)], "cpu", (1, 2), 5)
+    rows, labels = evaluate.embed(network, dataset, "cpu")
+    assert metrics == pytest.approx(evaluate.evaluate_embeddings(rows, labels, k_vals=(1, 2)))
+    assert list(metrics) == ["recall@1", "recall@2", "nmi", "f1"]
+    (queries, gallery), = embedded
+    torch.testing.assert_close(queries, rows)
+    assert gallery is None
+
+
+def test_evaluate_sets_puts_the_names_first_and_embeds_each_set_once():
+    sets = [("small", Numbered([0, 0, 1, 1, 2, 2]), None),
+            ("shop", Numbered([0, 1, 2, 0], offset=50), Numbered([2, 1, 0, 0, 1], offset=90))]
+    seen = []
+
+    def network(images):
+        seen.extend(images[:, 0, 0, 0].tolist())
+        return torch.stack([images[:, 0, 0, 0].sin(), images[:, 0, 0, 0].cos()], 1)
+
+    metrics, embedded = evaluate.evaluate_sets(network, sets, "cpu", (1, 3), 4, 0, 1, True)
+    keys = ["recall@1", "recall@3", "nmi", "f1", "dist_ratio"]
+    assert list(metrics) == [f"{name} {key}" for name in ("small", "shop") for key in keys]
+    assert seen == [*range(6), *range(50, 54), *range(90, 95)]
+    _, (queries, gallery) = embedded
+    assert queries.shape == (4, 2) and gallery.shape == (5, 2)
+    labels = torch.tensor([0, 1, 2, 0, 2, 1, 0, 0, 1])
+    assert metrics["shop dist_ratio"] == pytest.approx(
+        slow_distance_ratio(torch.cat([queries, gallery]), labels), rel=1e-4)
+    expected = evaluate.evaluate_embeddings(queries, labels[:4], gallery, labels[4:], (1, 3), 1)
+    assert {key: metrics[f"shop {key}"] for key in expected} == expected
+
+
+# ---- sample recoveries
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The rows that draw_recoveries hands to the picture, as lists of (image number, role)."""
+    captured = []
+
+    def save_image_grid(path, rows, **_):
+        captured.append([[(image.getpixel((0, 0))[0], role) for image, role in row]
+                         for row in rows])
+
+    monkeypatch.setattr(auxiliaries, "save_image_grid", save_image_grid)
+    return captured
+
+
+def expected_recoveries(query, queries, others, distances, offset, neighbours):
+    """The row of a query by brute force; distances: of the query to every row it may find."""
+    query_class = queries.class_names[queries.labels[query]]
+    row = [(query, "query")]
+    for i in np.argsort(distances)[:neighbours]:
+        if np.isfinite(distances[i]):
+            hit = others.class_names[others.labels[i]] == query_class
+            row.append((offset + i, "hit" if hit else "miss"))
+    return row
+
+
+@pytest.mark.parametrize("with_gallery", [False, True])
+@pytest.mark.parametrize("rows, neighbours", [(10, 5), (3, 2), (100, 1)])
+def test_recoveries_are_the_nearest_by_brute_force(drawn, with_gallery, rows, neighbours):
+    queries = Numbered([i % 4 for i in range(20)], ["cat", "dog", "emu", "fox"])
+    # The gallery numbers the classes in another order; its names decide.
+    gallery = Numbered([i % 3 for i in range(15)], ["fox", "cat", "owl"], offset=100)
+    query_rows, gallery_rows = unit_rows(20, 6), unit_rows(15, 6, seed=1)
+    evaluate.draw_recoveries("unused", queries, gallery if with_gallery else None, query_rows,
+                             gallery_rows if with_gallery else None, 0, rows, neighbours)
+    distances = float64_distances(query_rows, gallery_rows if with_gallery else query_rows)
+    if not with_gallery:
+        np.fill_diagonal(distances, np.inf)
+    grid, = drawn
+    chosen = [row[0][0] for row in grid]
+    assert len(set(chosen)) == len(grid) == min(rows, 20)
+    for row in grid:
+        query = row[0][0]
+        assert row == expected_recoveries(query, queries, gallery if with_gallery else queries,
+                                          distances[query], 100 * with_gallery, neighbours)
+
+
+def test_recoveries_depend_on_the_seed_alone(drawn):
+    dataset, rows = Numbered([i % 4 for i in range(30)]), unit_rows(30, 6)
+    state = torch.get_rng_state()
+    for seed in (1, 1, 2):
+        evaluate.draw_recoveries("unused", dataset, None, rows, None, seed)
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_recoveries_of_fewer_images_than_neighbours(drawn, count):
+    dataset = Numbered([0] * count)
+    evaluate.draw_recoveries("unused", dataset, None, unit_rows(count, 3), None, neighbours=5)
+    grid, = drawn
+    for row in grid:
+        assert row[0][1] == "query" and [role for _, role in row[1:]] == ["hit"] * (count - 1)
+        assert sorted(number for number, _ in row) == list(range(count))
+
+
+def test_recoveries_from_a_gallery_smaller_than_neighbours(drawn):
+    evaluate.draw_recoveries("unused", Numbered([0, 1]), Numbered([0, 1], offset=50),
+                             torch.eye(2), torch.eye(2), neighbours=5)
+    grid, = drawn
+    assert sorted(grid) == [[(0, "query"), (50, "hit"), (51, "miss")],
+                            [(1, "query"), (51, "hit"), (50, "miss")]]
+
+
+def test_recoveries_never_show_the_query_among_its_copies(drawn):
+    dataset = Numbered([0] * 12)
+    evaluate.draw_recoveries("unused", dataset, None, torch.ones(12, 3), None, neighbours=5)
+    for row in drawn[0]:
+        numbers = [number for number, _ in row]
+        assert len(numbers) == len(set(numbers)) == 6
+
+
+def test_recoveries_are_written_as_a_picture(tmp_path):
+    path = tmp_path / "recoveries.png"
+    dataset = Numbered([i % 2 for i in range(8)])
+    evaluate.draw_recoveries(path, dataset, None, unit_rows(8, 3), None, rows=4)
+    with Image.open(path) as picture:
+        assert picture.format == "PNG" and min(picture.size) > 4 * 8
+    assert [file.name for file in tmp_path.iterdir()] == ["recoveries.png"]

@@ -1,0 +1,955 @@
+"""trainers.py on tiny linear models: every argument is shown to act, one test each.
+
+The data of most tests are sixteen numbered rows, labelled by their number, so that what arrived
+at the loss says which rows were drawn and in which order.
+"""
+
+import copy
+import inspect
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, TensorDataset
+
+from trainers import BaseTrainer, MetricLossOnly
+
+ROWS, BATCH, BATCHES = 16, 4, 4
+
+
+def numbered(count=ROWS):
+    """Rows (i, i, i) / 10 with label i."""
+    numbers = torch.arange(count)
+    return TensorDataset(numbers.unsqueeze(1).expand(-1, 3) / 10, numbers)
+
+
+def rows_labelled(labels):
+    """A dataset of rows (i, i, i) / 10 with any labels, one item each."""
+    return [(torch.full((3,), i / 10), label) for i, label in enumerate(labels)]
+
+
+class MeanSquare(torch.nn.Module):
+    """Mean square of the embeddings, times a weight of its own; keeps what it was called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.seen = []
+
+    def forward(self, embeddings, labels, indices_tuple=None):
+        self.seen.append((embeddings.detach().clone(), labels.clone(), indices_tuple))
+        return self.scale * embeddings.square().mean()
+
+    def labels(self):
+        return [labels.tolist() for _, labels, _ in self.seen]
+
+
+class InOrder(Sampler):
+    """The given indices in their order; keeps the numbers given to set_epoch."""
+
+    def __init__(self, indices=range(ROWS)):
+        self.indices, self.epochs = list(indices), []
+
+    def set_epoch(self, epoch):
+        self.epochs.append(epoch)
+
+    def __iter__(self):
+        return iter(self.indices)
+
+    def __len__(self):
+        return len(self.indices)
+
+
+def linear(inputs=3, outputs=2, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return torch.nn.Linear(inputs, outputs)
+
+
+def sgd(module, lr=0.1):
+    return torch.optim.SGD(module.parameters(), lr)
+
+
+def make_trainer(trainer=MetricLossOnly, **changes):
+    """A trainer of a linear trunk on the numbered rows in order; changes replace its arguments."""
+    trunk = linear()
+    arguments = dict(models={"trunk": trunk}, optimizers={"trunk_optimizer": sgd(trunk)},
+                     batch_size=BATCH, loss_funcs={"metric_loss": MeanSquare()},
+                     dataset=numbered(), data_device="cpu", sampler=InOrder(),
+                     dataloader_num_workers=0)
+    return trainer(**(arguments | changes))
+
+
+def all_parts(**changes):
+    """make_trainer with trunk, embedder and loss, each with an optimizer."""
+    parts = {"trunk": linear(), "embedder": linear(2, 2, seed=1), "metric_loss": MeanSquare()}
+    return make_trainer(**(dict(
+        models={"trunk": parts["trunk"], "embedder": parts["embedder"]},
+        loss_funcs={"metric_loss": parts["metric_loss"]},
+        optimizers={f"{name}_optimizer": sgd(part) for name, part in parts.items()}) | changes))
+
+
+def part(trainer, name):
+    return dict(trainer.parts())[name]
+
+
+def weights(module):
+    return [value.detach().clone() for value in module.parameters()]
+
+
+def same(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def seen(trainer):
+    return trainer.loss_funcs["metric_loss"].labels()
+
+
+IN_ORDER = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
+
+
+# ---- the whole
+
+
+@pytest.mark.parametrize("trainer", [BaseTrainer, MetricLossOnly])
+def test_constructor_is_that_of_the_library(trainer):
+    required = inspect.Parameter.empty
+    expected = [
+        ("models", required),
+        ("optimizers", required),
+        ("batch_size", required),
+        ("loss_funcs", required),
+        ("dataset", required),
+        ("mining_funcs", None),
+        ("iterations_per_epoch", None),
+        ("data_device", None),
+        ("dtype", None),
+        ("loss_weights", None),
+        ("sampler", None),
+        ("collate_fn", None),
+        ("lr_schedulers", None),
+        ("gradient_clippers", None),
+        ("freeze_these", ()),
+        ("freeze_trunk_batchnorm", False),
+        ("label_hierarchy_level", 0),
+        ("dataloader_num_workers", 2),
+        ("data_and_label_getter", None),
+        ("dataset_labels", None),
+        ("set_min_label_to_zero", False),
+        ("end_of_iteration_hook", None),
+        ("end_of_epoch_hook", None),
+    ]
+    parameters = inspect.signature(trainer).parameters.values()
+    assert [(parameter.name, parameter.default) for parameter in parameters] == expected
+    assert {parameter.kind for parameter in parameters} == {
+        inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    train = inspect.signature(trainer.train).parameters
+    assert [(p.name, p.default) for p in train.values()][1:] == [("start_epoch", 1),
+                                                                 ("num_epochs", 1)]
+
+
+def test_arguments_may_be_given_by_position():
+    trunk, loss = linear(), MeanSquare()
+    trainer = MetricLossOnly({"trunk": trunk}, {}, 8, {"metric_loss": loss}, numbered(), {}, 3,
+                             "cpu")
+    assert trainer.iterations_per_epoch == 3 and trainer.batch_size == 8
+    assert trainer.dataloader_num_workers == 2
+
+
+class Noisy(torch.nn.Module):
+    """A loss that draws from torch's global generator, as losses that sample tuples do."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([1., 2.]))
+
+    def forward(self, embeddings, labels, indices_tuple):
+        anchors, others = indices_tuple
+        noise = torch.rand(len(anchors))
+        distances = (embeddings[anchors] - embeddings[others]).square() @ self.weight
+        return (distances * noise).mean() - embeddings.norm(dim=1).mean()
+
+
+def test_three_steps_equal_a_loop_written_by_hand():
+    def parts():
+        trunk = torch.nn.Sequential(linear(3, 4), torch.nn.Dropout(0.3), torch.nn.Tanh())
+        embedder, loss = linear(4, 2, seed=1), Noisy()
+        return trunk, embedder, loss, {
+            "trunk_optimizer": torch.optim.Adam(trunk.parameters(), 0.01, weight_decay=0.1),
+            "embedder_optimizer": torch.optim.SGD(embedder.parameters(), 0.1, momentum=0.9),
+            "metric_loss_optimizer": torch.optim.SGD(loss.parameters(), 0.05)}
+
+    def miner(embeddings, labels):
+        return torch.tensor([0, 1, 2]), torch.tensor([3, 4, 0])
+
+    dataset, losses = numbered(17), []
+    trunk, embedder, loss, optimizers = parts()
+    trainer = MetricLossOnly(
+        {"trunk": trunk, "embedder": embedder}, optimizers, 5, {"metric_loss": loss}, dataset,
+        {"tuple_miner": miner}, data_device="cpu", loss_weights={"metric_loss": 0.5},
+        dataloader_num_workers=0,
+        end_of_iteration_hook=lambda trainer: losses.append(trainer.losses["total_loss"].item()))
+    torch.manual_seed(3)
+    trainer.train()
+
+    trunk_2, embedder_2, loss_2, optimizers_2 = parts()
+    torch.manual_seed(3)
+    expected = []
+    for data, labels in DataLoader(dataset, batch_size=5, shuffle=True, drop_last=True):
+        embeddings = embedder_2(trunk_2(data))
+        value = 0.5 * loss_2(embeddings, labels, miner(embeddings, labels))
+        for optimizer in optimizers_2.values():
+            optimizer.zero_grad()
+        value.backward()
+        for optimizer in optimizers_2.values():
+            optimizer.step()
+        expected.append(value.item())
+
+    assert len(losses) == 3 and losses == expected
+    for first, second in ((trunk, trunk_2), (embedder, embedder_2), (loss, loss_2)):
+        assert same(weights(first), weights(second))
+
+
+class Shuffled(InOrder):
+    """A batch order of its own for every pass, drawn from no global generator."""
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.epochs[-1])
+        return iter(torch.randperm(ROWS, generator=generator).tolist())
+
+
+@pytest.mark.parametrize("sampler", [None, Shuffled], ids=["shuffled by torch", "sampler"])
+@pytest.mark.parametrize("iterations", [None, 3, 6])
+def test_loader_processes_do_not_change_the_numbers(sampler, iterations):
+    runs = []
+    for workers in (0, 2):
+        trunk = torch.nn.Sequential(linear(), torch.nn.Dropout(0.5))
+        trainer = make_trainer(models={"trunk": trunk}, optimizers={"trunk_optimizer": sgd(trunk)},
+                               sampler=sampler and sampler(), dataloader_num_workers=workers,
+                               iterations_per_epoch=iterations)
+        torch.manual_seed(7)
+        trainer.train(num_epochs=3)
+        runs.append((seen(trainer), weights(trunk)))
+    assert runs[0][0] == runs[1][0]
+    assert same(runs[0][1], runs[1][1])
+
+
+# ---- models, optimizers, losses
+
+
+@pytest.mark.parametrize("with_embedder", [False, True])
+def test_models(with_embedder):
+    trunk, embedder = linear(), linear(2, 5, seed=1)
+    models = {"trunk": trunk} | ({"embedder": embedder} if with_embedder else {})
+    trainer = make_trainer(models=models, optimizers={})
+    trainer.train()
+    data = numbered()[:BATCH][0]
+    expected = embedder(trunk(data)) if with_embedder else trunk(data)
+    torch.testing.assert_close(trainer.loss_funcs["metric_loss"].seen[0][0], expected)
+    torch.testing.assert_close(trainer.compute_embeddings(data), expected)
+
+
+@pytest.mark.parametrize("stepped", [(), ("trunk",), ("embedder",), ("metric_loss",),
+                                     ("trunk", "embedder", "metric_loss")])
+def test_optimizers_step_what_they_hold_and_nothing_else(stepped):
+    trainer = all_parts()
+    trainer = all_parts(models=trainer.models, loss_funcs=trainer.loss_funcs,
+                        optimizers={f"{name}_optimizer": trainer.optimizers[f"{name}_optimizer"]
+                                    for name in stepped})
+    before = {name: weights(module) for name, module in trainer.parts()}
+    trainer.train()
+    for name, module in trainer.parts():
+        assert same(before[name], weights(module)) == (name not in stepped), name
+
+
+@pytest.mark.parametrize("with_optimizer", [True, False])
+def test_gradients_are_those_of_one_batch(with_optimizer):
+    # Without an optimizer too: a clipper by the norm of all gradients would see them grow.
+    gradients, trunk = [], linear()
+    trainer = make_trainer(
+        models={"trunk": trunk},
+        optimizers={"trunk_optimizer": sgd(trunk, lr=0)} if with_optimizer else {},
+        end_of_iteration_hook=lambda trainer: gradients.append(trunk.weight.grad.clone()))
+    trainer.train()
+    for batch, gradient in zip(IN_ORDER, gradients, strict=True):
+        loss = trunk(numbered()[batch][0]).square().mean()
+        expected, = torch.autograd.grad(loss, [trunk.weight])
+        torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("batch_size, batches", [(1, 16), (4, 4), (5, 3), (16, 1)])
+def test_batch_size(batch_size, batches):
+    trainer = make_trainer(batch_size=batch_size)
+    trainer.train()
+    assert [len(labels) for labels in seen(trainer)] == [batch_size] * batches
+
+
+def test_loss_funcs_are_called_with_embeddings_labels_and_tuples():
+    calls = []
+
+    def loss(*arguments):
+        calls.append(arguments)
+        return arguments[0].sum()
+
+    make_trainer(loss_funcs={"metric_loss": loss}).train()
+    embeddings, labels, indices_tuple = calls[0]
+    assert embeddings.shape == (BATCH, 2) and embeddings.requires_grad
+    assert labels.tolist() == IN_ORDER[0] and labels.dtype == torch.int64
+    assert indices_tuple is None
+
+
+class TwoLosses(BaseTrainer):
+    """A trainer of two losses, as a subclass writes one."""
+
+    loss_names = ("metric_loss", "second_loss")
+
+    def calculate_loss(self, data, labels):
+        embeddings = self.compute_embeddings(data)
+        return {name: loss(embeddings, labels) for name, loss in self.loss_funcs.items()}
+
+
+def two_losses(**changes):
+    return make_trainer(TwoLosses, **(dict(
+        loss_funcs={"metric_loss": lambda embeddings, labels: embeddings.square().mean(),
+                    "second_loss": lambda embeddings, labels: embeddings.abs().mean()}) | changes))
+
+
+@pytest.mark.parametrize("factors", [None, (1, 1), (3, 0.5), (0, 2)])
+def test_loss_weights(factors):
+    trunk = linear()
+    trainer = two_losses(
+        models={"trunk": trunk}, optimizers={"trunk_optimizer": sgd(trunk)},
+        iterations_per_epoch=1,
+        loss_weights=factors and dict(zip(("metric_loss", "second_loss"), factors)))
+    first, second = factors or (1, 1)
+    expected = copy.deepcopy(trunk)
+    embeddings = expected(numbered()[:BATCH][0])
+    total = first * embeddings.square().mean() + second * embeddings.abs().mean()
+    total.backward()
+    sgd(expected).step()
+    trainer.train()
+    torch.testing.assert_close(trainer.losses["total_loss"], total.detach())
+    torch.testing.assert_close(weights(trunk), weights(expected))
+
+
+def test_losses_are_numbers_without_a_graph():
+    kept = []
+    two_losses(end_of_iteration_hook=lambda trainer: kept.append(trainer.losses)).train()
+    assert len(kept) == BATCHES and kept[0] is not kept[1]
+    for losses in kept:
+        assert set(losses) == {"metric_loss", "second_loss", "total_loss"}
+        assert all(loss.shape == () and not loss.requires_grad for loss in losses.values())
+        assert losses["total_loss"] == losses["metric_loss"] + losses["second_loss"]
+
+
+# ---- miners
+
+
+def test_what_the_tuple_miner_returns_reaches_the_loss():
+    mined = []
+
+    def miner(embeddings, labels):
+        mined.append((embeddings.detach().clone(), labels, object()))
+        return mined[-1][2]
+
+    trainer = make_trainer(mining_funcs={"tuple_miner": miner})
+    trainer.train()
+    assert len(mined) == BATCHES
+    for (embeddings, labels, given), (expected, expected_labels, got) in zip(
+            mined, trainer.loss_funcs["metric_loss"].seen, strict=True):
+        assert given is got
+        assert torch.equal(embeddings, expected) and torch.equal(labels, expected_labels)
+
+
+@pytest.mark.parametrize("indices", [torch.tensor([3, 1]), [0, 2],
+                                     torch.tensor([True, False, False, True])])
+def test_subset_batch_miner_thins_the_batch(indices):
+    trainer = make_trainer(mining_funcs={"subset_batch_miner": lambda embeddings, labels: indices})
+    trainer.train()
+    assert seen(trainer) == [torch.tensor(batch)[indices].tolist() for batch in IN_ORDER]
+    embeddings, labels, _ = trainer.loss_funcs["metric_loss"].seen[0]
+    assert len(embeddings) == len(labels) == 2
+
+
+def test_subset_batch_miner_sees_eval_mode_without_gradients_and_modes_come_back():
+    trunk = torch.nn.Sequential(linear(), torch.nn.BatchNorm1d(2), torch.nn.Dropout(0.5))
+    embedder, modes = linear(2, 2), []
+    parts = {"trunk": trunk, "embedder": embedder}
+
+    def miner(embeddings, labels):
+        modes.append([module.training for module in parts.values()])
+        assert not embeddings.requires_grad and not torch.is_grad_enabled()
+        expected = trunk(numbered()[labels.tolist()][0])  # the mode is eval, so this is repeatable
+        torch.testing.assert_close(embeddings, embedder(expected))
+        return torch.arange(3)
+
+    class Loss(MeanSquare):
+        def forward(self, embeddings, labels, indices_tuple=None):
+            modes.append([module.training for module in (*parts.values(), trunk[1])])
+            assert embeddings.requires_grad
+            return super().forward(embeddings, labels)
+
+    parts["metric_loss"] = Loss()
+    trainer = make_trainer(models={"trunk": trunk, "embedder": embedder}, optimizers={},
+                           loss_funcs={"metric_loss": parts["metric_loss"]},
+                           freeze_these=("embedder",), freeze_trunk_batchnorm=True,
+                           mining_funcs={"subset_batch_miner": miner})
+    trainer.train()
+    # trunk, embedder (frozen), loss, and the trunk's batch normalisation (frozen)
+    assert modes == [[False] * 3, [True, False, True, False]] * BATCHES
+
+
+# ---- batches and epochs
+
+
+@pytest.mark.parametrize("iterations, passes", [(None, 3), (4, 3), (3, 3), (6, 5), (1, 1)])
+def test_iterations_per_epoch(iterations, passes):
+    sampler, counts = InOrder(), []
+    trainer = make_trainer(sampler=sampler, iterations_per_epoch=iterations,
+                           end_of_epoch_hook=lambda trainer: counts.append(len(seen(trainer))))
+    trainer.train(num_epochs=3)
+    length = iterations or BATCHES
+    assert trainer.iterations_per_epoch == length
+    assert counts == [length, 2 * length, 3 * length]
+    # The data go on across epochs: no batch is left out or drawn twice before its turn.
+    assert seen(trainer) == [IN_ORDER[i % BATCHES] for i in range(3 * length)]
+    assert sampler.epochs == list(range(1, passes + 1))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_call_of_train_begins_with_a_new_pass(workers):
+    trainer = make_trainer(iterations_per_epoch=3, dataloader_num_workers=workers)
+    trainer.train()
+    trainer.train(2, 2)
+    assert seen(trainer) == IN_ORDER[:3] * 2
+
+
+def test_data_device():
+    data, labels = make_trainer(data_device="meta").next_batch()  # a device that every torch has
+    assert data.device.type == labels.device.type == "meta"
+    data, labels = make_trainer(data_device=torch.device("cpu")).next_batch()
+    assert data.device.type == labels.device.type == "cpu"
+
+
+@pytest.mark.parametrize("available, device", [(True, "cuda"), (False, "cpu")])
+def test_data_device_is_a_gpu_where_there_is_one(monkeypatch, available, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    assert torch.device(make_trainer(data_device=None).data_device).type == device
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtype(dtype):
+    trunk = linear().to(dtype)
+    trainer = make_trainer(models={"trunk": trunk}, optimizers={"trunk_optimizer": sgd(trunk)},
+                           loss_funcs={"metric_loss": MeanSquare().to(dtype)}, dtype=dtype)
+    before = weights(trunk)
+    data, labels = trainer.next_batch()
+    assert data.dtype == dtype and labels.dtype == torch.int64
+    trainer.train()
+    assert {embeddings.dtype for embeddings, _, _ in trainer.loss_funcs["metric_loss"].seen} == {
+        dtype}
+    assert trunk.weight.dtype == dtype and not same(before, weights(trunk))
+
+
+@pytest.mark.parametrize("dtype, expected", [(None, torch.uint8), (torch.float32, torch.float32)])
+def test_dtype_of_images_in_bytes(dtype, expected):
+    dataset = TensorDataset(torch.ones(8, 3, dtype=torch.uint8), torch.arange(8))
+    data, _ = make_trainer(dataset=dataset, sampler=None, dtype=dtype).next_batch()
+    assert data.dtype == expected
+
+
+def test_without_a_sampler_every_pass_is_shuffled_anew():
+    trainer = make_trainer(sampler=None)
+    torch.manual_seed(0)
+    trainer.train(num_epochs=2)
+    first, second = (sum(seen(trainer)[i:i + BATCHES], []) for i in (0, BATCHES))
+    assert sorted(first) == sorted(second) == list(range(ROWS))
+    assert first != second and first != list(range(ROWS))
+
+
+def test_sampler_chooses_the_rows_and_is_told_the_pass():
+    sampler = InOrder([9, 3, 3, 1, 0, 15, 2, 7, 8])
+    trainer = make_trainer(sampler=sampler)
+    trainer.train(num_epochs=2)
+    assert seen(trainer) == [[9, 3, 3, 1], [0, 15, 2, 7]] * 2
+    assert sampler.epochs == [1, 2]
+
+
+class Batches(BatchSampler):
+    """Two batches of the sampler's own size, other rows in every pass."""
+
+    def __init__(self):
+        self.epoch = None
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        yield [self.epoch, 0, 1]
+        yield [self.epoch, 2, 3, 4, 5]
+
+    def __len__(self):
+        return 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_sampler_sets_the_batches_itself(workers):
+    trainer = make_trainer(sampler=Batches(), batch_size=1, dataloader_num_workers=workers)
+    trainer.train(5, 6)
+    assert seen(trainer) == [[5, 0, 1], [5, 2, 3, 4, 5], [6, 0, 1], [6, 2, 3, 4, 5]]
+
+
+def test_a_batch_sampler_of_torch():
+    trainer = make_trainer(sampler=BatchSampler(InOrder(), 6, drop_last=False))
+    trainer.train()
+    assert [len(labels) for labels in seen(trainer)] == [6, 6, 4]
+
+
+def test_a_sampler_without_an_end():
+    class Endless(Sampler):
+        def __iter__(self):
+            while True:
+                yield from range(ROWS)
+
+    trainer = make_trainer(sampler=Endless(), iterations_per_epoch=3)
+    trainer.train(num_epochs=2)
+    assert seen(trainer) == (IN_ORDER * 2)[:6]
+
+
+class Epochs(Dataset):
+    """Rows that say which pass the dataset was told of, in a plain attribute."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return ROWS
+
+    def __getitem__(self, i):
+        return torch.zeros(3), self.epoch
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_dataset_is_told_the_pass(workers):
+    trainer = make_trainer(dataset=Epochs(), dataloader_num_workers=workers)
+    trainer.train(3, 5)
+    assert [labels[0] for labels in seen(trainer)] == [3] * BATCHES + [4] * BATCHES + [5] * BATCHES
+
+
+def test_collate_fn():
+    def collate(items):
+        return torch.stack([data for data, _ in items]) + 100, torch.tensor([-label for _, label
+                                                                             in items])
+
+    data, labels = make_trainer(collate_fn=collate).next_batch()
+    assert data.min() >= 100 and labels.tolist() == [0, -1, -2, -3]
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, torch.tensor, str], ids=lambda k: k.__name__)
+@pytest.mark.parametrize("container", [list, tuple])
+def test_collate_fn_may_give_labels_as_a_list(kind, container):
+    def collate(items):
+        return (torch.stack([data for data, _ in items]),
+                container(kind(label) for _, label in items))
+
+    ranked = dict(dataset_labels=[str(i) for i in range(4)], set_min_label_to_zero=True)
+    trainer = make_trainer(dataset=rows_labelled(range(4)), sampler=None, collate_fn=collate,
+                           **(ranked if kind is str else {}))
+    data, labels = trainer.next_batch()
+    assert labels.dtype == torch.int64
+    assert labels.tolist() == (data[:, 0] * 10).round().int().tolist()
+
+
+class Where(Epochs):
+    """Labels that name the process that loaded the row, -1 for the main one."""
+
+    def __getitem__(self, i):
+        worker = torch.utils.data.get_worker_info()
+        return torch.zeros(3), -1 if worker is None else worker.id
+
+
+@pytest.mark.parametrize("workers, expected", [(0, {-1}), (1, {0}), (2, {0, 1})])
+def test_dataloader_num_workers(workers, expected):
+    trainer = make_trainer(dataset=Where(), dataloader_num_workers=workers)
+    trainer.train()
+    assert {label for labels in seen(trainer) for label in labels} == expected
+
+
+# ---- labels
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_label_hierarchy_level_of_tensors(level):
+    table = torch.arange(8 * 3).reshape(8, 3)
+    trainer = make_trainer(dataset=TensorDataset(torch.zeros(8, 3), table),
+                           sampler=InOrder(range(8)), label_hierarchy_level=level)
+    assert trainer.next_batch()[1].tolist() == table[:4, level].tolist()
+
+
+@pytest.mark.parametrize("level", [0, 1])
+@pytest.mark.parametrize("row", [list, tuple, np.array], ids=["list", "tuple", "array"])
+def test_label_hierarchy_level_of_rows_of_ints(level, row):
+    trainer = make_trainer(dataset=rows_labelled(row([i, 10 * i]) for i in range(8)),
+                           sampler=InOrder(range(8)), label_hierarchy_level=level)
+    assert trainer.next_batch()[1].tolist() == ([0, 1, 2, 3], [0, 10, 20, 30])[level]
+
+
+@pytest.mark.parametrize("level, expected", [(0, [1, 1, 0, 0]), (1, [1, 0, 3, 2])])
+@pytest.mark.parametrize("kind", [list, np.array], ids=["list", "array"])
+def test_label_hierarchy_level_of_strings(level, expected, kind):
+    names = [["dog", "poodle"], ["dog", "husky"], ["cat", "tabby"], ["cat", "siamese"]]
+    trainer = make_trainer(dataset=rows_labelled(names), sampler=InOrder(range(4)),
+                           label_hierarchy_level=level, dataset_labels=kind(names),
+                           set_min_label_to_zero=True)
+    assert trainer.next_batch()[1].tolist() == expected
+
+
+def test_label_hierarchy_level_of_ranked_tensors():
+    table = torch.tensor([[5, 100], [5, 90], [7, 80], [7, 70]])
+    for level, expected in ((0, [0, 0, 1, 1]), (1, [3, 2, 1, 0])):
+        trainer = make_trainer(dataset=TensorDataset(torch.zeros(4, 3), table),
+                               sampler=InOrder(range(4)), label_hierarchy_level=level,
+                               dataset_labels=table, set_min_label_to_zero=True)
+        assert trainer.next_batch()[1].tolist() == expected
+
+
+def test_data_and_label_getter():
+    class Named(Epochs):
+        def __getitem__(self, i):
+            return {"image": torch.full((3,), i / 10), "class": i + 100, "path": f"{i}.png"}
+
+    trainer = make_trainer(dataset=Named(),
+                           data_and_label_getter=lambda item: (item["image"] + 1, item["class"]))
+    data, labels = trainer.next_batch()
+    assert labels.tolist() == [100, 101, 102, 103]
+    torch.testing.assert_close(data[:, 0], torch.tensor([1., 1.1, 1.2, 1.3]))
+
+
+@pytest.mark.parametrize("labels, ranks", [
+    ([5, 10, 13, 12], [0, 1, 3, 2]), ([-4, 10 ** 12, 0, -4], [0, 2, 1, 0]),
+    (["dog", "cat", "monkey", "dog"], [1, 0, 2, 1])])
+@pytest.mark.parametrize("container", [list, np.array])
+def test_set_min_label_to_zero_gives_ranks_among_dataset_labels(labels, ranks, container):
+    trainer = make_trainer(dataset=rows_labelled(labels), sampler=InOrder(range(4)),
+                           dataset_labels=container(labels), set_min_label_to_zero=True)
+    result = trainer.next_batch()[1]
+    assert result.tolist() == ranks and result.dtype == torch.int64
+
+
+def test_ranks_are_those_of_the_whole_dataset_and_only_if_asked_for():
+    few = dict(dataset=rows_labelled([12, 5, 12, 5]), sampler=InOrder(range(4)),
+               dataset_labels=[5, 10, 12, 13])
+    assert make_trainer(**few, set_min_label_to_zero=True).next_batch()[1].tolist() == [2, 0, 2, 0]
+    assert make_trainer(**few).next_batch()[1].tolist() == [12, 5, 12, 5]
+
+
+@pytest.mark.parametrize("labels, known", [([1, 2, 9, 1], [1, 2, 3]), ([1, 2, 0, 1], [1, 2, 3]),
+                                           ([1, 3, 2, 1], [1, 3, 4]),
+                                           (["a", "b", "zebra", "a"], ["a", "b", "c"])])
+def test_a_label_that_is_not_among_dataset_labels(labels, known):
+    trainer = make_trainer(dataset=rows_labelled(labels), sampler=InOrder(range(4)),
+                           dataset_labels=known, set_min_label_to_zero=True)
+    with pytest.raises(ValueError, match=f"label .*{labels[2]}.* not among dataset_labels"):
+        trainer.train()
+
+
+def test_ranks_need_dataset_labels_and_strings_need_ranks():
+    with pytest.raises(ValueError, match="needs dataset_labels"):
+        make_trainer(set_min_label_to_zero=True)
+    trainer = make_trainer(dataset=rows_labelled("abcd"), sampler=InOrder(range(4)))
+    with pytest.raises(ValueError, match="set_min_label_to_zero"):
+        trainer.train()
+
+
+# ---- schedulers, clippers, freezing
+
+
+def test_lr_schedulers_by_iteration_and_by_epoch():
+    trainer = all_parts()
+    schedulers = {f"{name}_scheduler_by_{when}": torch.optim.lr_scheduler.StepLR(
+        trainer.optimizers[f"{name}_optimizer"], step_size=1, gamma=0.5)
+        for name, when in (("trunk", "iteration"), ("embedder", "epoch"),
+                           ("metric_loss", "iteration"))}
+    rates = []
+    trainer = all_parts(models=trainer.models, loss_funcs=trainer.loss_funcs,
+                        optimizers=trainer.optimizers, lr_schedulers=schedulers,
+                        end_of_epoch_hook=lambda trainer: rates.append([
+                            optimizer.param_groups[0]["lr"]
+                            for optimizer in trainer.optimizers.values()]))
+    trainer.train(num_epochs=2)
+    # 0.1 halved after each of 4 iterations, or after each epoch; the hook sees the new rates
+    assert rates == [pytest.approx([0.1 / 2 ** 4, 0.1 / 2, 0.1 / 2 ** 4]),
+                     pytest.approx([0.1 / 2 ** 8, 0.1 / 4, 0.1 / 2 ** 8])]
+
+
+def test_lr_schedulers_by_plateau():
+    trunk = linear()
+    optimizer = sgd(trunk)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", factor=0.1, patience=0)
+    accuracies, rates = iter([0.5, 0.6, 0.6, 0.7]), []
+
+    def hook(trainer):
+        rates.append(optimizer.param_groups[0]["lr"])
+        trainer.step_lr_plateau_schedulers(next(accuracies))
+
+    make_trainer(models={"trunk": trunk}, optimizers={"trunk_optimizer": optimizer},
+                 lr_schedulers={"trunk_scheduler_by_plateau": plateau},
+                 end_of_epoch_hook=hook).train(num_epochs=4)
+    assert rates == pytest.approx([0.1, 0.1, 0.1, 0.01])  # 0.6 twice: no gain after epoch 3
+
+
+def test_plateau_schedulers_alone_take_the_metric():
+    trunk = linear()
+    optimizer = sgd(trunk)
+    by_epoch = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    trainer = make_trainer(models={"trunk": trunk}, optimizers={"trunk_optimizer": optimizer},
+                           lr_schedulers={"trunk_scheduler_by_epoch": by_epoch})
+    trainer.step_lr_plateau_schedulers(0.5)
+    assert by_epoch.last_epoch == 0
+
+
+def test_gradient_clippers_are_called_between_backward_and_step():
+    trainer = all_parts()
+    trunk, embedder = trainer.models.values()
+    calls, before = [], [weights(trunk)]
+
+    def clip_trunk():
+        assert trunk.weight.grad.abs().sum() > 0
+        assert same(before[-1], weights(trunk))  # not stepped yet
+        calls.append("trunk")
+        torch.nn.utils.clip_grad_norm_(trunk.parameters(), 1e-3)
+
+    def clip_embedder():
+        calls.append("embedder")
+        for parameter in embedder.parameters():
+            parameter.grad.zero_()
+
+    untouched = weights(embedder)
+    all_parts(models=trainer.models, optimizers=trainer.optimizers, loss_funcs=trainer.loss_funcs,
+              gradient_clippers={"trunk_grad_clipper": clip_trunk,
+                                 "embedder_grad_clipper": clip_embedder},
+              end_of_iteration_hook=lambda trainer: before.append(weights(trunk))).train()
+    assert calls == ["trunk", "embedder"] * BATCHES
+    assert same(untouched, weights(embedder))
+    for old, new in zip(before, before[1:]):
+        change = torch.cat([(a - b).flatten() for a, b in zip(old, new)]).norm()
+        assert change == pytest.approx(0.1 * 1e-3, rel=1e-2)  # rate times the clipped norm
+
+
+@pytest.mark.parametrize("frozen", [("trunk",), ["embedder"], ("metric_loss",),
+                                    ["trunk", "metric_loss"]])
+def test_freeze_these(frozen):
+    parts = {"trunk": linear(), "embedder": linear(2, 2), "metric_loss": MeanSquare()}
+    optimizers = {f"{name}_optimizer": torch.optim.SGD(module.parameters(), 0.1, weight_decay=0.5)
+                  for name, module in parts.items()}
+    before = {name: weights(module) for name, module in parts.items()}
+    modes = []
+    with pytest.warns(UserWarning, match="is frozen: its optimizer will not be stepped") as caught:
+        trainer = all_parts(
+            models={"trunk": parts["trunk"], "embedder": parts["embedder"]},
+            loss_funcs={"metric_loss": parts["metric_loss"]}, optimizers=optimizers,
+            freeze_these=frozen, end_of_iteration_hook=lambda trainer: modes.append(
+                {name: module.training for name, module in trainer.parts()}))
+    assert [str(warning.message).split()[0] for warning in caught] == list(frozen)
+    trainer.train(num_epochs=2)
+    for name, module in parts.items():
+        assert same(before[name], weights(module)) == (name in frozen), name
+        assert all(p.requires_grad == (name not in frozen) for p in module.parameters())
+        assert all((p.grad is None) == (name in frozen) for p in module.parameters())
+    assert modes == [{name: name not in frozen for name in parts}] * 2 * BATCHES
+
+
+def test_freezing_what_has_no_optimizer_is_no_reason_to_warn():
+    trainer = all_parts()
+    del trainer.optimizers["trunk_optimizer"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        all_parts(models=trainer.models, optimizers=trainer.optimizers, freeze_these=("trunk",))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_freeze_trunk_batchnorm(frozen):
+    def layers():
+        return torch.nn.Sequential(linear(), torch.nn.BatchNorm1d(2), linear(2, 2, seed=1))
+
+    trunk, embedder = layers(), torch.nn.Sequential(torch.nn.BatchNorm1d(2), linear(2, 2))
+    trainer = make_trainer(models={"trunk": trunk, "embedder": embedder},
+                           optimizers={"trunk_optimizer": sgd(trunk)},
+                           freeze_trunk_batchnorm=frozen)
+    affine = weights(trunk[1])
+    trainer.train(num_epochs=2)
+    assert (trunk[1].num_batches_tracked == 0) == frozen
+    assert torch.equal(trunk[1].running_mean, torch.zeros(2)) == frozen
+    assert torch.equal(trunk[1].running_var, torch.ones(2)) == frozen
+    assert not same(affine, weights(trunk[1]))  # scale and shift learn all the same
+    assert trunk.training and trunk[1].training != frozen
+    assert embedder[0].num_batches_tracked == 2 * BATCHES  # of the trunk alone
+
+
+# ---- hooks and counting
+
+
+def test_end_of_iteration_hook_is_called_after_each_step():
+    trunk = linear()
+    kept, calls = [weights(trunk)], []
+
+    def hook(trainer):
+        calls.append((trainer.epoch, trainer.iteration, trainer.get_global_iteration(),
+                      trainer.losses["total_loss"].item()))
+        assert not same(kept[-1], weights(trunk))
+        kept.append(weights(trunk))
+        return False  # means nothing here
+
+    make_trainer(models={"trunk": trunk}, optimizers={"trunk_optimizer": sgd(trunk)},
+                 end_of_iteration_hook=hook).train(num_epochs=2)
+    assert [call[:3] for call in calls] == [(epoch, i, (epoch - 1) * BATCHES + i)
+                                            for epoch in (1, 2) for i in range(BATCHES)]
+    assert len({call[3] for call in calls}) == 2 * BATCHES  # each iteration's own loss
+
+
+@pytest.mark.parametrize("value, epochs", [(False, 1), (None, 3), (0, 3), ([], 3), (True, 3),
+                                           (np.False_, 3), (torch.tensor(False), 3)])
+def test_training_ends_early_when_the_epoch_hook_returns_exactly_false(value, epochs):
+    calls = []
+
+    def hook(trainer):
+        calls.append((trainer.epoch, trainer.iteration))
+        return value
+
+    trainer = make_trainer(end_of_epoch_hook=hook)
+    trainer.train(num_epochs=3)
+    assert calls == [(epoch, BATCHES - 1) for epoch in range(1, epochs + 1)]
+    assert len(seen(trainer)) == epochs * BATCHES
+
+
+def test_hooks_can_read_every_argument():
+    names = [name for name in inspect.signature(BaseTrainer).parameters]
+    read = {}
+
+    def hook(trainer):
+        read.update({name: getattr(trainer, name) for name in names})
+
+    trainer = make_trainer(end_of_epoch_hook=hook)
+    trainer.train()
+    assert list(read) == names
+    assert read["mining_funcs"] == read["lr_schedulers"] == read["gradient_clippers"] == {}
+    assert read["loss_weights"] == {"metric_loss": 1}
+    assert read["iterations_per_epoch"] == BATCHES and read["end_of_epoch_hook"] is hook
+
+
+@pytest.mark.parametrize("start, last, epochs", [(1, 1, [1]), (1, 3, [1, 2, 3]), (3, 4, [3, 4]),
+                                                 (4, 4, [4]), (5, 4, []), (1, 0, [])])
+def test_train_goes_from_one_epoch_to_another(start, last, epochs):
+    sampler, calls, iterations = InOrder(), [], []
+    trainer = make_trainer(
+        sampler=sampler, end_of_epoch_hook=lambda trainer: calls.append(trainer.epoch),
+        end_of_iteration_hook=lambda trainer: iterations.append(trainer.get_global_iteration()))
+    trainer.train(start_epoch=start, num_epochs=last)
+    assert calls == sampler.epochs == epochs
+    assert iterations == [(epoch - 1) * BATCHES + i for epoch in epochs for i in range(BATCHES)]
+
+
+def test_training_in_two_parts_is_training_in_one():
+    results = []
+    for parts in ([(1, 4)], [(1, 2), (3, 4)]):
+        trainer = make_trainer(sampler=Shuffled())
+        for start, last in parts:
+            trainer.train(start, last)
+        results.append((seen(trainer), weights(trainer.models["trunk"])))
+    assert results[0][0] == results[1][0] and same(results[0][1], results[1][1])
+
+
+def test_every_epoch_begins_in_train_mode():
+    trainer = make_trainer()
+    modes = []
+
+    def evaluate(trainer):
+        modes.append(trainer.models["trunk"].training)
+        trainer.set_to_eval()
+        assert not any(module.training for _, module in trainer.parts())
+
+    trainer.end_of_epoch_hook = evaluate
+    trainer.train(num_epochs=2)
+    assert modes == [True, True]
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize("argument, given, key, allowed", [
+    ("models", {"trunk": linear(), "trunc": linear()}, "trunc", "trunk, embedder"),
+    ("models", {"embedder": linear()}, "trunk", "trunk, embedder"),
+    ("models", {}, "trunk", "trunk, embedder"),
+    ("loss_funcs", {"metric_loss": MeanSquare(), "loss": MeanSquare()}, "loss", "metric_loss"),
+    ("loss_funcs", {}, "metric_loss", "metric_loss"),
+    ("mining_funcs", {"miner": print}, "miner", "subset_batch_miner, tuple_miner"),
+    ("loss_weights", {"loss": 2}, "loss", "metric_loss"),
+    ("optimizers", {"trunk": None}, "trunk", "trunk_optimizer, embedder_optimizer"),
+    ("optimizers", {"trunk_optim": None}, "trunk_optim", "metric_loss_optimizer"),
+    ("lr_schedulers", {"trunk_scheduler": None}, "trunk_scheduler", "trunk_scheduler_by_epoch"),
+    ("lr_schedulers", {"head_scheduler_by_epoch": None}, "head_scheduler_by_epoch",
+     "metric_loss_scheduler_by_plateau"),
+    ("gradient_clippers", {"trunk_clipper": None}, "trunk_clipper", "trunk_grad_clipper"),
+    ("freeze_these", ("body",), "body", "trunk, embedder, metric_loss"),
+    ("freeze_these", "trunk", "t", "trunk, embedder, metric_loss"),
+])
+def test_unknown_and_missing_keys_are_named_with_the_allowed_ones(argument, given, key, allowed):
+    with pytest.raises(ValueError) as error:
+        make_trainer(**{"optimizers": {}, argument: given})
+    message = str(error.value)
+    assert f"key {key!r} in {argument}" in message and "MetricLossOnly" in message
+    assert allowed in message.partition("allowed are")[2]
+
+
+def test_every_loss_needs_a_weight_where_weights_are_given():
+    with pytest.raises(ValueError, match="TwoLosses: no key 'second_loss' in loss_weights"):
+        two_losses(loss_weights={"metric_loss": 1})
+
+
+def test_a_dataset_smaller_than_a_batch():
+    with pytest.raises(ValueError, match="batch of 4 from a dataset of 3"):
+        make_trainer(dataset=numbered(3), sampler=None)
+
+
+@pytest.mark.parametrize("indices", [[], [0, 1, 2]])
+@pytest.mark.parametrize("iterations", [None, 2])
+def test_a_sampler_shorter_than_a_batch(indices, iterations):
+    with pytest.raises(ValueError, match="batch_size 4|batch of 4"):
+        make_trainer(sampler=InOrder(indices), iterations_per_epoch=iterations).train()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_loss_that_is_not_finite_stops_before_the_step(value):
+    class Breaks(MeanSquare):
+        def forward(self, embeddings, labels, indices_tuple=None):
+            loss = super().forward(embeddings, labels)
+            return loss + value if len(self.seen) == BATCHES + 3 else loss
+
+    kept, epochs = [], []
+    trainer = make_trainer(
+        loss_funcs={"metric_loss": Breaks()},
+        end_of_iteration_hook=lambda trainer: kept.append(weights(trainer.models["trunk"])),
+        end_of_epoch_hook=lambda trainer: epochs.append(trainer.epoch))
+    with pytest.raises(FloatingPointError, match=rf"loss is {value} in epoch 2, iteration 2\b"):
+        trainer.train(num_epochs=3)
+    assert len(kept) == BATCHES + 2 and epochs == [1]
+    assert same(kept[-1], weights(trainer.models["trunk"]))
+    assert all(torch.isfinite(value).all() for value in kept[-1])
+
+
+def test_losses_that_are_looked_at_later_are_named_by_their_own_iteration():
+    # On a GPU the trainer looks at twenty losses at a time: here at three, of iterations 5 to 7.
+    trainer = make_trainer()
+    trainer.epoch, trainer.iteration = 2, 7
+    trainer.unchecked_losses = [torch.tensor(value) for value in (1., float("nan"), 2.)]
+    with pytest.raises(FloatingPointError, match="loss is nan in epoch 2, iteration 6"):
+        trainer.check_losses()
+    assert trainer.unchecked_losses == []
+
+
+def test_a_base_trainer_has_no_loss_of_its_own():
+    with pytest.raises(NotImplementedError):
+        make_trainer(BaseTrainer).train()
