@@ -73,6 +73,9 @@ def make_run_folder(save_path, dataset, savename=None, resume=False):
     """
     if resume and not savename:
         raise ValueError("--resume needs --savename, the name of the run to go on with")
+    if savename and os.path.basename(savename) != savename or savename in (".", ".."):
+        raise ValueError(f"--savename {savename}: it is the name of a folder, not a path; --save_path "
+                         "says where")
     name = savename or time.strftime("%Y-%m-%d_%H-%M-%S")
     folder = os.path.join(save_path, dataset, name)
     if resume:

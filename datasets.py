@@ -155,7 +155,9 @@ def read_image(path):
     try:
         with Image.open(path) as image:
             if image.mode.startswith("I"):  # 16 bits a pixel, which PIL would clip to white
-                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+                pixels = np.asarray(image)
+                pixels = pixels >> 8 if pixels.max(initial=0) > 255 else pixels
+                image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
             return image.convert("RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: the image is not there") from None
@@ -223,13 +225,16 @@ def read_cub200(source):
 
 
 def read_cars196(source):
-    """CARS196: classes in the order of their names (the official ids' order), the first half trains."""
+    """CARS196: classes in the order of their names, the first half trains."""
     def usable(root):
         return (os.path.exists(f"{root}/cars_annos.mat") or os.path.isdir(f"{root}/images")
                 or os.path.isdir(root) and any(class_folders(root).values()))
 
     root = find_root(source, "cars196", ("cars196", "stanford_cars", ""), usable)
     if not os.path.exists(f"{root}/cars_annos.mat"):
+        if os.path.isdir(f"{root}/car_ims"):
+            raise FileNotFoundError(f"{root}/car_ims is there, but not {root}/cars_annos.mat, which "
+                                    "says the images' classes")
         folder = f"{root}/images" if os.path.isdir(f"{root}/images") else root
         return halves(f"class folders in {folder}", class_folders(folder))
     import scipy.io  # scikit-learn brings scipy along
@@ -262,7 +267,12 @@ def read_online_products(source):
     splits = {}
     for split in ("train", "test"):
         path = f"{lists}/Ebay_{split}.txt"
-        rows = read_rows(path, columns=4, skip=1)
+        rows = read_rows(path, columns=4)
+        if rows.pop(0)[0].isdigit():
+            raise ValueError(f"{path}: its first line should name the columns (image_id class_id "
+                             "super_class_id path), but it is an image")
+        if not rows:
+            raise ValueError(f"{path}: the list file is empty")
         images = find_images(folder, [row[3] for row in rows], path)
         splits[split] = labelled(images, [row[1] for row in rows])
     return Found(f"{lists}/Ebay_*.txt with images in {folder}", splits, [])
@@ -275,7 +285,7 @@ def read_in_shop(source):
     path = f"{root}/Eval/list_eval_partition.txt"
     folder = root if os.path.isdir(f"{root}/img") else f"{root}/Img"
     rows = read_rows(path, columns=3, skip=2)
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         promised = file.readline().strip()
     if promised != str(len(rows)):
         raise ValueError(f"{path}: its first line promises {promised} images, it lists {len(rows)}: "
@@ -320,8 +330,8 @@ def read_folder(source):
         splits, odd = {}, []
         for split in ("train", "test"):
             by_class = class_folders(f"{source}/{split}")
-            splits[split], empty = from_classes(by_class)
-            odd += empty
+            splits[split] = from_classes(by_class)
+            odd += remark_on_empty(by_class)
         return Found(f"class folders in {source}/train and {source}/test", splits, odd)
     return halves(f"class folders in {source}", class_folders(source))
 
@@ -411,24 +421,28 @@ def class_folders(root):
 
 
 def from_classes(by_class):
-    """{class: [paths]} -> (Split, remarks); classes without images are left out and remarked on."""
-    empty = sorted(name for name, paths in by_class.items() if not paths)
+    """{class: [paths]} -> Split, labels in the dict's order; classes without images are left out."""
     names = [name for name in by_class if by_class[name]]
     images = [path for name in names for path in by_class[name]]
     labels = [label for label, name in enumerate(names) for _ in by_class[name]]
-    odd = [f"{len(empty)} class folders hold no image, e.g. {empty[0]}"] if empty else []
-    return Split(images, labels, names), odd
+    return Split(images, labels, names)
+
+
+def remark_on_empty(by_class):
+    """[a remark] on class folders without images, or []."""
+    empty = sorted(name for name, paths in by_class.items() if not paths)
+    return [f"{len(empty)} class folders hold no image, e.g. {empty[0]}"] if empty else []
 
 
 def halves(layout, by_class):
     """{class: [paths]} -> Found: the first half of the sorted classes trains, the second tests."""
     if not by_class:
         raise FileNotFoundError(f"there are no {layout} (one folder of images for each class)")
-    names = sorted(by_class)
+    names = sorted(name for name, paths in by_class.items() if paths)
     first, second = names[:len(names) // 2], names[len(names) // 2:]
-    train, odd_train = from_classes({name: by_class[name] for name in first})
-    test, odd_test = from_classes({name: by_class[name] for name in second})
-    return Found(layout, {"train": train, "test": test}, odd_train + odd_test)
+    splits = {"train": from_classes({name: by_class[name] for name in first}),
+              "test": from_classes({name: by_class[name] for name in second})}
+    return Found(layout, splits, remark_on_empty(by_class))
 
 
 def labelled(images, ids, all_ids=None):
@@ -442,7 +456,7 @@ def labelled(images, ids, all_ids=None):
 def read_rows(path, columns, skip=0):
     """The rows of a list file as lists of strings; ValueError names the line that is not whole."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             lines = file.read().splitlines()[skip:]
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: the list file is not there") from None
@@ -496,11 +510,8 @@ def suffix_folded(file):
 
 def check(dataset, source_path, quick=False):
     """Prints what was found beside what is published; returns whether the data is usable."""
-    def say(text):  # file names need not be valid text
-        print(text.encode(errors="backslashreplace").decode())
-
     found = READERS[dataset](source_path)
-    say(f"{dataset}: {found.layout}")
+    print(f"{dataset}: {found.layout}")
     published = PUBLISHED.get(dataset, {})
     problems, odd, differs, more = [], list(found.odd), False, False
     for name, split in found.splits.items():
@@ -517,7 +528,7 @@ def check(dataset, source_path, quick=False):
             (large, most), (small, fewest) = sizes.most_common()[0], sizes.most_common()[-1]
             line += (f"; smallest class {split.class_names[small]} with {fewest}, largest "
                      f"{split.class_names[large]} with {most}")
-        say(line)
+        print(line)
         if len(sizes) < 2:
             problems.append(f"the {name} split has fewer than two classes")
         single = sum(size == 1 for size in sizes.values())
@@ -529,19 +540,19 @@ def check(dataset, source_path, quick=False):
         odd.append("more than the published data: is it another version?" if more else
                    f"a subset of {dataset.upper()}: published numbers do not apply")
     for remark in odd:
-        say(f"  note: {remark}")
+        print(f"  note: {remark}")
     for problem in problems:
-        say(f"  problem: {problem}")
+        print(f"  problem: {problem}")
     print("usable" if not problems else "not usable")
     return not problems
 
 
 def broken_images(paths, split, quick):
-    """Reads every image (quick: none but empty files) and describes those that fail, at most 20."""
+    """Reads every image (quick: looks that it is a file, not empty) and describes those that fail, at most 20."""
     def failure(path):
         try:
-            if os.path.getsize(path) == 0:
-                return f"{path}: an empty file"
+            if not os.path.isfile(path) or os.path.getsize(path) == 0:
+                return f"{path}: not a file, or an empty one"
             if not quick:
                 read_image(path)
         except (OSError, ValueError) as error:
@@ -573,6 +584,8 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true",
                         help="do not read every image, only look that its file is there")
     args = parser.parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):  # file names need not be valid text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         usable = check(args.dataset, args.source_path, args.quick)
     except (ValueError, OSError) as error:

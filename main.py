@@ -8,6 +8,7 @@ sampling. python main.py --dataset glyphs needs no data and no GPU.
 
 import argparse
 import os
+import sys
 import time
 
 import torch
@@ -307,6 +308,8 @@ def print_header(opt, device, found, trainer):
 def main(argv=None):
     """Parses the command line and runs it -> the run's folder; ends with one message on bad input."""
     opt = parse_options(argv)
+    if hasattr(sys.stdout, "reconfigure"):  # paths need not be valid text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return train(opt)
     except (ValueError, OSError, FloatingPointError) as error:

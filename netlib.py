@@ -112,7 +112,7 @@ def network_select(opt, unit_norm):
         num_features, last_layer = remove_last_layer(backbone, opt.arch)
         heads = (last_layer, "aux1", "aux2", "AuxLogits")
     if opt.weights:
-        load_weights(backbone, read_weights(opt.weights), opt.weights, opt.arch, heads)
+        load_weights(backbone, read_weights(opt.weights), f"--weights {opt.weights}", opt.arch, heads)
     elif not opt.not_pretrained and opt.arch != "convnet":  # which has none
         state, url = fetch_weights(opt.arch)
         load_weights(backbone, state, url, opt.arch, heads)
@@ -149,8 +149,8 @@ def fetch_weights(arch):
                          "--weights or start with --not_pretrained")
     weights = choices["IMAGENET1K_V1"]
     try:
-        state = weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True,
-                                       weights_only=True)
+        state = checked_state(weights.get_state_dict(progress=sys.stderr.isatty(),
+                                                     check_hash=True, weights_only=True))
     except Exception as error:  # network, disk, hash, damaged file in the cache: all end here
         raise ValueError(
             f"the pretrained weights of --arch {arch} could not be had from {weights.url} "
@@ -179,7 +179,7 @@ def read_weights(path):
     ValueError where the file is damaged or something else, FileNotFoundError where it is not there.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return checked_state(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError:
         raise FileNotFoundError(f"--weights {path}: there is no such file") from None
     except Exception as error:  # torch.load raises a dozen types for damaged or foreign files
@@ -187,14 +187,19 @@ def read_weights(path):
                          f"{first_line(error)}") from error
 
 
+def checked_state(state):
+    """Returns the state if it is a state dict, names and tensors; else ValueError."""
+    if not isinstance(state, dict) or not all(isinstance(name, str) and torch.is_tensor(value)
+                                              for name, value in state.items()):
+        raise ValueError("it holds no state dict (names and tensors)")
+    return state
+
+
 def load_weights(backbone, state, source, arch, ignored_heads=()):
     """Loads a state dict into the backbone, leaving out the layers named as ignored.
 
     state: {name: tensor}. ValueError, naming source and arch, where they do not fit each other.
     """
-    if not isinstance(state, dict) or not all(isinstance(name, str) and torch.is_tensor(value)
-                                              for name, value in state.items()):
-        raise ValueError(f"--weights {source} holds no state dict (names and tensors)")
     heads = tuple(f"{name}." for name in ignored_heads)
     kept = {name: value for name, value in state.items() if not name.startswith(heads)}
     if arch.startswith("densenet"):  # torchvision's files have the names of before 2017: norm.1 ...
@@ -205,14 +210,14 @@ def load_weights(backbone, state, source, arch, ignored_heads=()):
     try:
         missing, foreign = backbone.load_state_dict(kept, strict=False)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"--weights {source} is not of --arch {arch}: "
+        raise ValueError(f"{source} is not of --arch {arch}: "
                          f"{str(error).splitlines()[-1].strip()}") from error
     # Files from before 2018 do not count the batches that batch normalisation saw; that is no loss.
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]
     if missing or foreign:
         examples = [f"{len(names)} tensors {what} (as {names[0]})" for names, what in
                     ((missing, "are missing"), (foreign, "are not of this network")) if names]
-        raise ValueError(f"--weights {source} is not of --arch {arch}: {', '.join(examples)}")
+        raise ValueError(f"{source} is not of --arch {arch}: {', '.join(examples)}")
 
 
 def first_line(error):

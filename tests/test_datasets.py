@@ -343,8 +343,9 @@ def test_an_empty_class_folder_is_remarked_on(source):
         path.unlink()
     (source / "005.Dodo/nested/nothing").mkdir(parents=True)
     found = read("folder", source)
-    assert found.splits["test"].class_names == ["004.Cardinal", "006.Eagle"]
-    assert found.splits["test"].labels == [0, 0, 1, 1]
+    assert found.splits["train"].class_names == BIRDS[:2]  # the half of the classes with images
+    assert found.splits["test"].class_names == [*BIRDS[2:], "006.Eagle"]
+    assert found.splits["test"].labels == [0, 0, 1, 1, 2, 2]
     assert len(found.odd) == 1 and "005.Dodo" in found.odd[0]
 
 
