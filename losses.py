@@ -81,7 +81,8 @@ def as_index_tuples(indices_tuple, device, width=None):
     whose two pairs share their anchor. width: what is wanted, None for 3 or more. Raises ValueError
     for anything else.
     """
-    if isinstance(indices_tuple, tuple) and indices_tuple and torch.is_tensor(indices_tuple[0]):
+    if isinstance(indices_tuple, tuple) and hasattr(next(iter(indices_tuple), None), "shape"):
+        indices_tuple = tuple(torch.as_tensor(vector) for vector in indices_tuple)
         lengths = [len(vector) for vector in indices_tuple]
         if len(lengths) == 4 and lengths[0] == lengths[1] and lengths[2] == lengths[3]:
             anchors, positives, other_anchors, negatives = indices_tuple
@@ -294,10 +295,14 @@ class CrossEntropyLoss(torch.nn.Module):
 
 
 def anchors_only(embeddings, labels, indices_tuple):
-    """embeddings [B, D], labels [B] -> those of the tuples' anchors [T, D], [T]; all for None."""
+    """embeddings [B, D], labels [B] -> those of the tuples' anchors [T, D], [T]; all for None.
+
+    An anchor counts once for each tuple that it starts.
+    """
     if indices_tuple is None:
         return embeddings, labels
     anchors = as_index_tuples(indices_tuple, embeddings.device)[:, 0]
+    anchors = anchors[anchors >= 0]  # -1 stands for no tuple
     return embeddings[anchors], labels[anchors]
 
 

@@ -65,6 +65,9 @@ def parse_options(argv=None):
     if opt.bs < 1 or opt.bs % opt.samples_per_class:
         parser.error(f"--bs {opt.bs} is not a multiple of --samples_per_class "
                      f"{opt.samples_per_class}")
+    if fewest > 1 and opt.bs == opt.samples_per_class:
+        parser.error(f"--bs {opt.bs} with --samples_per_class {opt.samples_per_class} is one class a "
+                     f"batch: --loss {opt.loss} would find no negatives; take a larger --bs")
     default("arch", "convnet" if glyphs else "resnet50")
     opt.not_pretrained = opt.not_pretrained or (opt.arch == "convnet" and not opt.weights)
     default("batchnorm", "trained" if opt.not_pretrained else "frozen")

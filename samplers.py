@@ -33,8 +33,8 @@ def add_arguments(parser):
                                "losses that sample tuples; npair samples its own, proxynca and "
                                "crossentropy use none")
     sampling.add_argument("--distance_cutoff", type=float, default=None, metavar="D",
-                          help="distance sampling: drop negatives farther than this Euclidean "
-                               "distance on the unit sphere; the paper uses 1.4. Default: off, as "
+                          help="distance sampling: drop negatives at this Euclidean distance or "
+                               "farther on the unit sphere; the paper uses 1.4. Default: off, as "
                                "in the reference runs")
 
 
@@ -72,7 +72,7 @@ class Sampler:
     method: a name of METHODS. margin: the loss's margin, in the loss's own distance (semihard
     only). squared: whether that distance is the squared Euclidean one. lower_cutoff: distance
     sampling treats nearer negatives as if at this distance (0.5 in the paper). distance_cutoff: it
-    drops negatives farther than this (1.4 in the paper; None keeps all).
+    drops negatives that far or farther (1.4 in the paper; None keeps all).
 
     Everything is drawn from torch's global generator of the embeddings' device.
     """

@@ -409,6 +409,19 @@ def test_pairs_become_the_triplets_that_share_an_anchor(variant):
 
 
 @one_of_each
+def test_padded_rows_and_numpy_vectors_are_understood(variant):
+    """A row of -1 is no tuple; (a, p, n) may be numpy arrays."""
+    embeddings, labels = make_batch(variant)
+    loss, triplets = build(variant), torch.tensor(some_triplets(labels))
+    expected = loss(embeddings, labels, triplets)
+    padded = torch.cat([triplets, torch.full((2, 3), -1)])
+    torch.testing.assert_close(loss(embeddings, labels, padded), expected)
+    vectors = tuple(triplets[:3].t().numpy())
+    torch.testing.assert_close(loss(embeddings, labels, vectors),
+                               loss(embeddings, labels, triplets[:3]))
+
+
+@one_of_each
 @pytest.mark.parametrize("lengths", [(2, 3, 2, 2), (3, 3, 2, 1), (2, 2, 3), (2, 2, 2, 2, 2)])
 def test_index_tensors_of_wrong_number_or_length_are_refused(variant, lengths):
     embeddings, labels = make_batch(variant)

@@ -426,6 +426,8 @@ def test_progress_line_on_a_terminal_only(small, monkeypatch, capsys):
     (["--arch", "squeezenet1_0", "--not_pretrained"], ["squeezenet1_0"]),
     (["--bs", "10", "--samples_per_class", "4"], ["--bs 10", "--samples_per_class 4"]),
     (["--bs", "0"], ["--bs 0"]),
+    (["--bs", "4", "--samples_per_class", "4"], ["--bs 4", "no negatives"]),
+    (["--savename", "../elsewhere"], ["../elsewhere", "--save_path"]),
     (["--bs", "40", "--samples_per_class", "4"], ["10 classes", "has 4", "--bs"]),
     (["--loss", "proxynca", "--bs", "400"], ["--bs 400"]),
     (["--loss", "proxynca", "--samples_per_class", "4"], ["--samples_per_class 4", "proxynca"]),

@@ -278,6 +278,19 @@ def test_gradients_are_those_of_one_batch(with_optimizer):
         torch.testing.assert_close(gradient, expected)
 
 
+def test_gradients_of_a_loss_that_is_no_module_are_those_of_one_batch():
+    # A loss may be any callable; what its optimizer holds is then known from the optimizer alone.
+    loss, gradients = MeanSquare(), []
+    trainer = make_trainer(
+        loss_funcs={"metric_loss": lambda *arguments: loss(*arguments)},
+        optimizers={"metric_loss_optimizer": sgd(loss, lr=0)},
+        end_of_iteration_hook=lambda trainer: gradients.append(
+            (loss.scale.grad.item(), trainer.losses["metric_loss"].item())))
+    trainer.train()
+    for gradient, value in gradients:
+        assert gradient == pytest.approx(value)  # the scale is 1, so the loss is its own gradient
+
+
 @pytest.mark.parametrize("batch_size, batches", [(1, 16), (4, 4), (5, 3), (16, 1)])
 def test_batch_size(batch_size, batches):
     trainer = make_trainer(batch_size=batch_size)
@@ -474,6 +487,20 @@ def test_sampler_chooses_the_rows_and_is_told_the_pass():
     trainer.train(num_epochs=2)
     assert seen(trainer) == [[9, 3, 3, 1], [0, 15, 2, 7]] * 2
     assert sampler.epochs == [1, 2]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("sampler", [None, InOrder()], ids=["shuffled by torch", "sampler"])
+def test_passes_draw_from_the_global_generator_what_plain_loaders_draw(sampler, workers):
+    torch.manual_seed(11)
+    trainer = make_trainer(sampler=sampler, dataloader_num_workers=workers)
+    trainer.train(num_epochs=3)
+    state = torch.get_rng_state()
+    torch.manual_seed(11)
+    expected = [labels.tolist() for _ in range(3) for _, labels in DataLoader(
+        numbered(), BATCH, shuffle=sampler is None, sampler=sampler)]
+    assert seen(trainer) == expected
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 class Batches(BatchSampler):
@@ -746,7 +773,9 @@ def test_freeze_these(frozen):
     optimizers = {f"{name}_optimizer": torch.optim.SGD(module.parameters(), 0.1, weight_decay=0.5)
                   for name, module in parts.items()}
     before = {name: weights(module) for name, module in parts.items()}
-    modes = []
+    modes, stepped = [], set()
+    for name, optimizer in optimizers.items():
+        optimizer.register_step_post_hook(lambda *_, name=name: stepped.add(name))
     with pytest.warns(UserWarning, match="is frozen: its optimizer will not be stepped") as caught:
         trainer = all_parts(
             models={"trunk": parts["trunk"], "embedder": parts["embedder"]},
@@ -760,6 +789,7 @@ def test_freeze_these(frozen):
         assert all(p.requires_grad == (name not in frozen) for p in module.parameters())
         assert all((p.grad is None) == (name in frozen) for p in module.parameters())
     assert modes == [{name: name not in frozen for name in parts}] * 2 * BATCHES
+    assert stepped == {f"{name}_optimizer" for name in parts if name not in frozen}
 
 
 def test_freezing_what_has_no_optimizer_is_no_reason_to_warn():
@@ -948,6 +978,18 @@ def test_losses_that_are_looked_at_later_are_named_by_their_own_iteration():
     with pytest.raises(FloatingPointError, match="loss is nan in epoch 2, iteration 6"):
         trainer.check_losses()
     assert trainer.unchecked_losses == []
+
+
+def test_losses_are_looked_at_before_the_epoch_hook_can_save_anything():
+    def late(trainer):  # as on a GPU, where the last losses of an epoch are still unchecked
+        if trainer.iteration == BATCHES - 1:
+            trainer.unchecked_losses = [torch.tensor(float("inf"))]
+
+    saved = []
+    trainer = make_trainer(end_of_iteration_hook=late, end_of_epoch_hook=saved.append)
+    with pytest.raises(FloatingPointError, match="loss is inf in epoch 1, iteration 3"):
+        trainer.train()
+    assert not saved
 
 
 def test_a_base_trainer_has_no_loss_of_its_own():
