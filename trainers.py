@@ -136,6 +136,8 @@ class BaseTrainer:
         for _, part in self.parts():
             if isinstance(part, torch.nn.Module):
                 part.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers.values():  # weights of a loss that is a plain function
+            optimizer.zero_grad(set_to_none=True)
         self.losses = self.calculate_loss(data, labels)
         total = sum(self.loss_weights[name] * loss for name, loss in self.losses.items())
         self.losses = {name: loss.detach() for name, loss in self.losses.items()}
@@ -143,6 +145,9 @@ class BaseTrainer:
         self.unchecked_losses.append(total.detach())
         if total.device.type == "cpu" or len(self.unchecked_losses) >= 20:
             self.check_losses()
+        if not total.requires_grad:
+            raise ValueError("there is nothing to learn: the loss depends on no weight that is not "
+                             f"frozen (freeze_these: {', '.join(self.freeze_these) or 'none'})")
         total.backward()
         for clip in self.gradient_clippers.values():
             clip()

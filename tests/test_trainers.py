@@ -995,3 +995,8 @@ def test_losses_are_looked_at_before_the_epoch_hook_can_save_anything():
 def test_a_base_trainer_has_no_loss_of_its_own():
     with pytest.raises(NotImplementedError):
         make_trainer(BaseTrainer).train()
+
+
+def test_freezing_all_that_could_learn_is_an_error():
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="nothing to learn.*trunk"):
+        make_trainer(freeze_these=("trunk",)).train()
