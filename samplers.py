@@ -117,6 +117,10 @@ class Sampler:
         tuples = tuples[tuples[:, 0] >= 0]
         return tuples[tuples >= 0].view(len(tuples), -1) if len(tuples) else tuples
 
+    def __call__(self, embeddings, labels):
+        """Index tensors (anchors, positives, negatives), [T] each: a miner for any trainer."""
+        return self.give(embeddings, labels).unbind(1)
+
     def random(self, embeddings, labels):
         """For each anchor a random positive and a random negative -> [B, 3]."""
         same, positive = self.pair_masks(labels)

@@ -6,10 +6,14 @@ are those of the trainers of pytorch-metric-learning, so a script written for th
 and files are not known here: hooks are where a caller evaluates, logs and saves.
 """
 
+import copy
 import warnings
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+
+from samplers import Sampler, draw_columns
 
 
 def add_arguments(parser):
@@ -38,6 +42,18 @@ def add_arguments(parser):
     group.add_argument("--tau", type=int, nargs="+", default=None, metavar="E",
                        help="epochs after which --scheduler step lowers the rates. Default 30 55 "
                             "(reference runs); glyphs 15")
+
+
+class NothingMined(Exception):
+    """A miner returned no index for a batch; the trainer skips the step."""
+
+
+def not_empty(indices):
+    """Returns a miner's indices, a tensor or a tuple of tensors; NothingMined if there are none."""
+    parts = indices if isinstance(indices, (tuple, list)) else (indices,)
+    if all(hasattr(part, "__len__") and not len(part) for part in parts):
+        raise NothingMined
+    return indices
 
 
 class BaseTrainer:
@@ -70,7 +86,10 @@ class BaseTrainer:
     model_names = ("trunk", "embedder")
     required_models = ("trunk",)
     loss_names = ("metric_loss",)
+    required_losses = ("metric_loss",)
+    regularisers = ()  # losses without a function in loss_funcs
     miner_names = ("subset_batch_miner", "tuple_miner")
+    collate = None  # the default collate_fn: torch's own
 
     def __init__(self, models, optimizers, batch_size, loss_funcs, dataset, mining_funcs=None,
                  iterations_per_epoch=None, data_device=None, dtype=None, loss_weights=None,
@@ -87,9 +106,9 @@ class BaseTrainer:
         self.iterations_per_epoch = iterations_per_epoch
         self.data_device = data_device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = dtype
-        self.loss_weights = loss_weights or {name: 1 for name in loss_funcs}
+        self.loss_weights = self.complete_loss_weights(loss_weights)
         self.sampler = sampler
-        self.collate_fn = collate_fn
+        self.collate_fn = collate_fn or self.collate
         self.lr_schedulers = lr_schedulers or {}
         self.gradient_clippers = gradient_clippers or {}
         self.freeze_these = freeze_these
@@ -103,6 +122,8 @@ class BaseTrainer:
         self.end_of_epoch_hook = end_of_epoch_hook or (lambda trainer: None)
         self.losses = {}
         self.unchecked_losses = []
+        self.skipped_steps = 0
+        self.idle = ()  # models that do not learn at present
         self.epoch = self.iteration = 0
         self.check_keys()
         self.label_ranks = self.rank_labels()
@@ -131,14 +152,23 @@ class BaseTrainer:
                 break
 
     def training_step(self):
-        """One batch: forward, backward, clip, step."""
+        """One batch: forward, backward, clip, step.
+
+        Where a miner returns nothing the step is skipped, counted in skipped_steps, and its losses
+        are zero.
+        """
         data, labels = self.next_batch()
         for _, part in self.parts():
             if isinstance(part, torch.nn.Module):
                 part.zero_grad(set_to_none=True)
         for optimizer in self.optimizers.values():  # weights of a loss that is a plain function
             optimizer.zero_grad(set_to_none=True)
-        self.losses = self.calculate_loss(data, labels)
+        try:
+            self.losses = self.calculate_loss(data, labels)
+        except NothingMined:
+            self.skipped_steps += 1
+            self.losses = {name: torch.zeros(()) for name in (*self.loss_weights, "total_loss")}
+            return
         total = sum(self.loss_weights[name] * loss for name, loss in self.losses.items())
         self.losses = {name: loss.detach() for name, loss in self.losses.items()}
         self.losses["total_loss"] = total.detach()
@@ -152,7 +182,7 @@ class BaseTrainer:
         for clip in self.gradient_clippers.values():
             clip()
         for name, optimizer in self.optimizers.items():
-            if name.removesuffix("_optimizer") not in self.freeze_these:
+            if name.removesuffix("_optimizer") not in (*self.freeze_these, *self.idle):
                 optimizer.step()
 
     def calculate_loss(self, data, labels):
@@ -161,12 +191,17 @@ class BaseTrainer:
 
     def compute_embeddings(self, data):
         """data [B, ...] -> embeddings [B, D]: the trunk, then the embedder if there is one."""
-        features = self.models["trunk"](data)
+        return self.embed_features(self.models["trunk"](data))
+
+    def embed_features(self, features):
+        """Features of the trunk [B, F] -> embeddings [B, D]; the features without an embedder."""
         return self.models["embedder"](features) if "embedder" in self.models else features
 
     def mine_tuples(self, embeddings, labels, miner="tuple_miner"):
         """The miner's index tuples for this batch, or None without that miner."""
-        return self.mining_funcs[miner](embeddings, labels) if miner in self.mining_funcs else None
+        if miner not in self.mining_funcs:
+            return None
+        return not_empty(self.mining_funcs[miner](embeddings, labels))
 
     def check_losses(self):
         """Raises FloatingPointError, with epoch and iteration, if a loss since the last check is not finite.
@@ -243,12 +278,16 @@ class BaseTrainer:
             if item is None:
                 raise ValueError("the data loader gives no batch: the sampler is empty or shorter "
                                  f"than batch_size {self.batch_size}")
-        data, labels = self.data_and_label_getter(item)
-        data = data.to(self.data_device, self.dtype, non_blocking=True)
+        data, labels = self.unpack(item)
         labels = self.process_labels(labels).to(self.data_device, non_blocking=True)
         if "subset_batch_miner" in self.mining_funcs:
             data, labels = self.thin_batch(data, labels)
         return data, labels
+
+    def unpack(self, item):
+        """An item of the loader -> (data on the device, labels as they are)."""
+        data, labels = self.data_and_label_getter(item)
+        return data.to(self.data_device, self.dtype, non_blocking=True), labels
 
     @torch.no_grad()
     def thin_batch(self, data, labels):
@@ -300,6 +339,10 @@ class BaseTrainer:
             part.train(name not in self.freeze_these)
             if name in self.freeze_these:
                 part.requires_grad_(False)
+        self.freeze_batchnorm()
+
+    def freeze_batchnorm(self):
+        """With freeze_trunk_batchnorm: eval mode for the trunk's batch normalisation."""
         if self.freeze_trunk_batchnorm:
             for layer in self.models["trunk"].modules():
                 if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
@@ -313,6 +356,10 @@ class BaseTrainer:
 
     # Construction
 
+    def complete_loss_weights(self, weights):
+        """The given weights, or 1 for every loss."""
+        return weights or dict.fromkeys(self.loss_funcs, 1)
+
     def check_keys(self):
         """Raises ValueError for a missing or unknown key of any dictionary, naming the allowed ones."""
         names = (*self.model_names, *self.loss_names)
@@ -320,9 +367,10 @@ class BaseTrainer:
                       for when in ("iteration", "epoch", "plateau")]
         for argument, given, allowed, required in (
                 ("models", self.models, self.model_names, self.required_models),
-                ("loss_funcs", self.loss_funcs, self.loss_names, self.loss_names),
+                ("loss_funcs", self.loss_funcs, self.loss_names, self.required_losses),
                 ("mining_funcs", self.mining_funcs, self.miner_names, ()),
-                ("loss_weights", self.loss_weights, self.loss_names, self.loss_funcs),
+                ("loss_weights", self.loss_weights, (*self.loss_names, *self.regularisers),
+                 self.loss_funcs),
                 ("optimizers", self.optimizers, [f"{name}_optimizer" for name in names], ()),
                 ("lr_schedulers", self.lr_schedulers, schedulers, ()),
                 ("gradient_clippers", self.gradient_clippers,
@@ -349,3 +397,244 @@ class MetricLossOnly(BaseTrainer):
         embeddings = self.compute_embeddings(data)                               # [B, D]
         indices_tuple = self.mine_tuples(embeddings, labels)
         return {"metric_loss": self.loss_funcs["metric_loss"](embeddings, labels, indices_tuple)}
+
+
+class TrainWithClassifier(BaseTrainer):
+    """A metric loss on the embeddings and a classification loss on a classifier behind them.
+
+    models: {"trunk": ..., "classifier": ..., "embedder": ... (optional)}; loss_funcs: {"metric_loss":
+    ..., "classifier_loss": callable(logits [B, C], labels [B])}.
+    """
+
+    model_names = ("trunk", "embedder", "classifier")
+    required_models = ("trunk", "classifier")
+    loss_names = required_losses = ("metric_loss", "classifier_loss")
+
+    def calculate_loss(self, data, labels):
+        embeddings = self.compute_embeddings(data)                               # [B, D]
+        logits = self.models["classifier"](embeddings)                           # [B, C]
+        indices_tuple = self.mine_tuples(embeddings, labels)
+        return {"metric_loss": self.loss_funcs["metric_loss"](embeddings, labels, indices_tuple),
+                "classifier_loss": self.loss_funcs["classifier_loss"](logits, labels)}
+
+
+class CascadedEmbeddings(BaseTrainer):
+    """Losses of their own for consecutive sections of the embedding.
+
+    Yuan, Yang, Zhang, "Hard-Aware Deeply Cascaded Embedding", ICCV 2017. embedding_sizes: the length
+    of each section; they sum to the embedding's. models: {"trunk": ..., "embedder": ... (optional),
+    "classifier_0": ... and so on (optional)}; loss_funcs: {"metric_loss_0": ..., for each section,
+    "classifier_loss_0": ... for each classifier}; mining_funcs: {"tuple_miner_0": ... (optional)}.
+    Departs from the paper: which tuples are hard in a section is its own miner's decision, not that
+    of the sections before; all sections share one trunk's features.
+    """
+
+    def __init__(self, embedding_sizes, *args, **kwargs):
+        self.embedding_sizes = list(embedding_sizes)
+        sections = range(len(self.embedding_sizes))
+        self.model_names = ("trunk", "embedder", *(f"classifier_{i}" for i in sections))
+        self.required_losses = tuple(f"metric_loss_{i}" for i in sections)
+        self.loss_names = self.required_losses + tuple(f"classifier_loss_{i}" for i in sections)
+        self.miner_names = ("subset_batch_miner", *(f"tuple_miner_{i}" for i in sections))
+        super().__init__(*args, **kwargs)
+        for i in sections:
+            if (f"classifier_{i}" in self.models) != (f"classifier_loss_{i}" in self.loss_funcs):
+                raise ValueError(f"CascadedEmbeddings: classifier_{i} in models and classifier_loss_{i} "
+                                 "in loss_funcs go together; one of them is missing")
+
+    def calculate_loss(self, data, labels):
+        embeddings = self.compute_embeddings(data)                               # [B, D]
+        if embeddings.shape[1] != sum(self.embedding_sizes):
+            raise ValueError(f"embedding_sizes {self.embedding_sizes} sum to "
+                             f"{sum(self.embedding_sizes)}, the embedding has {embeddings.shape[1]}")
+        losses = {}
+        for i, section in enumerate(embeddings.split(self.embedding_sizes, dim=1)):
+            indices_tuple = self.mine_tuples(section, labels, f"tuple_miner_{i}")
+            losses[f"metric_loss_{i}"] = self.loss_funcs[f"metric_loss_{i}"](section, labels,
+                                                                             indices_tuple)
+            if f"classifier_{i}" in self.models:
+                logits = self.models[f"classifier_{i}"](section)
+                losses[f"classifier_loss_{i}"] = self.loss_funcs[f"classifier_loss_{i}"](logits, labels)
+        return losses
+
+
+class DeepAdversarialMetricLearning(BaseTrainer):
+    """A generator makes hard negatives out of real triplets; the metric learns from both.
+
+    Duan et al., "Deep Adversarial Metric Learning", CVPR 2018. metric_alone_epochs: that many first
+    epochs train on metric_loss (and classifier_loss) alone; g_alone_epochs: that many after them
+    train the generator alone; then all learn. g_triplets_per_anchor: real triplets of each sample
+    that go through the generator. models: {"trunk": features [B, F], "generator": [T, 3 F] -> [T, F],
+    "embedder", "classifier" (optional)}. loss_funcs: {"metric_loss", "synth_loss": on triplets with
+    a synthetic negative, "g_adv_loss": a triplet loss with an attribute margin, "classifier_loss"
+    (with a classifier)}. loss_weights: of these and of "g_hard_loss" (synthetic negative near the
+    anchor) and "g_reg_loss" (near the real negative); "g_hard_lss" is understood too. g_adv_loss is
+    copied, its margin negated: with positive and negative exchanged, max(0, d_an - d_ap - margin)
+    pulls the synthetic negative to the anchor.
+
+    Departs from the paper, as the library that these trainers follow does: where all learn, one
+    backward pass serves all losses, so the generator's losses reach trunk and embedder as well;
+    g_hard_loss and g_reg_loss are mean squared differences of normalised features.
+    """
+
+    model_names = ("trunk", "embedder", "generator", "classifier")
+    required_models = ("trunk", "generator")
+    loss_names = ("metric_loss", "g_adv_loss", "synth_loss", "classifier_loss")
+    required_losses = ("metric_loss", "g_adv_loss", "synth_loss")
+    regularisers = ("g_hard_loss", "g_reg_loss")
+
+    def __init__(self, metric_alone_epochs=0, g_alone_epochs=0, g_triplets_per_anchor=100, *args,
+                 **kwargs):
+        self.metric_alone_epochs = metric_alone_epochs
+        self.g_alone_epochs = g_alone_epochs
+        self.g_triplets_per_anchor = g_triplets_per_anchor
+        super().__init__(*args, **kwargs)
+        if ("classifier" in self.models) != ("classifier_loss" in self.loss_funcs):
+            raise ValueError("DeepAdversarialMetricLearning: a classifier in models and a "
+                             "classifier_loss in loss_funcs go together; one of them is missing")
+        if not hasattr(self.loss_funcs["g_adv_loss"], "margin"):
+            raise ValueError("DeepAdversarialMetricLearning: g_adv_loss has no margin; it must be a "
+                             "triplet loss")
+        adversarial = copy.deepcopy(self.loss_funcs["g_adv_loss"])
+        adversarial.margin = -adversarial.margin
+        self.loss_funcs = {**self.loss_funcs, "g_adv_loss": adversarial}
+        self.learning = {name: [p for p in model.parameters() if p.requires_grad]
+                         for name, model in self.models.items()}
+
+    def complete_loss_weights(self, weights):
+        if weights is None:
+            return dict.fromkeys((*self.loss_funcs, *self.regularisers), 1)
+        return {name.replace("g_hard_lss", "g_hard_loss"): weight for name, weight in weights.items()}
+
+    def set_to_train(self):
+        """Also: which networks learn, and which losses count, in this epoch's phase."""
+        metric_alone = self.epoch <= self.metric_alone_epochs
+        generator_alone = not metric_alone and (
+            self.epoch <= self.metric_alone_epochs + self.g_alone_epochs)
+        self.does_metric, self.does_generator = not generator_alone, not metric_alone
+        self.idle = (("generator",) if metric_alone else
+                     ("trunk", "embedder", "classifier", "metric_loss") if generator_alone else ())
+        super().set_to_train()
+        for name, weights in self.learning.items():
+            learns = name not in (*self.idle, *self.freeze_these)
+            self.models[name].train(learns)
+            for weight in weights:
+                weight.requires_grad_(learns)
+        self.freeze_batchnorm()
+
+    def calculate_loss(self, data, labels):
+        losses = {}
+        features = self.models["trunk"](data)                                    # [B, F]
+        if self.does_metric:
+            embeddings = self.embed_features(features)                           # [B, D]
+            indices_tuple = self.mine_tuples(embeddings, labels)
+            losses["metric_loss"] = self.loss_funcs["metric_loss"](embeddings, labels, indices_tuple)
+            if "classifier" in self.models:
+                logits = self.models["classifier"](embeddings)
+                losses["classifier_loss"] = self.loss_funcs["classifier_loss"](logits, labels)
+        if self.does_generator:
+            losses |= self.generator_losses(features, labels)
+        return losses
+
+    def generator_losses(self, features, labels):
+        """features [B, F], labels [B] -> the losses on triplets with a synthetic negative."""
+        triplets = not_empty(self.draw_triplets(labels))                         # [T, 3]
+        anchors, positives, negatives = (features[i] for i in triplets.unbind(1))  # [T, F] each
+        synthetic = self.generate(torch.cat([anchors, positives, negatives], 1))   # [T, F]
+        rows = torch.stack([anchors, positives, synthetic], 1).flatten(0, 1)       # [3 T, F]
+        embeddings = self.embed_features(rows)                                   # [3 T, D]
+        labels = labels[triplets].flatten()                                      # [3 T]
+        a, p, n = torch.arange(len(rows), device=rows.device).view(-1, 3).unbind(1)
+        losses = {"g_adv_loss": self.loss_funcs["g_adv_loss"](embeddings, labels, (a, n, p))}
+        if self.does_metric:
+            losses["synth_loss"] = self.loss_funcs["synth_loss"](embeddings, labels, (a, p, n))
+        direction = F.normalize(synthetic, dim=1)
+        losses["g_hard_loss"] = F.mse_loss(direction, F.normalize(anchors, dim=1))
+        losses["g_reg_loss"] = F.mse_loss(direction, F.normalize(negatives, dim=1))
+        return losses
+
+    def draw_triplets(self, labels):
+        """g_triplets_per_anchor random triplets of each anchor that has any: [B] -> [T, 3]."""
+        same, positive = Sampler.pair_masks(labels)
+        each = self.g_triplets_per_anchor
+        anchors = torch.arange(len(labels), device=labels.device).repeat_interleave(each)
+        triplets = torch.stack([anchors, draw_columns(positive.float()[anchors]),
+                                draw_columns((~same).float()[anchors])], 1)
+        return triplets[(triplets >= 0).all(1)]
+
+    def generate(self, triplets):
+        """Features of real triplets [T, 3 F] -> synthetic negatives [T, F]."""
+        size = triplets.shape[1] // 3
+        try:
+            synthetic = self.models["generator"](triplets)
+        except RuntimeError as error:
+            raise ValueError(f"the generator must take [T, {3 * size}], three times the trunk's "
+                             f"features: {error}") from error
+        if synthetic.shape != (len(triplets), size):
+            raise ValueError(f"the generator gives {list(synthetic.shape)}; it must give "
+                             f"{[len(triplets), size]}, the trunk's features")
+        return synthetic
+
+
+class UnsupervisedEmbeddingsUsingAugmentations(MetricLossOnly):
+    """Views of one image are positives, views of different images negatives; labels are not used.
+
+    Ye et al., "Unsupervised Embedding Learning via Invariant and Spreading Instance Feature", CVPR
+    2019. transforms: list of N callables, each applied to every item of a batch: B items become
+    B x N samples, whose label is the item's place in the batch. data_and_label_setter: callable(
+    (samples, labels)) -> what data_and_label_getter expects of the loader. models, loss_funcs: as
+    MetricLossOnly. data_and_label_getter is applied to each item of the dataset as well.
+    """
+
+    def __init__(self, transforms, data_and_label_setter=None, *args, **kwargs):
+        if kwargs.get("collate_fn") is not None:
+            raise ValueError("UnsupervisedEmbeddingsUsingAugmentations collates the views itself; "
+                             "leave out collate_fn")
+        self.transforms = list(transforms)
+        self.data_and_label_setter = data_and_label_setter or (lambda batch: batch)
+        super().__init__(*args, **kwargs)
+
+    def collate(self, items):
+        """Items of the dataset -> all their views [B x N, ...] and the items' places [B x N]."""
+        data = [self.data_and_label_getter(item)[0] for item in items]
+        samples = torch.stack([transform(x) for x in data for transform in self.transforms])
+        labels = torch.arange(len(data)).repeat_interleave(len(self.transforms))
+        return self.data_and_label_setter((samples, labels))
+
+
+class TwoStreamMetricLoss(BaseTrainer):
+    """Anchors from one stream, positives and negatives from the other.
+
+    dataset: items (anchor, positive, label). models, loss_funcs: as MetricLossOnly. mining_funcs:
+    {"tuple_miner": callable(anchors [B, D], labels [B], others [B, D], labels [B]) -> (a, p, n) or
+    (a1, p, a2, n), a an index of anchors, p and n of others}; without one, all triplets.
+    """
+
+    miner_names = ("tuple_miner",)
+
+    def unpack(self, item):
+        item = self.data_and_label_getter(item)
+        if len(item) != 3:
+            raise ValueError(f"TwoStreamMetricLoss: the dataset gives {len(item)} values; it must give "
+                             "(anchor, positive, label)")
+        *streams, labels = item
+        return [stream.to(self.data_device, self.dtype, non_blocking=True)
+                for stream in streams], labels
+
+    def calculate_loss(self, data, labels):
+        anchors, others = (self.compute_embeddings(stream) for stream in data)   # [B, D] each
+        if "tuple_miner" in self.mining_funcs:
+            # A copy of the labels: miners take one object twice as one set compared with itself.
+            tuples = self.mining_funcs["tuple_miner"](anchors, labels, others, labels.clone())
+        else:
+            same = labels.unsqueeze(1) == labels
+            tuples = (same.unsqueeze(2) & ~same.unsqueeze(1)).nonzero(as_tuple=True)
+        shift = len(anchors)  # others stand behind the anchors below
+        if len(tuples) == 3:
+            a, p, n = not_empty(tuples)
+            tuples = a, p + shift, n + shift
+        else:
+            a1, p, a2, n = not_empty(tuples)
+            tuples = a1, p + shift, a2, n + shift
+        return {"metric_loss": self.loss_funcs["metric_loss"](
+            torch.cat([anchors, others]), torch.cat([labels, labels]), tuples)}
