@@ -12,6 +12,7 @@ add_arguments, its line in LOSSES.
 
 import functools
 import inspect
+import math
 import sys
 
 import torch
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 
 from samplers import Sampler, pairwise_sq_distances
 
-TRIPLET_SAMPLINGS = ("distance", "semihard", "softhard", "random")  # the first is the default
+TRIPLET_SAMPLINGS = ("distance", "semihard", "softhard", "random", "multisimilarity")  # the first is the default
 
 
 def add_arguments(parser):
@@ -28,7 +29,8 @@ def add_arguments(parser):
     group.add_argument("--loss", choices=LOSSES, default="marginloss",
                        help="marginloss (Wu et al. 2017), triplet (Schroff et al. 2015), npair "
                             "(Sohn 2016), proxynca (Movshovitz-Attias et al. 2017), crossentropy: "
-                            "a linear classifier on the embedding. Default %(default)s, as in the "
+                            "a linear classifier on the embedding, arcface (Deng et al. 2019). "
+                            "Default %(default)s, as in the "
                             "reference runs")
     group.add_argument("--margin", type=float, default=0.2, metavar="M",
                        help="triplet: margin between squared distances; marginloss: half-width "
@@ -57,9 +59,15 @@ def add_arguments(parser):
                        help="npair: weight of the mean squared length of anchor and positive; too "
                             "small and embeddings grow without bound; useful 0.001 to 0.1. Default "
                             "%(default)s (reference runs)")
+    group.add_argument("--arcface_scale", type=float, default=64.0, metavar="S",
+                       help="arcface: factor of the cosines, above 0; useful 16 to 128. Default "
+                            "%(default)s (paper)")
+    group.add_argument("--arcface_margin", type=float, default=0.5, metavar="M",
+                       help="arcface: margin in radians, 0 to pi; useful 0.1 to 0.6. Default "
+                            "%(default)s (paper)")
     group.add_argument("--loss_lr", type=float, default=None, metavar="LR",
                        help="learning rate of a loss's own weights where no flag above names it "
-                            "(crossentropy's classifier). Default: --lr, as in the reference "
+                            "(crossentropy and arcface). Default: --lr, as in the reference "
                             "code; glyphs 1e-2")
 
 
@@ -122,7 +130,7 @@ class TripletLoss(torch.nn.Module):
     """Triplet loss: the mean over triplets of max(0, d(a, p)^2 - d(a, n)^2 + margin).
 
     Schroff et al., "FaceNet", CVPR 2015, eq. 2. margin: a squared distance. sampling: a method of
-    samplers.Sampler, one triplet for each anchor; distance_cutoff: see there. embeddings [B, D] unit-norm
+    samplers.Sampler, distance_cutoff, mining_epsilon: see there. embeddings [B, D] unit-norm
     rows, labels [B]. Departs from the paper: the mean over the sampled triplets, inactive ones
     included, stands for the sum, as in the reference code.
     """
@@ -131,10 +139,12 @@ class TripletLoss(torch.nn.Module):
     samplings = TRIPLET_SAMPLINGS
     min_samples_per_class, max_samples_per_class = 2, sys.maxsize
 
-    def __init__(self, margin=0.2, sampling="distance", distance_cutoff=None):
+    def __init__(self, margin=0.2, sampling="distance", distance_cutoff=None,
+                 mining_epsilon=0.1):
         super().__init__()
         self.margin = margin
-        self.sampler = Sampler(sampling, margin=margin, squared=True, distance_cutoff=distance_cutoff)
+        self.sampler = Sampler(sampling, margin=margin, squared=True,
+                               distance_cutoff=distance_cutoff, mining_epsilon=mining_epsilon)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
@@ -167,11 +177,13 @@ class MarginLoss(torch.nn.Module):
     min_samples_per_class, max_samples_per_class = 2, sys.maxsize
 
     def __init__(self, num_classes, margin=0.2, beta=1.2, beta_constant=False, nu=0.0,
-                 sampling="distance", distance_cutoff=None):
+                 sampling="distance", distance_cutoff=None,
+                 mining_epsilon=0.1):
         super().__init__()
         self.margin = margin
         self.nu = nu
-        self.sampler = Sampler(sampling, margin=margin, squared=False, distance_cutoff=distance_cutoff)
+        self.sampler = Sampler(sampling, margin=margin, squared=False,
+                               distance_cutoff=distance_cutoff, mining_epsilon=mining_epsilon)
         betas = torch.full((num_classes,), float(beta))
         if beta_constant:
             self.register_buffer("beta", betas)
@@ -294,6 +306,51 @@ class CrossEntropyLoss(torch.nn.Module):
         return F.cross_entropy(logits, labels, reduction="sum") / max(1, len(labels))
 
 
+class ArcFaceLoss(torch.nn.Module):
+    """ArcFace: softmax over cosines to class weights, the own class's angle enlarged by a margin.
+
+    Deng et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recognition", CVPR 2019, eq. 3:
+    the cross-entropy of logits s cos(theta_j), for the own class s cos(theta_y + m). arcface_scale: s;
+    arcface_margin: m in radians. Where theta_y + m would pass pi the own logit is s (cos(theta_y) -
+    m sin(m)), as in the authors' code, so that it goes on falling with the angle. embeddings [B, D]
+    (normalised here), labels [B] below num_classes. sampling: none, or a method of samplers.Sampler
+    whose anchors then count, once for each tuple.
+    """
+
+    unit_norm = True
+    samplings = ("none", *TRIPLET_SAMPLINGS)
+    min_samples_per_class, max_samples_per_class = 1, sys.maxsize
+
+    def __init__(self, num_classes, embed_dim, arcface_scale=64.0, arcface_margin=0.5,
+                 sampling="none", distance_cutoff=None, mining_epsilon=0.1):
+        super().__init__()
+        if arcface_scale <= 0 or not 0 <= arcface_margin <= math.pi:
+            raise ValueError(f"ArcFace: --arcface_scale {arcface_scale} must be above 0 and "
+                             f"--arcface_margin {arcface_margin} between 0 and pi (radians)")
+        self.scale = arcface_scale
+        self.margin = arcface_margin
+        self.sampler = None if sampling == "none" else Sampler(
+            sampling, distance_cutoff=distance_cutoff, mining_epsilon=mining_epsilon)
+        self.weight = torch.nn.Parameter(torch.nn.init.xavier_uniform_(
+            torch.empty(num_classes, embed_dim)))
+
+    @full_precision
+    def forward(self, embeddings, labels, indices_tuple=None):
+        if indices_tuple is None and self.sampler is not None:
+            indices_tuple = self.sampler.give(embeddings, labels)
+        embeddings, labels = anchors_only(embeddings, labels, indices_tuple)
+        weight = F.normalize(self.weight.to(embeddings.dtype), dim=1)
+        cosines = F.normalize(embeddings, dim=1) @ weight.t()                    # [B, C]
+        own = cosines.gather(1, labels.unsqueeze(1))                             # [B, 1]
+        # The gradient of the sine is infinite where the cosine is 1 or -1.
+        sine = (1 - own.square()).clamp_min(1e-12).sqrt()
+        enlarged = own * math.cos(self.margin) - sine * math.sin(self.margin)
+        beyond = own - self.margin * math.sin(self.margin)
+        enlarged = torch.where(own > math.cos(math.pi - self.margin), enlarged, beyond)
+        logits = self.scale * cosines.scatter(1, labels.unsqueeze(1), enlarged)
+        return F.cross_entropy(logits, labels, reduction="sum") / max(1, len(labels))
+
+
 def anchors_only(embeddings, labels, indices_tuple):
     """embeddings [B, D], labels [B] -> those of the tuples' anchors [T, D], [T]; all for None.
 
@@ -314,6 +371,7 @@ LOSSES = {
     "npair": (NPairLoss, None),
     "proxynca": (ProxyNCALoss, "proxy_lr"),
     "crossentropy": (CrossEntropyLoss, "loss_lr"),
+    "arcface": (ArcFaceLoss, "loss_lr"),
 }
 
 

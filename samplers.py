@@ -9,7 +9,7 @@ name in METHODS; a new way to compose batches is a class beside ClassBalancedBat
 import numpy as np
 import torch
 
-METHODS = ("random", "semihard", "softhard", "distance", "npair")
+METHODS = ("random", "semihard", "softhard", "distance", "multisimilarity", "npair")
 
 
 def add_arguments(parser):
@@ -25,13 +25,18 @@ def add_arguments(parser):
                             "losses that need no positive pairs. Default 4, and 1 for proxynca, "
                             "as in the reference runs")
     sampling = parser.add_argument_group("sampling", "how tuples are chosen inside a batch")
-    sampling.add_argument("--sampling", choices=METHODS, default=None,
+    sampling.add_argument("--sampling", choices=(*METHODS, "none"), default=None,
                           help="random: any positive, any negative. semihard: negatives just "
                                "behind the positive (FaceNet). softhard: random among the hard "
                                "ones. distance: negatives spread evenly over all distances (Wu et "
-                               "al. 2017). npair: one pair of each class. Default distance for "
-                               "losses that sample tuples; npair samples its own, proxynca and "
-                               "crossentropy use none")
+                               "al. 2017). multisimilarity: all pairs that are hard for their "
+                               "anchor (Wang et al. 2019). npair: one pair of each class. none: "
+                               "every image counts. Default distance for losses that sample "
+                               "tuples; npair samples its own, the others use none")
+    sampling.add_argument("--mining_epsilon", type=float, default=0.1, metavar="E",
+                          help="multisimilarity sampling: how much, in cosine similarity, a pair may "
+                               "be easier than the anchor's hardest pair of the other kind; "
+                               "useful 0.05 to 0.3. Default %(default)s (paper)")
     sampling.add_argument("--distance_cutoff", type=float, default=None, metavar="D",
                           help="distance sampling: drop negatives at this Euclidean distance or "
                                "farther on the unit sphere; the paper uses 1.4. Default: off, as "
@@ -72,13 +77,14 @@ class Sampler:
     method: a name of METHODS. margin: the loss's margin, in the loss's own distance (semihard
     only). squared: whether that distance is the squared Euclidean one. lower_cutoff: distance
     sampling treats nearer negatives as if at this distance (0.5 in the paper). distance_cutoff: it
-    drops negatives that far or farther (1.4 in the paper; None keeps all).
+    drops negatives that far or farther (1.4 in the paper; None keeps all). mining_epsilon:
+    multisimilarity's margin, a difference of cosine similarities.
 
     Everything is drawn from torch's global generator of the embeddings' device.
     """
 
     def __init__(self, method="random", margin=0.2, squared=False, distance_cutoff=None,
-                 lower_cutoff=0.5):
+                 lower_cutoff=0.5, mining_epsilon=0.1):
         if method not in METHODS:
             raise ValueError(f"no sampling method {method!r}; --sampling takes {', '.join(METHODS)}")
         if margin < 0:
@@ -92,6 +98,7 @@ class Sampler:
         self.squared = squared
         self.distance_cutoff = distance_cutoff
         self.lower_cutoff = lower_cutoff
+        self.mining_epsilon = mining_epsilon
         self.sample = getattr(self, method)
 
     @torch.no_grad()
@@ -117,24 +124,29 @@ class Sampler:
         tuples = tuples[tuples[:, 0] >= 0]
         return tuples[tuples >= 0].view(len(tuples), -1) if len(tuples) else tuples
 
-    def __call__(self, embeddings, labels):
-        """Index tensors (anchors, positives, negatives), [T] each: a miner for any trainer."""
-        return self.give(embeddings, labels).unbind(1)
+    def __call__(self, embeddings, labels, others=None, other_labels=None):
+        """Index tensors (anchors, positives, negatives), [T] each: a miner for any trainer.
 
-    def random(self, embeddings, labels):
+        With others [G, D] and other_labels [G], anchors index the embeddings, positives and
+        negatives the others (not for npair).
+        """
+        given = {} if others is None else {"others": others, "other_labels": other_labels}
+        return self.give(embeddings, labels, **given).unbind(1)
+
+    def random(self, embeddings, labels, others=None, other_labels=None):
         """For each anchor a random positive and a random negative -> [B, 3]."""
-        same, positive = self.pair_masks(labels)
+        same, positive = self.pair_masks(labels, other_labels)
         return self.triplets(draw_columns(positive.float()), draw_columns((~same).float()))
 
-    def semihard(self, embeddings, labels):
+    def semihard(self, embeddings, labels, others=None, other_labels=None):
         """Random positive; a negative with d_ap < d_an < d_ap + margin, else a random one -> [B, 3].
 
         Schroff et al., "FaceNet", CVPR 2015, section 3.2, in the loss's own distance and margin.
         Departs from the paper: where no negative is semi-hard a random one stands in, so that
         every anchor counts, as in the reference code.
         """
-        same, positive = self.pair_masks(labels)
-        distances = pairwise_sq_distances(embeddings)
+        same, positive = self.pair_masks(labels, other_labels)
+        distances = pairwise_sq_distances(embeddings, others)
         if not self.squared:
             distances = distances.sqrt_()
         positives = draw_columns(positive.float())
@@ -142,14 +154,14 @@ class Sampler:
         semihard = ~same & (distances > d_ap) & (distances < d_ap + self.margin)
         return self.triplets(positives, self.draw_preferred(semihard, ~same))
 
-    def softhard(self, embeddings, labels):
+    def softhard(self, embeddings, labels, others=None, other_labels=None):
         """Positive beyond the nearest negative, negative within the farthest positive -> [B, 3].
 
         Both random among those that qualify, and random among all where none does. Roth and
         Brattoli's reference code, 2019 ("softhard").
         """
-        same, positive = self.pair_masks(labels)
-        distances = pairwise_sq_distances(embeddings)
+        same, positive = self.pair_masks(labels, other_labels)
+        distances = pairwise_sq_distances(embeddings, others)
         nearest_negative = distances.masked_fill(same, torch.inf).amin(1, keepdim=True)
         farthest_positive = distances.masked_fill(~positive, -torch.inf).amax(1, keepdim=True)
         hard_positive = positive & (distances > nearest_negative)
@@ -157,7 +169,7 @@ class Sampler:
         return self.triplets(self.draw_preferred(hard_positive, positive),
                              self.draw_preferred(hard_negative, ~same))
 
-    def distance(self, embeddings, labels):
+    def distance(self, embeddings, labels, others=None, other_labels=None):
         """Random positive; negatives drawn with the inverse density of their distance -> [B, 3].
 
         Wu et al., "Sampling Matters in Deep Embedding Learning", ICCV 2017, section 4.1: on the unit
@@ -166,9 +178,9 @@ class Sampler:
         is off unless given, as in the reference code (which keeps far negatives); where it leaves
         an anchor no negative, a random one stands in.
         """
-        same, positive = self.pair_masks(labels)
+        same, positive = self.pair_masks(labels, other_labels)
         n = embeddings.shape[1]
-        sq_distances = pairwise_sq_distances(embeddings).clamp_min_(self.lower_cutoff ** 2)
+        sq_distances = pairwise_sq_distances(embeddings, others).clamp_min_(self.lower_cutoff ** 2)
         # 1 - d^2/4 is 0 at antipodal points, where the density vanishes; 1e-6 keeps it finite.
         log_weights = ((2 - n) / 2 * sq_distances.log()
                        - (n - 3) / 2 * (1 - sq_distances / 4).clamp_min_(1e-6).log_())
@@ -182,6 +194,26 @@ class Sampler:
         if self.distance_cutoff is not None:
             negatives = torch.where(negatives < 0, draw_columns((~same).float()), negatives)
         return self.triplets(draw_columns(positive.float()), negatives)
+
+    def multisimilarity(self, embeddings, labels, others=None, other_labels=None):
+        """All triplets of an anchor's hard positives and hard negatives -> [T, 3].
+
+        Wang et al., "Multi-Similarity Loss with General Pair Weighting", CVPR 2019, eq. 7 and 8: a
+        negative is hard if it is more similar than the least similar positive minus mining_epsilon,
+        a positive if it is less similar than the most similar negative plus mining_epsilon. How
+        many there are is known only once they are found, so this method makes a GPU wait.
+        """
+        same, positive = self.pair_masks(labels, other_labels)
+        rows = torch.nn.functional.normalize(embeddings, dim=1)
+        columns = rows if others is None else torch.nn.functional.normalize(others, dim=1)
+        similarities = rows @ columns.t()                                        # [B, G]
+        least = similarities.masked_fill(~positive, torch.inf).amin(1, keepdim=True)
+        most = similarities.masked_fill(same, -torch.inf).amax(1, keepdim=True)
+        hard_negative = ~same & (similarities > least - self.mining_epsilon)
+        hard_positive = positive & (similarities < most + self.mining_epsilon)
+        anchors, positives = hard_positive.nonzero(as_tuple=True)
+        pairs, negatives = hard_negative[anchors].nonzero(as_tuple=True)
+        return torch.stack([anchors[pairs], positives[pairs], negatives], 1)
 
     def npair(self, embeddings, labels):
         """One random pair of each class with two images or more; the rest's positives as negatives.
@@ -207,8 +239,14 @@ class Sampler:
         return rows.masked_fill((~classes | (classes.sum() < 2)).unsqueeze(1), -1)
 
     @staticmethod
-    def pair_masks(labels):
-        """labels [B] -> same class [B, B] and positive pair (same class, another image) [B, B]."""
+    def pair_masks(labels, other_labels=None):
+        """labels [B] -> same class [B, B] and positive pair (same class, another image) [B, B].
+
+        With other_labels [G]: both [B, G] and equal, since all others are other images.
+        """
+        if other_labels is not None:
+            same = labels.unsqueeze(1) == other_labels
+            return same, same
         same = labels.unsqueeze(1) == labels
         return same, same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
 
