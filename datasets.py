@@ -27,6 +27,7 @@ PUBLISHED = {
     "in-shop": {"train": (3997, 25882), "query": (3985, 14218), "gallery": (3985, 12612)},
     "vehicle_id": {"train": (13134, 110178), "test_800": (800, None), "test_1600": (1600, None),
                    "test_2400": (2400, None)},
+    "tiny_imagenet": {"train": (200, 100000), "test": (200, 10000)},
 }
 
 LAYOUTS = {
@@ -40,6 +41,8 @@ LAYOUTS = {
     "in-shop": "in-shop/Eval/list_eval_partition.txt with in-shop/img/... or in-shop/Img/img/...",
     "vehicle_id": "vehicle_id/image/*.jpg with vehicle_id/train_test_split/train_list.txt and "
                   "test_list_800.txt, test_list_1600.txt, test_list_2400.txt",
+    "tiny_imagenet": "tiny_imagenet/train/<class>/images/*.JPEG with tiny_imagenet/val/"
+                     "val_annotations.txt and val/images/*.JPEG, or the release's tiny-imagenet-200/",
     "folder": "<class>/*.jpg (the first half of the sorted classes trains, the second tests), or "
               "train/<class>/*.jpg and test/<class>/*.jpg, directly below --source_path",
 }
@@ -100,15 +103,17 @@ class ImageDataset(torch.utils.data.Dataset):
 
     dataset[i] is a pure function of i and the transform. A random transform is given by seed: its
     draws then depend on (seed, epoch, i) alone, so they are the same for any number of loading
-    processes, and each repeat of an image within one batch gets draws of its own. Normalisation
+    processes, and each repeat of an image within one batch gets draws of its own. With views = 2
+    items are (first view, second view, label), each view drawn by itself. Normalisation
     is the network's business (netlib.Trunk), so images travel as bytes. An image that cannot be
     read raises ValueError with its path.
     """
 
-    def __init__(self, split, transform, seed=None):
+    def __init__(self, split, transform, seed=None, views=1):
         self.images, self.labels, self.class_names = split
         self.transform = transform
         self.seed = seed
+        self.views = views
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by the workers too
 
     def set_epoch(self, epoch):
@@ -134,12 +139,12 @@ class ImageDataset(torch.utils.data.Dataset):
         """Item i, drawn for the repeat-th time in one batch -> (image, label)."""
         image = self.load(i)
         if self.seed is None:
-            return self.transform(image), self.labels[i]
+            return *(self.transform(image) for _ in range(self.views)), self.labels[i]
         draws = np.random.SeedSequence([self.seed, int(self.epoch), i, repeat])
         state = torch.get_rng_state()
         torch.default_generator.manual_seed(int(draws.generate_state(1, np.uint64)[0]))
         try:
-            return self.transform(image), self.labels[i]
+            return *(self.transform(image) for _ in range(self.views)), self.labels[i]
         finally:
             torch.set_rng_state(state)
 
@@ -165,8 +170,8 @@ def read_image(path):
         raise ValueError(f"{path}: not an image, or a broken one ({error})") from None
 
 
-def dataset_select(opt):
-    """The training set and the evaluation sets that the options ask for.
+def dataset_select(opt, views=1):
+    """The training set, with so many views of an image, and the evaluation sets of the options.
 
     Returns (ImageDataset, [EvaluationSet, ...], Found). Raises FileNotFoundError or ValueError
     where the data is missing, damaged or too small.
@@ -177,8 +182,8 @@ def dataset_select(opt):
         if classes < 2:
             raise ValueError(f"--dataset {opt.dataset}: the {name} split has {classes} class"
                              f"{'es' * (classes != 1)} in {found.layout}; it needs two or more")
-    train_transform, test_transform = transforms(opt.dataset, opt.image_size)
-    train = ImageDataset(found.splits["train"], train_transform, seed=opt.seed)
+    train_transform, test_transform = transforms(opt.dataset, opt.image_size, views)
+    train = ImageDataset(found.splits["train"], train_transform, seed=opt.seed, views=views)
     tests = {name: ImageDataset(split, test_transform)
              for name, split in found.splits.items() if name != "train"}
     if opt.dataset == "in-shop":
@@ -188,16 +193,19 @@ def dataset_select(opt):
     return train, sets, found
 
 
-def transforms(dataset, image_size):
+def transforms(dataset, image_size, views=1):
     """(training transform, test transform) from a PIL image to uint8 [3, image_size, image_size].
 
     Glyphs are drawn at random places and sizes already, and a mirrored b is a d: no crop, no flip.
+    Where two views of one glyph are wanted they are turned, moved, scaled and sheared a little more.
     """
     from torchvision import transforms as T  # here, so that --help need not wait for it
 
     if dataset == "glyphs":
         fit = T.Compose([T.Resize((image_size, image_size)), T.PILToTensor()])
-        return fit, fit
+        moved = T.RandomAffine(15, translate=(0.1, 0.1), scale=(0.8, 1.2), shear=15,
+                               interpolation=T.InterpolationMode.BILINEAR)
+        return (fit if views == 1 else T.Compose([moved, fit])), fit
     shorter_side = 256 if image_size in (224, 227) else round(image_size * 8 / 7)
     return (T.Compose([T.RandomResizedCrop(image_size), T.RandomHorizontalFlip(), T.PILToTensor()]),
             T.Compose([T.Resize(shorter_side), T.CenterCrop(image_size), T.PILToTensor()]))
@@ -336,6 +344,25 @@ def read_folder(source):
     return halves(f"class folders in {source}", class_folders(source))
 
 
+def read_tiny_imagenet(source):
+    """Tiny ImageNet: train/ trains and val/ tests, with the same 200 classes in both."""
+    root = find_root(source, "tiny_imagenet", ("tiny_imagenet", "tiny-imagenet-200", ""),
+                     lambda root: os.path.exists(f"{root}/val/val_annotations.txt"))
+    by_class = {os.path.basename(os.path.dirname(folder)): paths for folder, paths in
+                ((f"{root}/train/{name}/images", class_folders(f"{root}/train/{name}").get("images", []))
+                 for name in sorted(class_folders(f"{root}/train")))}
+    path = f"{root}/val/val_annotations.txt"
+    rows = read_rows(path, columns=6)
+    images = find_images(f"{root}/val/images", [row[0] for row in rows], path)
+    train, names = from_classes(by_class), [row[1] for row in rows]
+    foreign = sorted(set(names) - set(train.class_names))
+    if foreign:
+        raise ValueError(f"{path} names {len(foreign)} classes that have no images in {root}/train, the "
+                         f"first of them {foreign[0]}")
+    test = labelled(images, names, train.class_names)
+    return Found(f"{root}/train and {path}", {"train": train, "test": test}, remark_on_empty(by_class))
+
+
 def read_glyphs(source=None):
     """Characters of the font that Pillow bundles, 40 distorted drawings of each; needs no files.
 
@@ -362,6 +389,7 @@ READERS = {
     "online_products": read_online_products,
     "in-shop": read_in_shop,
     "vehicle_id": read_vehicle_id,
+    "tiny_imagenet": read_tiny_imagenet,
     "folder": read_folder,
     "glyphs": read_glyphs,
 }

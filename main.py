@@ -23,6 +23,7 @@ import trainers
 
 # Options that may differ between a run and its resumption: they do not change what is computed.
 MAY_CHANGE = {"resume", "n_epochs", "gpu", "kernels", "source_path", "save_path"}
+TWO_VIEWS = ("UnsupervisedEmbeddingsUsingAugmentations", "TwoStreamMetricLoss")
 
 
 def build_parser():
@@ -51,6 +52,18 @@ def parse_options(argv=None):
         if getattr(opt, name) is None:
             setattr(opt, name, value)
 
+    unsupervised = opt.trainer == "UnsupervisedEmbeddingsUsingAugmentations"
+    if unsupervised and fewest < 2:
+        parser.error(f"--trainer {opt.trainer} does not use classes, which --loss {opt.loss} needs; "
+                     "take a loss of pairs or triplets")
+    if opt.trainer == "TwoStreamMetricLoss" and opt.loss not in ("triplet", "marginloss"):
+        parser.error(f"--trainer {opt.trainer} needs a loss of triplets, triplet or marginloss; --loss "
+                     f"{opt.loss} is not")
+    if opt.trainer == "DeepAdversarialMetricLearning" and not loss_class.unit_norm:
+        parser.error(f"--trainer {opt.trainer} needs unit-norm embeddings for its triplet losses; "
+                     f"--loss {opt.loss} wants raw ones")
+    if unsupervised:  # its positives are the two views of an image, its batches are shuffled
+        fewest = most = 1
     if opt.not_pretrained and opt.weights:
         parser.error("--not_pretrained and --weights contradict each other: give one of them")
     if opt.sampling is not None and opt.sampling not in loss_class.samplings:
@@ -60,7 +73,8 @@ def parse_options(argv=None):
     default("samples_per_class", min(4, most))
     if not fewest <= opt.samples_per_class <= most:
         allowed = f"{fewest} only" if most == fewest else f"{fewest} or more"
-        parser.error(f"--loss {opt.loss} cannot use --samples_per_class {opt.samples_per_class}; it "
+        user = f"--trainer {opt.trainer}" if unsupervised else f"--loss {opt.loss}"
+        parser.error(f"{user} cannot use --samples_per_class {opt.samples_per_class}; it "
                      f"takes {allowed}")
     if opt.bs < 1 or opt.bs % opt.samples_per_class:
         parser.error(f"--bs {opt.bs} is not a multiple of --samples_per_class "
@@ -82,7 +96,17 @@ def parse_options(argv=None):
     default("tau", [15] if glyphs else [30, 55])
     default("proxy_lr", 1e-2 if glyphs else 1e-5)
     default("loss_lr", 1e-2 if glyphs else opt.lr)
-    for name, least in (("n_epochs", 0), ("kernels", 0), ("image_size", 8), ("embed_dim", 1), ("lr", 0),
+    default("classifier_lr", 10 * opt.lr)
+    default("g_lr", opt.lr)
+    third = opt.embed_dim // 3
+    default("embedding_sizes", [opt.embed_dim - 2 * third, third, third])
+    if opt.trainer == "CascadedEmbeddings" and (sum(opt.embedding_sizes) != opt.embed_dim
+                                                or min(opt.embedding_sizes) < 1):
+        parser.error(f"--embedding_sizes {' '.join(map(str, opt.embedding_sizes))} must be above 0 and "
+                     f"sum to --embed_dim {opt.embed_dim}")
+    for name, least in (("classifier_weight", 0), ("classifier_lr", 0), ("g_lr", 0),
+                        ("metric_alone_epochs", 0), ("g_alone_epochs", 0),
+                        ("g_triplets_per_anchor", 1), ("n_epochs", 0), ("kernels", 0), ("image_size", 8), ("embed_dim", 1), ("lr", 0),
                         ("fc_lr_mul", 0), ("decay", 0), ("proxy_lr", 0), ("loss_lr", 0),
                         ("beta_lr", 0), ("seed", 0)):
         if not getattr(opt, name) >= least:
@@ -92,15 +116,65 @@ def parse_options(argv=None):
     return opt
 
 
-def make_optimizers(trunk, embedder, criterion_groups, opt):
-    """Adam for trunk, embedder and, if it has weights, loss, with their schedulers by epoch.
+def make_parts(opt, num_classes):
+    """What the chosen trainer trains -> (models, loss_funcs, parameter groups, its own arguments).
 
-    Returns (optimizers, lr_schedulers), dicts as the trainers take them.
+    Dicts as the trainers take them; the groups are named like the models and losses they belong to.
     """
+    loss_class = losses.LOSSES[opt.loss][0]
+    cascaded = opt.trainer == "CascadedEmbeddings"
+    trunk, embedder = netlib.network_select(opt, loss_class.unit_norm,
+                                            opt.embedding_sizes if cascaded else None)
+    models, loss_funcs, arguments = {"trunk": trunk, "embedder": embedder}, {}, {}
     groups = {"trunk": {"params": list(trunk.parameters()), "lr": opt.lr},
               "embedder": {"params": list(embedder.parameters()),
                            "lr": opt.lr * (opt.fc_lr_mul or 1)}}
-    groups |= {"metric_loss": group for group in criterion_groups}
+
+    def add_loss(name, **changes):
+        options = argparse.Namespace(**{**vars(opt), **changes})
+        loss_funcs[name], added = losses.loss_select(opt.loss, options, [], num_classes)
+        groups.update({name: group for group in added})
+
+    if cascaded:
+        for i, size in enumerate(opt.embedding_sizes):
+            add_loss(f"metric_loss_{i}", embed_dim=size)
+        return models, loss_funcs, groups, {"embedding_sizes": opt.embedding_sizes}
+    add_loss("metric_loss")
+    if opt.trainer == "TrainWithClassifier":
+        models["classifier"] = torch.nn.Linear(opt.embed_dim, num_classes)
+        loss_funcs["classifier_loss"] = torch.nn.CrossEntropyLoss()
+        groups["classifier"] = {"params": list(models["classifier"].parameters()),
+                                "lr": opt.classifier_lr}
+        arguments["loss_weights"] = {"metric_loss": 1, "classifier_loss": opt.classifier_weight}
+    elif opt.trainer == "DeepAdversarialMetricLearning":
+        models["generator"] = netlib.Generator(trunk.num_features)
+        groups["generator"] = {"params": list(models["generator"].parameters()), "lr": opt.g_lr}
+        for name in ("g_adv_loss", "synth_loss"):
+            loss_funcs[name] = losses.TripletLoss(opt.margin)
+        weights = zip(("g_adv_loss", "g_hard_loss", "g_reg_loss", "synth_loss"), opt.g_weights)
+        arguments = {"loss_weights": {"metric_loss": 1, **dict(weights)},
+                     "metric_alone_epochs": opt.metric_alone_epochs,
+                     "g_alone_epochs": opt.g_alone_epochs,
+                     "g_triplets_per_anchor": opt.g_triplets_per_anchor}
+    elif opt.trainer == "UnsupervisedEmbeddingsUsingAugmentations":
+        # The dataset gives both views; the trainer's transforms pick one each.
+        arguments = {"transforms": [lambda views: views[0], lambda views: views[1]],
+                     "data_and_label_getter": two_views}
+    elif opt.trainer == "TwoStreamMetricLoss":
+        arguments["mining_funcs"] = {"tuple_miner": loss_funcs["metric_loss"].sampler}
+    return models, loss_funcs, groups, arguments
+
+
+def two_views(item):
+    """(first view, second view, label) -> ((first, second), label); a collated batch as it is."""
+    return item if len(item) == 2 else (item[:2], item[2])
+
+
+def make_optimizers(groups, opt):
+    """Adam for each parameter group, with its scheduler by epoch.
+
+    Returns (optimizers, lr_schedulers), dicts as the trainers take them.
+    """
     optimizers = {f"{name}_optimizer": torch.optim.Adam([group], weight_decay=opt.decay)
                   for name, group in groups.items()}
     schedulers = {}
@@ -254,29 +328,29 @@ def train(opt):
     device = auxiliaries.select_device(opt.gpu)
     auxiliaries.seed_everything(opt.seed)
 
-    train_set, evaluation_sets, found = datasets.dataset_select(opt)
+    views = 2 if opt.trainer in TWO_VIEWS else 1
+    train_set, evaluation_sets, found = datasets.dataset_select(opt, views)
     for _, queries, gallery in evaluation_sets:
         evaluate.check_k_vals(opt.k_vals, len(queries) - 1 if gallery is None else len(gallery))
     batch_sampler = samplers.batch_sampler_select(train_set.labels, opt)
 
-    loss_class = losses.LOSSES[opt.loss][0]
-    trunk, embedder = netlib.network_select(opt, loss_class.unit_norm)
-    criterion, loss_groups = losses.loss_select(opt.loss, opt, [], len(train_set.class_names))
-    for part in (trunk, embedder, criterion):
+    pseudo = opt.trainer == "UnsupervisedEmbeddingsUsingAugmentations"  # classes: places in the batch
+    num_classes = opt.bs if pseudo else len(train_set.class_names)
+    models, loss_funcs, groups, arguments = make_parts(opt, num_classes)
+    for part in (*models.values(), *loss_funcs.values()):
         part.to(device)
-    optimizers, lr_schedulers = make_optimizers(trunk, embedder, loss_groups, opt)
+    optimizers, lr_schedulers = make_optimizers(groups, opt)
 
     state = None
     folder = auxiliaries.make_run_folder(opt.save_path, opt.dataset, opt.savename, opt.resume)
     if opt.resume:
         state = auxiliaries.load_checkpoint(os.path.join(folder, "last.pth.tar"), Run.STATE_KEYS)
     run = Run(folder, evaluation_sets, device, opt)
-    trainer = trainers.MetricLossOnly(
-        models={"trunk": trunk, "embedder": embedder}, optimizers=optimizers, batch_size=opt.bs,
-        loss_funcs={"metric_loss": criterion}, dataset=train_set, data_device=device,
-        sampler=batch_sampler, lr_schedulers=lr_schedulers,
+    trainer = trainers.TRAINERS[opt.trainer](
+        models=models, optimizers=optimizers, batch_size=opt.bs, loss_funcs=loss_funcs,
+        dataset=train_set, data_device=device, sampler=batch_sampler, lr_schedulers=lr_schedulers,
         freeze_trunk_batchnorm=opt.batchnorm == "frozen", dataloader_num_workers=opt.kernels,
-        end_of_iteration_hook=run.after_iteration, end_of_epoch_hook=run.after_epoch)
+        end_of_iteration_hook=run.after_iteration, end_of_epoch_hook=run.after_epoch, **arguments)
     first_epoch = run.restore(trainer, state) if state else 1
     print_header(opt, device, found, trainer)
     if not state:

@@ -84,21 +84,44 @@ class Trunk(torch.nn.Module):
 
 
 class Embedder(torch.nn.Module):
-    """The embedding layer: features [B, F] -> embeddings [B, D], of length one if unit_norm."""
+    """The embedding layer: features [B, F] -> embeddings [B, D], of length one if unit_norm.
 
-    def __init__(self, num_features, embed_dim, unit_norm=True):
+    sections: lengths that sum to D; each section is then of length one by itself.
+    """
+
+    def __init__(self, num_features, embed_dim, unit_norm=True, sections=None):
         super().__init__()
         if embed_dim < 1:
             raise ValueError(f"--embed_dim {embed_dim}: an embedding has at least one number")
         self.linear = torch.nn.Linear(num_features, embed_dim)
         self.unit_norm = unit_norm
+        self.sections = sections or [embed_dim]
 
     def forward(self, features):
         embeddings = self.linear(features)
-        return F.normalize(embeddings, dim=1) if self.unit_norm else embeddings
+        if not self.unit_norm:
+            return embeddings
+        return torch.cat([F.normalize(section, dim=1)
+                          for section in embeddings.split(self.sections, dim=1)], dim=1)
 
 
-def network_select(opt, unit_norm):
+class Generator(torch.nn.Module):
+    """Makes a synthetic negative of a triplet's features: [T, 3 F] -> [T, F].
+
+    Two linear layers with a ReLU between; Duan et al., "Deep Adversarial Metric Learning", CVPR 2018.
+    """
+
+    def __init__(self, num_features):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(3 * num_features, num_features),
+                                          torch.nn.ReLU(),
+                                          torch.nn.Linear(num_features, num_features))
+
+    def forward(self, triplets):
+        return self.layers(triplets)
+
+
+def network_select(opt, unit_norm, sections=None):
     """The trunk and embedder that the options ask for -> (Trunk, Embedder), on the CPU.
 
     Raises ValueError for an unknown or unusable --arch, weights that do not fit or cannot be
@@ -117,7 +140,7 @@ def network_select(opt, unit_norm):
         state, url = fetch_weights(opt.arch)
         load_weights(backbone, state, url, opt.arch, heads)
     trunk = Trunk(backbone, num_features)
-    return trunk, Embedder(num_features, opt.embed_dim, unit_norm)
+    return trunk, Embedder(num_features, opt.embed_dim, unit_norm, sections)
 
 
 def torchvision_network(arch):

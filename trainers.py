@@ -42,6 +42,42 @@ def add_arguments(parser):
     group.add_argument("--tau", type=int, nargs="+", default=None, metavar="E",
                        help="epochs after which --scheduler step lowers the rates. Default 30 55 "
                             "(reference runs); glyphs 15")
+    trainer = parser.add_argument_group("trainer", "how a batch becomes losses")
+    trainer.add_argument("--trainer", choices=TRAINERS, default="MetricLossOnly",
+                         help="MetricLossOnly: the loss alone. TrainWithClassifier: and a linear "
+                              "classifier behind the embedding. CascadedEmbeddings: a loss for "
+                              "each of --embedding_sizes. DeepAdversarialMetricLearning: and a "
+                              "generator of hard negatives. UnsupervisedEmbeddingsUsing"
+                              "Augmentations: two views of an image are the positives, labels are "
+                              "not used. TwoStreamMetricLoss: anchors from one view, positives and "
+                              "negatives from a second. Default %(default)s, as the reference code")
+    trainer.add_argument("--classifier_weight", type=float, default=1.0, metavar="W",
+                         help="TrainWithClassifier: weight of the classifier's cross-entropy, the "
+                              "metric loss having 1; useful 0.1 to 2. Default %(default)s")
+    trainer.add_argument("--classifier_lr", type=float, default=None, metavar="LR",
+                         help="TrainWithClassifier: learning rate of the classifier. Default 10 "
+                              "times --lr")
+    trainer.add_argument("--embedding_sizes", type=int, nargs="+", default=None, metavar="D",
+                         help="CascadedEmbeddings: lengths of the sections, which sum to "
+                              "--embed_dim. Default three about equal ones (the paper has three)")
+    trainer.add_argument("--metric_alone_epochs", type=int, default=0, metavar="N",
+                         help="DeepAdversarialMetricLearning: first epochs with the metric loss "
+                              "alone. Default %(default)s")
+    trainer.add_argument("--g_alone_epochs", type=int, default=0, metavar="N",
+                         help="DeepAdversarialMetricLearning: epochs after those with the "
+                              "generator alone. Default %(default)s")
+    trainer.add_argument("--g_triplets_per_anchor", type=int, default=10, metavar="N",
+                         help="DeepAdversarialMetricLearning: triplets of each image that go "
+                              "through the generator; useful 1 to 100. Default %(default)s (the "
+                              "library these trainers follow has 100)")
+    trainer.add_argument("--g_lr", type=float, default=None, metavar="LR",
+                         help="DeepAdversarialMetricLearning: learning rate of the generator. "
+                              "Default --lr")
+    trainer.add_argument("--g_weights", type=float, nargs=4, default=[1.0, 1.0, 1.0, 1.0],
+                         metavar=("ADV", "HARD", "REG", "SYNTH"),
+                         help="DeepAdversarialMetricLearning: weights of its adversarial, hard, "
+                              "regularisation and synthetic losses, the metric loss having 1. "
+                              "Default 1 each")
 
 
 class NothingMined(Exception):
@@ -638,3 +674,8 @@ class TwoStreamMetricLoss(BaseTrainer):
             tuples = a1, p + shift, a2, n + shift
         return {"metric_loss": self.loss_funcs["metric_loss"](
             torch.cat([anchors, others]), torch.cat([labels, labels]), tuples)}
+
+
+TRAINERS = {trainer.__name__: trainer for trainer in (
+    MetricLossOnly, TrainWithClassifier, CascadedEmbeddings, DeepAdversarialMetricLearning,
+    UnsupervisedEmbeddingsUsingAugmentations, TwoStreamMetricLoss)}
