@@ -69,7 +69,8 @@ def written_whole(path, mode="wb"):
 def make_run_folder(save_path, dataset, savename=None, resume=False):
     """The run's folder, made new: save_path/dataset/savename or, without a name, the start time.
 
-    With resume it must be there already. Raises ValueError or OSError where that does not hold.
+    With resume it must be there already; what a killed run left half written is removed. Raises
+    ValueError or OSError where that does not hold.
     """
     if resume and not savename:
         raise ValueError("--resume needs --savename, the name of the run to go on with")
@@ -82,6 +83,9 @@ def make_run_folder(save_path, dataset, savename=None, resume=False):
         if not os.path.isdir(folder):
             raise FileNotFoundError(f"--resume: there is no run in {folder}; --savename and --save_path "
                                     "say where to look")
+        for entry in os.listdir(folder):
+            if re.search(r"\.tmp\d+$", entry):
+                os.remove(os.path.join(folder, entry))
         return folder
     if os.path.lexists(folder):
         raise ValueError(f"the run folder {folder} exists already: choose another --savename, or "
@@ -134,7 +138,7 @@ def save_pickle(path, value):
 
 def save_csv(path, rows):
     """Writes a list of dicts as a CSV file; the columns are all keys in order of first appearance."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = list(dict.fromkeys(key for row in rows for key in row)) or ["epoch"]
     with written_whole(path, "w") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
@@ -201,7 +205,8 @@ class Progress:
     """One line that is rewritten: epoch, iteration, loss, images per second, time left.
 
     Silent when the output is not a terminal, so logs stay short. update may be called as often as
-    one likes: it prints, and reads the loss from the device, twice a second at most.
+    one likes: it prints, and reads the loss from the device, twice a second at most. The rate is
+    that of the training since restart; the time left counts the pauses (evaluations) to come.
     """
 
     def __init__(self, num_epochs, images_per_iteration, stream=None):
@@ -209,8 +214,24 @@ class Progress:
         self.images_per_iteration = images_per_iteration
         self.stream = stream or sys.stdout
         self.active = self.stream.isatty()
-        self.started = self.printed = time.monotonic()
-        self.done = self.width = 0
+        self.width = 0
+        self.paused = None
+        self.pause_seconds = 0.0
+        self.restart()
+
+    def restart(self):
+        """Training begins or goes on; what a pause before took is expected of later ones."""
+        now = time.monotonic()
+        if self.paused is not None:
+            self.pause_seconds = now - self.paused
+        self.started = self.printed = now
+        self.done, self.paused = 0, None
+
+    def pause(self, text):
+        """Training stops for a while, the text is shown; returns the seconds since restart."""
+        self.paused = time.monotonic()
+        self.write(text)
+        return self.paused - self.started
 
     def update(self, epoch, iteration, iterations, loss):
         """After iteration (from 0) of so many in this epoch; loss: a number or 0-dim tensor."""
@@ -220,7 +241,8 @@ class Progress:
             return
         self.printed = now
         rate = self.done / (now - self.started)
-        left = ((self.num_epochs - epoch + 1) * iterations - iteration - 1) / rate
+        epochs_left = self.num_epochs - epoch + 1
+        left = (epochs_left * iterations - iteration - 1) / rate + epochs_left * self.pause_seconds
         self.write(f"epoch {epoch}/{self.num_epochs}  iteration {iteration + 1}/{iterations}  loss "
                    f"{float(loss):.4f}  {rate * self.images_per_iteration:.0f} images/s  "
                    f"{duration(left)} left")

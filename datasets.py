@@ -9,6 +9,7 @@ READERS and, where there are any, its published counts. How batches are composed
 import argparse
 import collections
 import concurrent.futures
+import hashlib
 import os
 import sys
 from typing import NamedTuple
@@ -170,6 +171,40 @@ def read_image(path):
         raise ValueError(f"{path}: not an image, or a broken one ({error})") from None
 
 
+def problems_of(splits):
+    """What makes a dataset unusable, as a list of sentences; splits: {name: Split}."""
+    problems = []
+    for name, split in splits.items():
+        classes = len(set(split.labels))
+        if classes < 2:
+            problems.append(f"the {name} split has {classes} class{'es' * (classes != 1)}; it needs two "
+                            "or more")
+        elif name == "query":
+            if not set(split.labels) & set(splits["gallery"].labels):
+                problems.append("no class of the query split is in the gallery")
+        elif name.startswith("test") and max(collections.Counter(split.labels).values()) < 2:
+            problems.append(f"no class of the {name} split has two images, so there is nothing to "
+                            "retrieve")
+    return problems
+
+
+def queries_without_match(queries, gallery=None):
+    """How many queries have no true match to find; queries, gallery: ImageDataset."""
+    sizes = collections.Counter((gallery or queries).labels)
+    return sum(sizes[label] < (2 if gallery is None else 1) for label in queries.labels)
+
+
+def fingerprint(splits):
+    """A digest of which images and classes the splits hold, wherever they lie; {name: Split} -> str."""
+    digest = hashlib.sha256()
+    for name, split in sorted(splits.items()):
+        images = (["/".join(path.split(os.sep)[-2:]) for path in split.images]
+                  if isinstance(split.images, list) else [split.images.tobytes()])
+        digest.update(repr((name, images, split.labels, split.class_names)).encode(
+            errors="surrogateescape"))
+    return digest.hexdigest()
+
+
 def dataset_select(opt, views=1):
     """The training set, with so many views of an image, and the evaluation sets of the options.
 
@@ -177,11 +212,8 @@ def dataset_select(opt, views=1):
     where the data is missing, damaged or too small.
     """
     found = READERS[opt.dataset](opt.source_path)
-    for name, split in found.splits.items():
-        classes = len(set(split.labels))
-        if classes < 2:
-            raise ValueError(f"--dataset {opt.dataset}: the {name} split has {classes} class"
-                             f"{'es' * (classes != 1)} in {found.layout}; it needs two or more")
+    for problem in problems_of(found.splits):
+        raise ValueError(f"--dataset {opt.dataset}: {problem} ({found.layout})")
     train_transform, test_transform = transforms(opt.dataset, opt.image_size, views)
     train = ImageDataset(found.splits["train"], train_transform, seed=opt.seed, views=views)
     tests = {name: ImageDataset(split, test_transform)
@@ -208,7 +240,22 @@ def transforms(dataset, image_size, views=1):
         return (fit if views == 1 else T.Compose([moved, fit])), fit
     shorter_side = 256 if image_size in (224, 227) else round(image_size * 8 / 7)
     return (T.Compose([T.RandomResizedCrop(image_size), T.RandomHorizontalFlip(), T.PILToTensor()]),
-            T.Compose([T.Resize(shorter_side), T.CenterCrop(image_size), T.PILToTensor()]))
+            T.Compose([central_band, T.Resize(shorter_side), T.CenterCrop(image_size),
+                       T.PILToTensor()]))
+
+
+def central_band(image, ratio=8):
+    """A PIL image cut to its middle where one side is over `ratio` times the other.
+
+    The centre crop looks at no more than that, and resizing the whole would take gigabytes.
+    """
+    width, height = image.size
+    short = min(width, height)
+    if max(width, height) <= ratio * short:
+        return image
+    new_width, new_height = min(width, ratio * short), min(height, ratio * short)
+    left, top = (width - new_width) // 2, (height - new_height) // 2
+    return image.crop((left, top, left + new_width, top + new_height))
 
 
 # ---- readers: source path -> Found
@@ -324,6 +371,7 @@ def read_vehicle_id(source):
                         ("test_1600", "test_list_1600"), ("test_2400", "test_list_2400")):
         path = f"{root}/train_test_split/{name}.txt"
         rows = read_rows(path, columns=2)
+        refuse_cut_number(path, rows)
         images = find_images(f"{root}/image", [f"{row[0]}.jpg" for row in rows], path)
         splits[split] = labelled(images, [row[1] for row in rows])
     return Found(f"{root}/train_test_split with images in {root}/image", splits, [])
@@ -341,6 +389,10 @@ def read_folder(source):
             splits[split] = from_classes(by_class)
             odd += remark_on_empty(by_class)
         return Found(f"class folders in {source}/train and {source}/test", splits, odd)
+    for split, other in (("train", "test"), ("test", "train")):
+        if os.path.isdir(f"{source}/{split}") and len(class_folders(source)) == 1:
+            raise FileNotFoundError(f"{source} holds {split} but not {other}; --dataset folder expects "
+                                    f"{LAYOUTS['folder']}")
     return halves(f"class folders in {source}", class_folders(source))
 
 
@@ -467,6 +519,7 @@ def halves(layout, by_class):
     if not by_class:
         raise FileNotFoundError(f"there are no {layout} (one folder of images for each class)")
     names = sorted(name for name, paths in by_class.items() if paths)
+    layout += f", {len(names)} classes in all"
     first, second = names[:len(names) // 2], names[len(names) // 2:]
     splits = {"train": from_classes({name: by_class[name] for name in first}),
               "test": from_classes({name: by_class[name] for name in second})}
@@ -500,6 +553,16 @@ def read_rows(path, columns, skip=0):
             raise ValueError(f"{path}, line {number}: {len(row)} columns where there should be "
                              f"{columns}: {' '.join(row)[:80]!r}; is the file cut?")
     return rows
+
+
+def refuse_cut_number(path, rows):
+    """ValueError if the last row ends in a number that seems cut: no newline, and shorter than before."""
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        ends = file.read() in (b"\n", b"\r")
+    if not ends and len(rows) > 1 and len(rows[-1][-1]) < len(rows[-2][-1]):
+        raise ValueError(f"{path}, last line: {' '.join(rows[-1])!r} ends without a newline in a number "
+                         f"shorter than the one before, {rows[-2][-1]!r}; is the file cut?")
 
 
 def find_images(folder, names, source):
@@ -541,7 +604,7 @@ def check(dataset, source_path, quick=False):
     found = READERS[dataset](source_path)
     print(f"{dataset}: {found.layout}")
     published = PUBLISHED.get(dataset, {})
-    problems, odd, differs, more = [], list(found.odd), False, False
+    problems, odd, differs, more = problems_of(found.splits), list(found.odd), False, False
     for name, split in found.splits.items():
         sizes = collections.Counter(split.labels)
         counts = (len(sizes), len(split.labels))
@@ -557,8 +620,6 @@ def check(dataset, source_path, quick=False):
             line += (f"; smallest class {split.class_names[small]} with {fewest}, largest "
                      f"{split.class_names[large]} with {most}")
         print(line)
-        if len(sizes) < 2:
-            problems.append(f"the {name} split has fewer than two classes")
         single = sum(size == 1 for size in sizes.values())
         if single and name not in ("query", "gallery"):
             odd.append(f"{single} classes of the {name} split have one image only")

@@ -184,15 +184,33 @@ def nearest_centroids(embeddings, centroids):
     return assignments, (sq_distances + embeddings.square().sum(1)).clamp_min_(0)
 
 
+def contingency(assignments, labels):
+    """Sizes of clusters [K], of classes [C] and of their intersections [at most K C], float64.
+
+    assignments, labels: [N] ints each, with any values. Empty intersections are left out.
+    """
+    clusters, assignments = assignments.unique(return_inverse=True)
+    classes, labels = labels.unique(return_inverse=True)
+    cells = (assignments * len(classes) + labels).unique(return_counts=True)[1]
+    return (torch.bincount(assignments).double(), torch.bincount(labels).double(), cells.double())
+
+
 def nmi(assignments, labels):
     """Normalised mutual information of clusters and classes, [N] and [N] ints -> float in [0, 1].
 
     Normalised by the arithmetic mean of the two entropies, scikit-learn's default since 0.22; the
-    reference results were made with the geometric mean, which is slightly larger.
+    reference results were made with the geometric mean, which is slightly larger. 1 if there is one
+    cluster and one class. Manning et al., "Introduction to Information Retrieval", 2008, section
+    16.3.
     """
-    from sklearn.metrics import normalized_mutual_info_score  # here, so that --help need not wait
-    score = normalized_mutual_info_score(labels.cpu().numpy(), assignments.cpu().numpy())
-    return min(1.0, max(0.0, float(score)))  # rounding can lead just outside
+    def entropy(sizes):
+        return float(-(sizes / len(labels) * (sizes / len(labels)).log()).sum())
+
+    clusters, classes, cells = (entropy(sizes) for sizes in contingency(assignments, labels))
+    if clusters + classes == 0:
+        return 1.0
+    # Mutual information is H(clusters) + H(classes) - H(both); rounding can lead just outside.
+    return min(1.0, max(0.0, 2 * (clusters + classes - cells) / (clusters + classes)))
 
 
 def f1(assignments, labels):
@@ -203,15 +221,9 @@ def f1(assignments, labels):
     pairs. Counted from the contingency table. Manning et al., "Introduction to Information
     Retrieval", 2008, section 16.3.
     """
-    def pairs(keys):
-        counts = np.unique(keys, return_counts=True)[1].astype(np.int64)
-        return int((counts * (counts - 1) // 2).sum())
-
-    assignments, labels = assignments.cpu().numpy(), labels.cpu().numpy()
-    labels = np.unique(labels, return_inverse=True)[1]
-    together = pairs(assignments.astype(np.int64) * (labels.max() + 1) + labels)
-    all_pairs = pairs(assignments) + pairs(labels)
-    return 2 * together / all_pairs if all_pairs else 0.0
+    clusters, classes, cells = (float((sizes * (sizes - 1)).sum())  # twice the number of pairs
+                                for sizes in contingency(assignments, labels))
+    return 2 * cells / (clusters + classes) if clusters + classes else 0.0
 
 
 def distance_ratio(embeddings, labels):

@@ -180,6 +180,8 @@ class MarginLoss(torch.nn.Module):
                  sampling="distance", distance_cutoff=None,
                  mining_epsilon=0.1):
         super().__init__()
+        if not nu >= 0:
+            raise ValueError(f"--nu {nu}: the weight of the boundaries is not negative")
         self.margin = margin
         self.nu = nu
         self.sampler = Sampler(sampling, margin=margin, squared=False,
@@ -222,6 +224,8 @@ class NPairLoss(torch.nn.Module):
 
     def __init__(self, l2npair=0.02):
         super().__init__()
+        if not l2npair >= 0:
+            raise ValueError(f"--l2npair {l2npair}: the weight of the length is not negative")
         self.l2npair = l2npair
         self.sampler = Sampler("npair")
 

@@ -7,6 +7,7 @@ sampling. python main.py --dataset glyphs needs no data and no GPU.
 """
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -21,8 +22,9 @@ import netlib
 import samplers
 import trainers
 
-# Options that may differ between a run and its resumption: they do not change what is computed.
-MAY_CHANGE = {"resume", "n_epochs", "gpu", "kernels", "source_path", "save_path"}
+# Options that may differ between a run and its resumption: they do not change what is computed (that
+# the data is the same is checked by its fingerprint).
+MAY_CHANGE = {"resume", "n_epochs", "gpu", "kernels", "source_path", "save_path", "savename"}
 TWO_VIEWS = ("UnsupervisedEmbeddingsUsingAugmentations", "TwoStreamMetricLoss")
 
 
@@ -76,8 +78,8 @@ def parse_options(argv=None):
         user = f"--trainer {opt.trainer}" if unsupervised else f"--loss {opt.loss}"
         parser.error(f"{user} cannot use --samples_per_class {opt.samples_per_class}; it "
                      f"takes {allowed}")
-    if opt.bs < 1 or opt.bs % opt.samples_per_class:
-        parser.error(f"--bs {opt.bs} is not a multiple of --samples_per_class "
+    if opt.bs < 2 or opt.bs % opt.samples_per_class:
+        parser.error(f"--bs {opt.bs} must be at least 2 and a multiple of --samples_per_class "
                      f"{opt.samples_per_class}")
     if fewest > 1 and opt.bs == opt.samples_per_class:
         parser.error(f"--bs {opt.bs} with --samples_per_class {opt.samples_per_class} is one class a "
@@ -104,6 +106,17 @@ def parse_options(argv=None):
                                                 or min(opt.embedding_sizes) < 1):
         parser.error(f"--embedding_sizes {' '.join(map(str, opt.embedding_sizes))} must be above 0 and "
                      f"sum to --embed_dim {opt.embed_dim}")
+    if opt.resume and opt.savename is None:
+        parser.error("--resume needs --savename, the name of the run to go on with")
+    default("savename", time.strftime("%Y-%m-%d_%H-%M-%S"))
+    for name, value in vars(opt).items():
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            parser.error(f"--{name} {value}: a finite number is needed")
+    if min(opt.tau) < 1:
+        parser.error(f"--tau {min(opt.tau)}: epochs are counted from 1")
+    if opt.image_size > 2048:
+        parser.error(f"--image_size {opt.image_size}: 2048 pixels is the most")
     for name, least in (("classifier_weight", 0), ("classifier_lr", 0), ("g_lr", 0),
                         ("metric_alone_epochs", 0), ("g_alone_epochs", 0),
                         ("g_triplets_per_anchor", 1), ("n_epochs", 0), ("kernels", 0), ("image_size", 8), ("embed_dim", 1), ("lr", 0),
@@ -192,62 +205,66 @@ def make_optimizers(groups, opt):
 class Run:
     """A run's memory and its files: what the trainer's hooks do after an iteration and an epoch.
 
-    folder: where the files go; evaluation_sets: what is scored; opt: the options, to be saved.
+    folder: where the files go. title: the plot's first words. options: dict, saved with every
+    checkpoint. data: the data's fingerprint. measure: callable(trainer) -> (metrics, embeddings).
+    draw_neighbours: callable(path, embeddings). progress: an auxiliaries.Progress. keep_gradients:
+    save the embedding layer's mean absolute gradients.
     """
 
-    STATE_KEYS = ("epoch", "options", "models", "losses", "optimizers", "lr_schedulers",
+    STATE_KEYS = ("epoch", "options", "data", "models", "losses", "optimizers", "lr_schedulers",
                   "random_state", "train_rows", "val_rows")
 
-    def __init__(self, folder, evaluation_sets, device, opt):
+    def __init__(self, folder, title, options, data, measure, draw_neighbours, progress,
+                 keep_gradients=False):
         self.folder = folder
-        self.evaluation_sets = evaluation_sets
-        self.device = device
-        self.opt = opt
-        self.progress = auxiliaries.Progress(opt.n_epochs, opt.bs)
+        self.title = title
+        self.options = options
+        self.data = data
+        self.measure = measure
+        self.draw_neighbours = draw_neighbours
+        self.progress = progress
+        self.keep_gradients = keep_gradients
         self.train_rows, self.val_rows = [], []  # the rows of the two CSV files
         self.loss_sums, self.gradients = {}, []  # of the epoch that is under way
-        self.started = time.monotonic()
 
     def after_iteration(self, trainer):
         """Adds up the losses, collects gradients if asked for, moves the progress line."""
         for name, loss in trainer.losses.items():
             self.loss_sums[name] = self.loss_sums.get(name, 0) + loss
-        if self.opt.grad_measure:
-            gradient = trainer.models["embedder"].linear.weight.grad             # [D, F]
+        gradient = trainer.models["embedder"].linear.weight.grad                 # [D, F]
+        if self.keep_gradients and gradient is not None:
             self.gradients.append(gradient.abs().mean(0))
         self.progress.update(trainer.epoch, trainer.iteration, trainer.iterations_per_epoch,
                              trainer.losses["total_loss"])
 
     def after_epoch(self, trainer):
         """Evaluates, logs, draws, saves; epoch 0 is the untrained network."""
-        trained = time.monotonic() - self.started
-        self.progress.write(f"epoch {trainer.epoch}: evaluating")
+        seconds = self.progress.pause(f"epoch {trainer.epoch}: evaluating")
         trainer.set_to_eval()
-        metrics, embedded = evaluate.evaluate_sets(
-            lambda images: trainer.compute_embeddings(images), self.evaluation_sets, self.device,
-            self.opt.k_vals, self.opt.bs, self.opt.kernels, self.opt.seed, self.opt.dist_measure)
-        self.progress.write("")
+        metrics, embedded = self.measure(trainer)
         self.val_rows.append({"epoch": trainer.epoch, **metrics})
         if trainer.epoch:
             iterations = trainer.iterations_per_epoch
             means = {name: float(total) / iterations for name, total in self.loss_sums.items()}
             rate = trainer.optimizers["trunk_optimizer"].param_groups[0]["lr"]
             self.train_rows.append({"epoch": trainer.epoch, **means, "next_lr": rate})
-        self.report(trainer, metrics, trained)
         self.save(trainer, embedded)
+        self.progress.write("")
+        self.report(trainer, metrics, seconds)
         self.loss_sums, self.gradients = {}, []
-        self.started = time.monotonic()
+        self.progress.restart()
 
-    def report(self, trainer, metrics, trained):
-        """Prints the epoch in one line."""
+    def report(self, trainer, metrics, seconds):
+        """Prints the epoch in one line; seconds: what the training took."""
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         if not trainer.epoch:
             print(f"untrained  {shown}", flush=True)
             return
-        images = trainer.iterations_per_epoch * self.opt.bs
-        print(f"epoch {trainer.epoch}/{self.opt.n_epochs}  loss "
-              f"{self.train_rows[-1]['total_loss']:.4f}  {shown}  "
-              f"{auxiliaries.duration(trained)}, {images / trained:.0f} images/s", flush=True)
+        images = trainer.iterations_per_epoch * trainer.batch_size
+        skipped = f", {trainer.skipped_steps} steps skipped" if trainer.skipped_steps else ""
+        print(f"epoch {trainer.epoch}/{self.options['n_epochs']}  loss "
+              f"{self.train_rows[-1]['total_loss']:.4f}  {shown}  {auxiliaries.duration(seconds)}, "
+              f"{images / seconds:.0f} images/s{skipped}", flush=True)
 
     def selection(self):
         """(epoch, value, name) of the best epoch by the first recall; epoch 0 only if it is alone."""
@@ -264,51 +281,54 @@ class Run:
         auxiliaries.save_csv(self.path("log_train_Base.csv"), self.train_rows)
         auxiliaries.save_csv(self.path("log_val_Base.csv"), self.val_rows)
         self.draw()
-        state = {"epoch": trainer.epoch, "options": vars(self.opt),
-                 "models": {name: model.state_dict() for name, model in trainer.models.items()},
-                 "losses": {name: loss.state_dict() for name, loss in trainer.loss_funcs.items()},
-                 "optimizers": {name: o.state_dict() for name, o in trainer.optimizers.items()},
-                 "lr_schedulers": {name: s.state_dict() for name, s in trainer.lr_schedulers.items()},
+        state = {"epoch": trainer.epoch, "options": self.options, "data": self.data,
+                 "models": states(trainer.models), "losses": states(trainer.loss_funcs),
+                 "optimizers": states(trainer.optimizers),
+                 "lr_schedulers": states(trainer.lr_schedulers),
                  "random_state": auxiliaries.random_state(),
                  "train_rows": self.train_rows, "val_rows": self.val_rows}
         if self.selection()[0] == trainer.epoch:
             auxiliaries.save_checkpoint(self.path("checkpoint.pth.tar"), state)
-            queries, gallery = self.evaluation_sets[0][1:]
-            evaluate.draw_recoveries(self.path("sample_recoveries.png"), queries, gallery, *embedded[0],
-                                     seed=self.opt.seed)
+            self.draw_neighbours(self.path("sample_recoveries.png"), embedded)
         auxiliaries.save_checkpoint(self.path("last.pth.tar"), state)
 
     def draw(self):
         """Writes InfoPlot_Base.svg: losses and metrics over the epochs, the best values on top."""
-        def curves(rows, names):
-            return {name: [(row["epoch"], row[name]) for row in rows] for name in names}
+        def curves(rows):
+            names = dict.fromkeys(key for row in rows for key in row if key not in ("epoch", "next_lr"))
+            return {name: [(row["epoch"], row[name]) for row in rows if name in row] for name in names}
 
-        names = [name for name in self.val_rows[0] if name != "epoch"]
+        losses_shown, metrics = curves(self.train_rows), curves(self.val_rows)
+        if len(losses_shown) == 2:
+            losses_shown.pop("metric_loss", None)  # alone, it is the total loss
         epoch, value, name = self.selection()
         rows = self.val_rows[1:] or self.val_rows
-        best = [f"{key} {max(row[key] for row in rows):.4f}" for key in names if key != "dist_ratio"]
-        title = [f"{self.opt.dataset}, {self.opt.arch}, {self.opt.loss} / {self.opt.sampling}: best "
-                 f"{name} {value:.4f} in epoch {epoch}",
-                 "best of each metric over the epochs: " + ", ".join(best)]
-        losses_shown = [key for key in (self.train_rows or [{}])[0] if key not in ("epoch", "next_lr")]
-        if losses_shown == ["metric_loss", "total_loss"]:
-            losses_shown = ["total_loss"]  # the same numbers twice
-        auxiliaries.save_plot(self.path("InfoPlot_Base.svg"), title, [
-            ("training loss", curves(self.train_rows, losses_shown)),
-            ("test classes", curves(self.val_rows, names))])
+        best = {name: (min if name.endswith("dist_ratio") else max)(row[name] for row in rows)
+                for name in metrics}
+        title = [f"{self.title}: best {name} {value:.4f} in epoch {epoch}",
+                 "best of each metric over the epochs: "
+                 + ", ".join(f"{name} {value:.4f}" for name, value in best.items())]
+        auxiliaries.save_plot(self.path("InfoPlot_Base.svg"), title,
+                              [("training loss", losses_shown), ("test classes", metrics)])
 
     def path(self, name):
         """The path of a file in the run folder."""
         return os.path.join(self.folder, name)
 
     def restore(self, trainer, state):
-        """Puts a checkpoint's state back into the trainer and this run; returns the next epoch."""
+        """Puts a checkpoint's state back into the trainer and this run; returns the next epoch.
+
+        Raises ValueError where the options, the data or the code are not those of the checkpoint.
+        """
         changed = [f"--{name} (was {state['options'].get(name)}, is {value})"
-                   for name, value in vars(self.opt).items()
+                   for name, value in self.options.items()
                    if name not in MAY_CHANGE and state["options"].get(name) != value]
         if changed:
             raise ValueError(f"--resume with other options than the run in {self.folder}: "
                              f"{', '.join(changed)}")
+        if state["data"] != self.data:
+            raise ValueError(f"--resume with other data than the run in {self.folder}: the images or "
+                             "classes below --source_path are not the same")
         for group, parts in (("models", trainer.models), ("losses", trainer.loss_funcs),
                              ("optimizers", trainer.optimizers),
                              ("lr_schedulers", trainer.lr_schedulers)):
@@ -317,14 +337,20 @@ class Run:
                     part.load_state_dict(state[group][name])
                 except (RuntimeError, KeyError, ValueError) as error:
                     raise ValueError(f"--resume: the checkpoint's {name} does not fit ({error}); was "
-                                     "the code or the data changed?") from error
+                                     "the code changed?") from error
         self.train_rows, self.val_rows = state["train_rows"], state["val_rows"]
         auxiliaries.restore_random_state(state["random_state"])
         return state["epoch"] + 1
 
 
+def states(parts):
+    """{name: object with state_dict()} -> {name: its state}."""
+    return {name: part.state_dict() for name, part in parts.items()}
+
+
 def train(opt):
     """One run with final options -> its folder."""
+    netlib.check_arch(opt.arch)
     device = auxiliaries.select_device(opt.gpu)
     auxiliaries.seed_everything(opt.seed)
 
@@ -341,26 +367,33 @@ def train(opt):
         part.to(device)
     optimizers, lr_schedulers = make_optimizers(groups, opt)
 
-    state = None
     folder = auxiliaries.make_run_folder(opt.save_path, opt.dataset, opt.savename, opt.resume)
-    if opt.resume:
-        state = auxiliaries.load_checkpoint(os.path.join(folder, "last.pth.tar"), Run.STATE_KEYS)
-    run = Run(folder, evaluation_sets, device, opt)
+    last = os.path.join(folder, "last.pth.tar")
+    state = auxiliaries.load_checkpoint(last, Run.STATE_KEYS) if os.path.exists(last) else None
+    queries, gallery = evaluation_sets[0][1:]
+    run = Run(folder, title=f"{opt.dataset}, {opt.arch}, {opt.loss} / {opt.sampling}",
+              options=vars(opt), data=datasets.fingerprint(found.splits),
+              measure=lambda trainer: evaluate.evaluate_sets(
+                  trainer.compute_embeddings, evaluation_sets, device, opt.k_vals, opt.bs,
+                  opt.kernels, opt.seed, opt.dist_measure),
+              draw_neighbours=lambda path, embedded: evaluate.draw_recoveries(
+                  path, queries, gallery, *embedded[0], seed=opt.seed),
+              progress=auxiliaries.Progress(opt.n_epochs, opt.bs), keep_gradients=opt.grad_measure)
     trainer = trainers.TRAINERS[opt.trainer](
         models=models, optimizers=optimizers, batch_size=opt.bs, loss_funcs=loss_funcs,
         dataset=train_set, data_device=device, sampler=batch_sampler, lr_schedulers=lr_schedulers,
         freeze_trunk_batchnorm=opt.batchnorm == "frozen", dataloader_num_workers=opt.kernels,
         end_of_iteration_hook=run.after_iteration, end_of_epoch_hook=run.after_epoch, **arguments)
     first_epoch = run.restore(trainer, state) if state else 1
-    print_header(opt, device, found, trainer)
+    print_header(opt, device, found, evaluation_sets, trainer)
+    auxiliaries.save_options(folder, vars(opt))
     if not state:
-        auxiliaries.save_options(folder, vars(opt))
         run.after_epoch(trainer)
     elif first_epoch > opt.n_epochs:
         print(f"the run has {first_epoch - 1} epochs already; --n_epochs takes it further")
     else:
         print(f"resumed after epoch {first_epoch - 1}")
-    run.started = time.monotonic()
+    run.progress.restart()
     trainer.train(first_epoch, opt.n_epochs)
 
     epoch, value, name = run.selection()
@@ -369,7 +402,7 @@ def train(opt):
     return folder
 
 
-def print_header(opt, device, found, trainer):
+def print_header(opt, device, found, evaluation_sets, trainer):
     """Prints the options, the versions, the data and the number of weights."""
     print("options  " + "  ".join(f"{name}={value}" for name, value in sorted(vars(opt).items())))
     print("versions " + auxiliaries.versions(device))
@@ -378,6 +411,10 @@ def print_header(opt, device, found, trainer):
     print(f"data     {counts} ({found.layout})")
     for remark in found.odd:
         print(f"         note: {remark}")
+    for name, queries, gallery in evaluation_sets:
+        lone = datasets.queries_without_match(queries, gallery)
+        print(f"test     {name or 'recall'} over {len(queries) - lone:,} queries ({lone:,} without a true "
+              "match are left out); NMI with the arithmetic mean")
     weights = {name: sum(p.numel() for p in part.parameters()) for name, part in trainer.parts()}
     print("weights  " + ", ".join(f"{name} {count:,}" for name, count in weights.items()), flush=True)
 
@@ -395,8 +432,8 @@ def main(argv=None):
         raise SystemExit(f"main.py: error: the device is out of memory ({error}): try a smaller "
                          "--bs") from error
     except KeyboardInterrupt:
-        raise SystemExit("main.py: stopped. --resume with --savename goes on after the last whole "
-                         "epoch") from None
+        raise SystemExit("main.py: stopped. The same command with --savename "
+                         f"{opt.savename} --resume goes on after the last whole epoch") from None
 
 
 if __name__ == "__main__":

@@ -140,17 +140,38 @@ def network_select(opt, unit_norm, sections=None):
         state, url = fetch_weights(opt.arch)
         load_weights(backbone, state, url, opt.arch, heads)
     trunk = Trunk(backbone, num_features)
+    probe(trunk, opt.arch, opt.image_size)
     return trunk, Embedder(num_features, opt.embed_dim, unit_norm, sections)
+
+
+def check_arch(arch):
+    """Raises ValueError unless arch is convnet or a torchvision classification network."""
+    import torchvision.models as models  # here, so that --help need not wait for it
+
+    names = models.list_models(module=models)
+    if arch != "convnet" and arch not in names:
+        raise ValueError(f"--arch {arch} is neither convnet nor a torchvision classification network; "
+                         f"those are {', '.join(names)}")
+
+
+@torch.inference_mode()
+def probe(trunk, arch, image_size):
+    """Sends one black image through the trunk; ValueError if it cannot take that size."""
+    training = trunk.training
+    try:
+        trunk.eval()(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(f"--arch {arch} cannot take images of --image_size {image_size}: "
+                         f"{first_line(error)}") from error
+    finally:
+        trunk.train(training)
 
 
 def torchvision_network(arch):
     """A torchvision classification network by name, with random weights and one output."""
-    import torchvision.models as models  # here, so that --help need not wait for it
+    import torchvision.models as models
 
-    names = models.list_models(module=models)
-    if arch not in names:
-        raise ValueError(f"--arch {arch} is neither convnet nor a torchvision classification network; "
-                         f"those are {', '.join(names)}")
+    check_arch(arch)
     if arch in ("googlenet", "inception_v3"):
         # No auxiliary classifiers; transform_input rescales ImageNet's normalisation to the one that
         # the weights of these two were trained with.
@@ -197,17 +218,28 @@ def remove_last_layer(network, arch):
 
 
 def read_weights(path):
-    """What torch.save put into a file, read without running code from it (weights_only=True).
+    """A state dict from a file, without running code from it (weights_only=True).
 
-    ValueError where the file is damaged or something else, FileNotFoundError where it is not there.
+    Also the trunk's part of a checkpoint of this program, and {"state_dict": ...}. ValueError where
+    the file is damaged or something else, FileNotFoundError where it is not there.
     """
     try:
-        return checked_state(torch.load(path, map_location="cpu", weights_only=True))
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"--weights {path}: there is no such file") from None
     except Exception as error:  # torch.load raises a dozen types for damaged or foreign files
-        raise ValueError(f"--weights {path} is not a state dict that torch can read safely: "
-                         f"{first_line(error)}") from error
+        raise ValueError(f"--weights {path} is not a state dict that torch can read safely: it is "
+                         "damaged, no torch file, or holds more than names and tensors (save "
+                         f"model.state_dict(), not the model); {type(error).__name__}") from error
+    try:
+        if isinstance(state, dict) and isinstance(state.get("models"), dict):
+            state = {name.removeprefix("backbone."): value
+                     for name, value in state["models"]["trunk"].items()}
+        elif isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+            state = state["state_dict"]
+        return checked_state(state)
+    except (KeyError, AttributeError, ValueError) as error:
+        raise ValueError(f"--weights {path}: it holds no state dict (names and tensors)") from error
 
 
 def checked_state(state):

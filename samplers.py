@@ -87,10 +87,10 @@ class Sampler:
                  lower_cutoff=0.5, mining_epsilon=0.1):
         if method not in METHODS:
             raise ValueError(f"no sampling method {method!r}; --sampling takes {', '.join(METHODS)}")
-        if margin < 0:
+        if not margin >= 0:
             raise ValueError(f"the sampler's margin is {margin}; it must not be negative (--margin)")
-        if lower_cutoff <= 0 or (distance_cutoff is not None
-                                and distance_cutoff <= lower_cutoff):
+        if not lower_cutoff > 0 or (distance_cutoff is not None
+                                    and not distance_cutoff > lower_cutoff):
             raise ValueError(f"distance sampling between {lower_cutoff} and {distance_cutoff}: the lower end "
                              "must be above 0 and --distance_cutoff above the lower end")
         self.method = method

@@ -250,7 +250,8 @@ class BaseTrainer:
         if wrong:
             iteration = self.iteration - (len(losses) - 1) + wrong[0]
             raise FloatingPointError(f"the loss is {values[wrong[0]].item()} in epoch {self.epoch}, "
-                                     f"iteration {iteration}: try a smaller --lr")
+                                     f"iteration {iteration + 1}; often the learning rate (--lr) is "
+                                     "too high")
 
     def step_schedulers(self, suffix, *value):
         """Steps the schedulers whose key ends in the suffix."""

@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -237,6 +238,45 @@ def test_resume_refuses_a_damaged_checkpoint(small, capsys):
     assert "last.pth.tar" in error_of([*small, "--resume"], capsys)
 
 
+def test_resume_on_other_data_is_refused(small, tmp_path, capsys):
+    folder = Path(main.main(small))
+    other = make_tree(tmp_path / "other", images=5)
+    before = (folder / "last.pth.tar").read_bytes()
+    assert "other data" in error_of([*small, "--resume", "--source_path", str(other)], capsys)
+    assert (folder / "last.pth.tar").read_bytes() == before
+
+
+def test_data_may_move_between_a_run_and_its_resumption(small, tree, tmp_path):
+    main.main(small)
+    shutil.copytree(tree, tmp_path / "moved")
+    folder = main.main([*small, "--resume", "--n_epochs", "2", "--source_path",
+                        str(tmp_path / "moved")])
+    assert len(rows(folder, "log_val_Base.csv")) == 3
+
+
+def test_a_run_without_a_name_resumes_by_its_start_time(small):
+    without_name = small[:small.index("--savename")]
+    name = Path(main.main(without_name)).name
+    folder = main.main([*without_name, "--savename", name, "--resume", "--n_epochs", "2"])
+    assert Path(folder).name == name and len(rows(folder, "log_val_Base.csv")) == 3
+    assert "n_epochs: 2" in (Path(folder) / "Parameter_Info.txt").read_text().splitlines()
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_can_be_resumed(small, tmp_path, capsys):
+    """The same command with --resume starts it in its folder; what was half written goes."""
+    broken = make_tree(tmp_path / "broken")
+    image = broken / "class_7" / "2.png"
+    whole = image.read_bytes()
+    image.write_bytes(b"")
+    options = [*small, "--source_path", str(broken)]
+    assert str(image) in error_of(options, capsys)
+    image.write_bytes(whole)
+    half = tmp_path / "runs" / "folder" / "run" / "last.pth.tar.tmp123"
+    half.write_bytes(b"half")
+    folder = main.main([*options, "--resume"])
+    assert len(rows(folder, "log_val_Base.csv")) == 2 and not half.exists()
+
+
 def test_resume_without_a_run_is_an_error(small, capsys):
     assert "there is no run" in error_of([*small, "--resume"], capsys)
     without_name = [option for option in small if option not in ("--savename", "run")]
@@ -445,6 +485,14 @@ def test_progress_line_on_a_terminal_only(small, monkeypatch, capsys):
     (["--margin", "-1"], ["margin", "-1"]),
     (["--seed", "-1"], ["--seed"]),
     (["--lr", "nan"], ["--lr"]),
+    (["--nu", "inf"], ["--nu"]),
+    (["--nu", "-1"], ["--nu"]),
+    (["--loss", "npair", "--l2npair", "-1"], ["--l2npair"]),
+    (["--distance_cutoff", "nan"], ["--distance_cutoff"]),
+    (["--tau", "-3", "0"], ["--tau -3"]),
+    (["--image_size", "100000"], ["--image_size 100000", "2048"]),
+    (["--arch", "alexnet", "--not_pretrained", "--image_size", "32"], ["alexnet", "--image_size 32"]),
+    (["--arch", "vit_b_16", "--not_pretrained", "--image_size", "64"], ["vit_b_16", "--image_size 64"]),
     (["--embed_dim", "0"], ["--embed_dim 0"]),
     (["--distance_cutoff", "0.1"], ["--distance_cutoff", "0.1"]),
 ])
@@ -460,6 +508,16 @@ def test_a_run_folder_is_never_written_over(small, capsys):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert "exists already" in error_of(small, capsys)
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_test_classes_of_one_image_leave_nothing_to_retrieve(small, tmp_path, capsys):
+    data = make_tree(tmp_path / "lone")
+    for folder in sorted(data.iterdir())[4:]:
+        for image in sorted(folder.iterdir())[1:]:
+            image.unlink()
+    assert "nothing to retrieve" in error_of([*small, "--source_path", str(data)], capsys)
+    assert datasets.main(["--dataset", "folder", "--source_path", str(data)]) == 1
+    assert not (tmp_path / "runs").exists()
 
 
 def test_fewer_than_two_classes(small, tmp_path, capsys):
@@ -487,7 +545,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(small,
 
     monkeypatch.setattr(losses.MarginLoss, "forward", forward)  # 3 iterations an epoch
     message = error_of([*small, "--n_epochs", "3"], capsys)
-    assert "nan in epoch 2, iteration 1" in message
+    assert "nan in epoch 2, iteration 2" in message
     folder = Path(small[small.index("--save_path") + 1]) / "folder" / "run"
     last = state(folder, "last.pth.tar")
     assert last["epoch"] == 1

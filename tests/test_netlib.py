@@ -26,10 +26,11 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def select(arch="resnet18", embed_dim=16, not_pretrained=True, weights=None, unit_norm=True):
+def select(arch="resnet18", embed_dim=16, not_pretrained=True, weights=None, unit_norm=True,
+           image_size=64):
     """network_select with the options that it reads."""
     opt = SimpleNamespace(arch=arch, embed_dim=embed_dim, not_pretrained=not_pretrained,
-                          weights=weights and str(weights), batchnorm=None)
+                          weights=weights and str(weights), image_size=image_size)
     return netlib.network_select(opt, unit_norm)
 
 
@@ -115,7 +116,7 @@ def test_raw_embeddings_keep_their_length():
     "vit_b_16"])
 def test_networks_of_every_family_lose_their_classifier(arch):
     with torch.device("meta"):  # shapes only
-        trunk, embedder = select(arch)
+        trunk, embedder = select(arch, image_size=224)
         features = trunk.eval()(torch.zeros(2, 3, 224, 224))
         assert features.shape == (2, trunk.num_features) and trunk.num_features != 1000
         assert embedder(features).shape == (2, 16)
@@ -243,7 +244,7 @@ def test_a_file_with_the_older_names_of_torchvision_fills_the_trunk(arch, tmp_pa
     assert len(set(state) - set(old)) > 3
     torch.save(old, tmp_path / "a.pth")
     monkeypatch.setattr(models, "get_model", lambda name, **options: make())  # a smaller one
-    assert same(state, select(arch, weights=tmp_path / "a.pth")[0])
+    assert same(state, select(arch, weights=tmp_path / "a.pth", image_size=32)[0])
 
 
 @pytest.mark.parametrize("file, arch, reason", [

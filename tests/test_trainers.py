@@ -963,7 +963,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(value):
         loss_funcs={"metric_loss": Breaks()},
         end_of_iteration_hook=lambda trainer: kept.append(weights(trainer.models["trunk"])),
         end_of_epoch_hook=lambda trainer: epochs.append(trainer.epoch))
-    with pytest.raises(FloatingPointError, match=rf"loss is {value} in epoch 2, iteration 2\b"):
+    with pytest.raises(FloatingPointError, match=rf"loss is {value} in epoch 2, iteration 3\b"):
         trainer.train(num_epochs=3)
     assert len(kept) == BATCHES + 2 and epochs == [1]
     assert same(kept[-1], weights(trainer.models["trunk"]))
@@ -975,7 +975,7 @@ def test_losses_that_are_looked_at_later_are_named_by_their_own_iteration():
     trainer = make_trainer()
     trainer.epoch, trainer.iteration = 2, 7
     trainer.unchecked_losses = [torch.tensor(value) for value in (1., float("nan"), 2.)]
-    with pytest.raises(FloatingPointError, match="loss is nan in epoch 2, iteration 6"):
+    with pytest.raises(FloatingPointError, match="loss is nan in epoch 2, iteration 7"):
         trainer.check_losses()
     assert trainer.unchecked_losses == []
 
@@ -987,7 +987,7 @@ def test_losses_are_looked_at_before_the_epoch_hook_can_save_anything():
 
     saved = []
     trainer = make_trainer(end_of_iteration_hook=late, end_of_epoch_hook=saved.append)
-    with pytest.raises(FloatingPointError, match="loss is inf in epoch 1, iteration 3"):
+    with pytest.raises(FloatingPointError, match="loss is inf in epoch 1, iteration 4"):
         trainer.train()
     assert not saved
 
