@@ -42,6 +42,10 @@ python main.py --savename resnet_margin_distance --dataset vehicle_id --loss mar
 python main.py --savename resnet_triplet_semihard --dataset vehicle_id --loss triplet --sampling semihard --n_epochs 40 --tau 25
 python main.py --savename resnet_npair --dataset vehicle_id --loss npair --n_epochs 40 --tau 25
 
+# ---- Tiny ImageNet, 512 dimensions, batches of 64, as in a published comparison of the two losses (no numbers)
+python main.py --savename resnet_triplet_multisimilarity --dataset tiny_imagenet --loss triplet --sampling multisimilarity --embed_dim 512 --bs 64 --n_epochs 150
+python main.py --savename resnet_arcface_multisimilarity --dataset tiny_imagenet --loss arcface --sampling multisimilarity --embed_dim 512 --bs 64 --n_epochs 150
+
 # ---- GoogLeNet, 512 dimensions, the same schedules: no reference
 python main.py --arch googlenet --savename googlenet_margin_distance --dataset cub200 --loss marginloss --sampling distance --n_epochs 50 --tau 30
 python main.py --arch googlenet --savename googlenet_triplet_softhard --dataset cub200 --loss triplet --sampling softhard --n_epochs 50 --tau 30
