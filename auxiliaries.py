@@ -1,8 +1,8 @@
 """What a run leaves behind and says: folder, logs, checkpoints, plots, pictures, progress line.
 
-Nothing here knows what an embedding, a loss or a dataset is. Every file is written under a temporary
-name and renamed, so a run that is killed leaves whole files only. A new kind of output is a writer
-here that goes through written_whole.
+Nothing here knows what an embedding, a loss or a dataset is. Every file is written under a
+temporary name and renamed, so a run that is killed leaves whole files only. A new kind of output
+is a writer here that goes through written_whole.
 """
 
 import contextlib
@@ -29,16 +29,17 @@ def add_arguments(parser):
                             "so and takes the CPU. Default %(default)s (reference code)")
     group.add_argument("--seed", type=int, default=1, metavar="S",
                        help="0 or more; fixes weights, batches, crops, tuples and clusters. "
-                            "Literature reports 1 to 5 seeds. Default %(default)s (reference runs)")
+                            "Literature reports 1 to 5 seeds. Default %(default)s (reference "
+                            "runs)")
     group.add_argument("--savename", default=None, metavar="NAME",
-                       help="the run's folder is SAVE_PATH/DATASET/NAME; default is the start time. "
-                            "A folder that exists is never written over")
+                       help="the run's folder is SAVE_PATH/DATASET/NAME; default is the start "
+                            "time. A folder that exists is never written over")
     group.add_argument("--save_path", default="./Training_Results", metavar="DIR",
                        help="where run folders go. Default %(default)s")
     group.add_argument("--resume", action="store_true",
-                       help="go on with the run named by --savename after its last whole epoch; give "
-                            "the same options as before (--n_epochs, --gpu, --kernels and paths may "
-                            "change)")
+                       help="go on with the run named by --savename after its last whole epoch; "
+                            "give the same options as before (--n_epochs, --gpu, --kernels and "
+                            "paths may change)")
 
 
 # ---- files
@@ -52,7 +53,8 @@ def written_whole(path, mode="wb"):
     """
     temporary = f"{path}.tmp{os.getpid()}"
     try:
-        with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as f:
+        with open(temporary, mode, **({} if "b" in mode else
+                                      {"encoding": "utf-8", "newline": ""})) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -60,7 +62,8 @@ def written_whole(path, mode="wb"):
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        if isinstance(error, (OSError, RuntimeError)):  # torch.save reports a full disk as RuntimeError
+        # torch.save reports a full disk as RuntimeError.
+        if isinstance(error, (OSError, RuntimeError)):
             raise OSError(f"{path} could not be written: {error}. Is the disk full or read-only? "
                           "--save_path names another place") from error
         raise
@@ -75,14 +78,14 @@ def make_run_folder(save_path, dataset, savename=None, resume=False):
     if resume and not savename:
         raise ValueError("--resume needs --savename, the name of the run to go on with")
     if savename and os.path.basename(savename) != savename or savename in (".", ".."):
-        raise ValueError(f"--savename {savename}: it is the name of a folder, not a path; --save_path "
-                         "says where")
+        raise ValueError(f"--savename {savename}: it is the name of a folder, not a path; "
+                         "--save_path says where")
     name = savename or time.strftime("%Y-%m-%d_%H-%M-%S")
     folder = os.path.join(save_path, dataset, name)
     if resume:
         if not os.path.isdir(folder):
-            raise FileNotFoundError(f"--resume: there is no run in {folder}; --savename and --save_path "
-                                    "say where to look")
+            raise FileNotFoundError(f"--resume: there is no run in {folder}; --savename and "
+                                    "--save_path say where to look")
         for entry in os.listdir(folder):
             if re.search(r"\.tmp\d+$", entry):
                 os.remove(os.path.join(folder, entry))
@@ -119,7 +122,8 @@ def load_checkpoint(path, keys):
                          f"{reason}") from error
     missing = [key for key in keys if not isinstance(state, dict) or key not in state]
     if missing:
-        raise ValueError(f"the checkpoint {path} is not one of this program: it has no {missing[0]}")
+        raise ValueError(f"the checkpoint {path} is not one of this program: it has no "
+                         f"{missing[0]}")
     return state
 
 
@@ -137,7 +141,7 @@ def save_pickle(path, value):
 
 
 def save_csv(path, rows):
-    """Writes a list of dicts as a CSV file; the columns are all keys in order of first appearance."""
+    """Writes a list of dicts as CSV; the columns are all keys in order of first appearance."""
     columns = list(dict.fromkeys(key for row in rows for key in row)) or ["epoch"]
     with written_whole(path, "w") as file:
         writer = csv.DictWriter(file, columns)
@@ -177,14 +181,14 @@ def select_device(gpu):
         print(f"No CUDA device is available for --gpu {gpu}: running on the CPU.")
         return torch.device("cpu")
     if gpu >= torch.cuda.device_count():
-        raise ValueError(f"--gpu {gpu}: this machine has {torch.cuda.device_count()} CUDA devices, "
-                         "numbered from 0; -1 is the CPU")
+        raise ValueError(f"--gpu {gpu}: this machine has {torch.cuda.device_count()} CUDA "
+                         "devices, numbered from 0; -1 is the CPU")
     torch.cuda.set_device(gpu)
     return torch.device("cuda", gpu)
 
 
 def versions(device):
-    """What the run ran on, in one line: versions, device, git revision of this code where known."""
+    """What the run ran on, in one line: versions, device, git revision of the code if known."""
     import torchvision
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else (
         f"CPU, {torch.get_num_threads()} threads")
@@ -195,7 +199,8 @@ def versions(device):
     except (OSError, subprocess.TimeoutExpired):
         revision = ""
     return (f"Python {platform.python_version()}, torch {torch.__version__}, "
-            f"torchvision {torchvision.__version__}, {name}" + f", revision {revision}" * bool(revision))
+            f"torchvision {torchvision.__version__}, {name}"
+            + f", revision {revision}" * bool(revision))
 
 
 # ---- progress
@@ -243,8 +248,8 @@ class Progress:
         rate = self.done / (now - self.started)
         epochs_left = self.num_epochs - epoch + 1
         left = (epochs_left * iterations - iteration - 1) / rate + epochs_left * self.pause_seconds
-        self.write(f"epoch {epoch}/{self.num_epochs}  iteration {iteration + 1}/{iterations}  loss "
-                   f"{float(loss):.4f}  {rate * self.images_per_iteration:.0f} images/s  "
+        self.write(f"epoch {epoch}/{self.num_epochs}  iteration {iteration + 1}/{iterations}  "
+                   f"loss {float(loss):.4f}  {rate * self.images_per_iteration:.0f} images/s  "
                    f"{duration(left)} left")
 
     def write(self, text):
@@ -275,16 +280,19 @@ COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8
 def save_plot(path, title, panels):
     """Draws curves over epochs, one panel beside the other, as an SVG that a browser opens.
 
-    title: list of header lines. panels: list of (name, {curve: [(epoch, value), ...]}); values that
-    are not finite are left out. Each panel has axes with ticks and a legend with each last value.
+    title: list of header lines. panels: list of (name, {curve: [(epoch, value), ...]}); values
+    that are not finite are left out. Each panel has axes with ticks and a legend with each last
+    value.
     """
     width, height, head = 620, 380, 24 + 20 * len(title)
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width * len(panels)}" '
-             f'height="{height + head}" font-family="Helvetica, Arial, sans-serif" font-size="13">',
+             f'height="{height + head}" font-family="Helvetica, Arial, sans-serif" '
+             'font-size="13">',
              '<rect width="100%" height="100%" fill="white"/>']
     for i, line in enumerate(title):
         weight = "bold" if i == 0 else "normal"
-        parts.append(f'<text x="20" y="{26 + 20 * i}" font-weight="{weight}">{escape(line)}</text>')
+        parts.append(f'<text x="20" y="{26 + 20 * i}" font-weight="{weight}">'
+                     f'{escape(line)}</text>')
     for i, (name, curves) in enumerate(panels):
         parts.append(f'<g transform="translate({width * i} {head})">')
         parts += panel(name, curves, width, height)
@@ -297,7 +305,8 @@ def save_plot(path, title, panels):
 def panel(name, curves, width, height):
     """The SVG elements of one panel of save_plot."""
     left, right, top, bottom = 62, width - 170, 24, height - 46
-    curves = {label: [(x, y) for x, y in points if np.isfinite(y)] for label, points in curves.items()}
+    curves = {label: [(x, y) for x, y in points if np.isfinite(y)]
+              for label, points in curves.items()}
     points = [point for curve in curves.values() for point in curve] or [(0, 0)]
     x_ticks = ticks(min(x for x, _ in points), max(x for x, _ in points), whole=True)
     y_ticks = ticks(min(y for _, y in points), max(y for _, y in points))
@@ -312,13 +321,15 @@ def panel(name, curves, width, height):
     for x in x_ticks:
         parts.append(f'<line x1="{at_x(x):.1f}" y1="{top}" x2="{at_x(x):.1f}" y2="{bottom}" '
                      'stroke="#e5e5e5"/>')
-        parts.append(f'<text x="{at_x(x):.1f}" y="{bottom + 18}" text-anchor="middle">{x:g}</text>')
+        parts.append(f'<text x="{at_x(x):.1f}" y="{bottom + 18}" text-anchor="middle">'
+                     f'{x:g}</text>')
     for y in y_ticks:
         parts.append(f'<line x1="{left}" y1="{at_y(y):.1f}" x2="{right}" y2="{at_y(y):.1f}" '
                      'stroke="#e5e5e5"/>')
         parts.append(f'<text x="{left - 8}" y="{at_y(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
     parts.append(f'<path d="M{left} {top} V{bottom} H{right}" stroke="black" fill="none"/>')
-    parts.append(f'<text x="{(left + right) / 2}" y="{bottom + 38}" text-anchor="middle">epoch</text>')
+    parts.append(f'<text x="{(left + right) / 2}" y="{bottom + 38}" text-anchor="middle">'
+                 'epoch</text>')
     for i, (label, curve) in enumerate(curves.items()):
         colour = COLOURS[i % len(COLOURS)]
         line = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in curve)
@@ -344,16 +355,18 @@ def ticks(low, high, whole=False, count=6):
 
 
 def save_image_grid(path, rows, size=112):
-    """Writes rows of (PIL image, role) as one PNG; role "query", "hit" or "miss" chooses the frame.
+    """Writes rows of (PIL image, role) as a PNG; role "query", "hit" or "miss" sets the frame.
 
     Queries stand on the left, framed red; hits are framed green; misses grey, with a cross.
     """
     frame, gap, margin, legend = 5, 6, 18, 24
     step = size + 2 * frame + gap
     columns = max(len(row) for row in rows)
-    grid = Image.new("RGB", (columns * step + margin + gap, len(rows) * step + gap + legend), "white")
+    grid = Image.new("RGB", (columns * step + margin + gap, len(rows) * step + gap + legend),
+                     "white")
     draw = ImageDraw.Draw(grid)
-    draw.text((gap, 4), "query (red)   neighbours: same class (green), other class (grey, crossed)",
+    draw.text((gap, 4),
+              "query (red)   neighbours: same class (green), other class (grey, crossed)",
               fill="black", font=ImageFont.load_default(13))
     for i, row in enumerate(rows):
         for j, (image, role) in enumerate(row):
@@ -364,7 +377,8 @@ def save_image_grid(path, rows, size=112):
             image = image.copy()
             image.thumbnail((size, size)) if max(image.size) > size else None
             image = image.resize([round(side * size / max(image.size)) for side in image.size])
-            corner = (x + frame + (size - image.width) // 2, y + frame + (size - image.height) // 2)
+            corner = (x + frame + (size - image.width) // 2,
+                      y + frame + (size - image.height) // 2)
             grid.paste(image, corner)
             if role == "miss":
                 end = (x + frame + 16, y + frame + 16)

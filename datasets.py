@@ -2,8 +2,8 @@
 
 Each reader turns a folder into splits (images, labels, class names) and is one line of READERS;
 ImageDataset turns a split into (image, label) items. Run as a program it checks a dataset:
-python datasets.py --dataset cub200 --source_path ./Datasets. A new dataset is a reader, its line in
-READERS and, where there are any, its published counts. How batches are composed: samplers.py.
+python datasets.py --dataset cub200 --source_path ./Datasets. A new dataset is a reader, its line
+in READERS and, where there are any, its published counts. How batches are composed: samplers.py.
 """
 
 import argparse
@@ -34,16 +34,18 @@ PUBLISHED = {
 LAYOUTS = {
     "cub200": "cub200/images/<class>/*.jpg, or the release as it unzips: CUB_200_2011/images.txt, "
               "image_class_labels.txt and images/<class>/*.jpg",
-    "cars196": "cars196/images/<class>/*.jpg, cars196/<class>/*.jpg, or cars196/cars_annos.mat with "
-               "cars196/car_ims/*.jpg",
+    "cars196": "cars196/images/<class>/*.jpg, cars196/<class>/*.jpg, or cars196/cars_annos.mat "
+               "with cars196/car_ims/*.jpg",
     "online_products": "online_products/images/<type>_final/*.JPG with online_products/Info_Files/"
                        "Ebay_train.txt and Ebay_test.txt, or the release as it unzips: "
-                       "Stanford_Online_Products/Ebay_train.txt, Ebay_test.txt, <type>_final/*.JPG",
+                       "Stanford_Online_Products/Ebay_train.txt, Ebay_test.txt, "
+                       "<type>_final/*.JPG",
     "in-shop": "in-shop/Eval/list_eval_partition.txt with in-shop/img/... or in-shop/Img/img/...",
     "vehicle_id": "vehicle_id/image/*.jpg with vehicle_id/train_test_split/train_list.txt and "
                   "test_list_800.txt, test_list_1600.txt, test_list_2400.txt",
     "tiny_imagenet": "tiny_imagenet/train/<class>/images/*.JPEG with tiny_imagenet/val/"
-                     "val_annotations.txt and val/images/*.JPEG, or the release's tiny-imagenet-200/",
+                     "val_annotations.txt and val/images/*.JPEG, or the release's "
+                     "tiny-imagenet-200/",
     "folder": "<class>/*.jpg (the first half of the sorted classes trains, the second tests), or "
               "train/<class>/*.jpg and test/<class>/*.jpg, directly below --source_path",
 }
@@ -167,7 +169,7 @@ def read_image(path):
             return image.convert("RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: the image is not there") from None
-    except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error and others
+    except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, others
         raise ValueError(f"{path}: not an image, or a broken one ({error})") from None
 
 
@@ -177,8 +179,8 @@ def problems_of(splits):
     for name, split in splits.items():
         classes = len(set(split.labels))
         if classes < 2:
-            problems.append(f"the {name} split has {classes} class{'es' * (classes != 1)}; it needs two "
-                            "or more")
+            problems.append(f"the {name} split has {classes} class{'es' * (classes != 1)}; it "
+                            "needs two or more")
         elif name == "query":
             if not set(split.labels) & set(splits["gallery"].labels):
                 problems.append("no class of the query split is in the gallery")
@@ -195,7 +197,7 @@ def queries_without_match(queries, gallery=None):
 
 
 def fingerprint(splits):
-    """A digest of which images and classes the splits hold, wherever they lie; {name: Split} -> str."""
+    """A digest of the splits' images and classes, wherever they lie; {name: Split} -> str."""
     digest = hashlib.sha256()
     for name, split in sorted(splits.items()):
         images = (["/".join(path.split(os.sep)[-2:]) for path in split.images]
@@ -229,7 +231,8 @@ def transforms(dataset, image_size, views=1):
     """(training transform, test transform) from a PIL image to uint8 [3, image_size, image_size].
 
     Glyphs are drawn at random places and sizes already, and a mirrored b is a d: no crop, no flip.
-    Where two views of one glyph are wanted they are turned, moved, scaled and sheared a little more.
+    Where two views of one glyph are wanted they are turned, moved, scaled and sheared a little
+    more.
     """
     from torchvision import transforms as T  # here, so that --help need not wait for it
 
@@ -239,7 +242,8 @@ def transforms(dataset, image_size, views=1):
                                interpolation=T.InterpolationMode.BILINEAR)
         return (fit if views == 1 else T.Compose([moved, fit])), fit
     shorter_side = 256 if image_size in (224, 227) else round(image_size * 8 / 7)
-    return (T.Compose([T.RandomResizedCrop(image_size), T.RandomHorizontalFlip(), T.PILToTensor()]),
+    return (T.Compose([T.RandomResizedCrop(image_size), T.RandomHorizontalFlip(),
+                       T.PILToTensor()]),
             T.Compose([central_band, T.Resize(shorter_side), T.CenterCrop(image_size),
                        T.PILToTensor()]))
 
@@ -270,8 +274,9 @@ def read_cub200(source):
     rows = read_rows(f"{root}/images.txt", columns=2)
     classes = read_rows(f"{root}/image_class_labels.txt", columns=2)
     if [row[0] for row in rows] != [row[0] for row in classes]:
-        raise ValueError(f"{root}/images.txt and image_class_labels.txt do not list the same images "
-                         f"({len(rows)} and {len(classes)}): one of them is cut or was changed")
+        raise ValueError(f"{root}/images.txt and image_class_labels.txt do not list the same "
+                         f"images ({len(rows)} and {len(classes)}): one of them is cut or was "
+                         "changed")
     paths = find_images(f"{root}/images", [row[1] for row in rows], f"{root}/images.txt")
     by_class = collections.defaultdict(list)
     for (_, name), path in zip(rows, paths):
@@ -288,14 +293,15 @@ def read_cars196(source):
     root = find_root(source, "cars196", ("cars196", "stanford_cars", ""), usable)
     if not os.path.exists(f"{root}/cars_annos.mat"):
         if os.path.isdir(f"{root}/car_ims"):
-            raise FileNotFoundError(f"{root}/car_ims is there, but not {root}/cars_annos.mat, which "
-                                    "says the images' classes")
+            raise FileNotFoundError(f"{root}/car_ims is there, but not {root}/cars_annos.mat, "
+                                    "which says the images' classes")
         folder = f"{root}/images" if os.path.isdir(f"{root}/images") else root
         return halves(f"class folders in {folder}", class_folders(folder))
     import scipy.io  # scikit-learn brings scipy along
     try:
         table = scipy.io.loadmat(f"{root}/cars_annos.mat", squeeze_me=True)
-        annotations, names = np.atleast_1d(table["annotations"]), np.atleast_1d(table["class_names"])
+        annotations, names = (np.atleast_1d(table["annotations"]),
+                              np.atleast_1d(table["class_names"]))
         files = [str(name) for name in annotations["relative_im_path"]]
         numbers = [int(number) for number in annotations["class"]]
         if not 1 <= min(numbers) <= max(numbers) <= len(names):
@@ -311,7 +317,7 @@ def read_cars196(source):
 
 
 def read_online_products(source):
-    """Stanford Online Products: Ebay_train.txt and Ebay_test.txt say which class is in which split."""
+    """Stanford Online Products: Ebay_train.txt and Ebay_test.txt say which class is where."""
     root = find_root(source, "online_products",
                      ("online_products", "Stanford_Online_Products",
                       "online_products/Stanford_Online_Products", ""),
@@ -334,7 +340,7 @@ def read_online_products(source):
 
 
 def read_in_shop(source):
-    """In-Shop Clothes: list_eval_partition.txt says which image trains, queries or is in the gallery."""
+    """In-Shop Clothes: list_eval_partition.txt says which image trains, queries or is gallery."""
     root = find_root(source, "in-shop", ("in-shop", "In-shop Clothes Retrieval Benchmark", ""),
                      lambda root: os.path.exists(f"{root}/Eval/list_eval_partition.txt"))
     path = f"{root}/Eval/list_eval_partition.txt"
@@ -343,8 +349,8 @@ def read_in_shop(source):
     with open(path, encoding="utf-8-sig") as file:
         promised = file.readline().strip()
     if promised != str(len(rows)):
-        raise ValueError(f"{path}: its first line promises {promised} images, it lists {len(rows)}: "
-                         "the file is cut or was changed")
+        raise ValueError(f"{path}: its first line promises {promised} images, it lists "
+                         f"{len(rows)}: the file is cut or was changed")
     images = find_images(folder, [row[0] for row in rows], path)
     splits = {}
     for split in ("train", "query", "gallery"):
@@ -380,8 +386,8 @@ def read_vehicle_id(source):
 def read_folder(source):
     """Any folder of class folders, or train/ and test/ with class folders in each."""
     if not os.path.isdir(source):
-        raise FileNotFoundError(f"--source_path {source} is not a folder; --dataset folder expects "
-                                f"{LAYOUTS['folder']}")
+        raise FileNotFoundError(f"--source_path {source} is not a folder; --dataset folder "
+                                f"expects {LAYOUTS['folder']}")
     if os.path.isdir(f"{source}/train") and os.path.isdir(f"{source}/test"):
         splits, odd = {}, []
         for split in ("train", "test"):
@@ -391,8 +397,8 @@ def read_folder(source):
         return Found(f"class folders in {source}/train and {source}/test", splits, odd)
     for split, other in (("train", "test"), ("test", "train")):
         if os.path.isdir(f"{source}/{split}") and len(class_folders(source)) == 1:
-            raise FileNotFoundError(f"{source} holds {split} but not {other}; --dataset folder expects "
-                                    f"{LAYOUTS['folder']}")
+            raise FileNotFoundError(f"{source} holds {split} but not {other}; --dataset folder "
+                                    f"expects {LAYOUTS['folder']}")
     return halves(f"class folders in {source}", class_folders(source))
 
 
@@ -401,7 +407,8 @@ def read_tiny_imagenet(source):
     root = find_root(source, "tiny_imagenet", ("tiny_imagenet", "tiny-imagenet-200", ""),
                      lambda root: os.path.exists(f"{root}/val/val_annotations.txt"))
     by_class = {os.path.basename(os.path.dirname(folder)): paths for folder, paths in
-                ((f"{root}/train/{name}/images", class_folders(f"{root}/train/{name}").get("images", []))
+                ((f"{root}/train/{name}/images",
+                  class_folders(f"{root}/train/{name}").get("images", []))
                  for name in sorted(class_folders(f"{root}/train")))}
     path = f"{root}/val/val_annotations.txt"
     rows = read_rows(path, columns=6)
@@ -409,10 +416,11 @@ def read_tiny_imagenet(source):
     train, names = from_classes(by_class), [row[1] for row in rows]
     foreign = sorted(set(names) - set(train.class_names))
     if foreign:
-        raise ValueError(f"{path} names {len(foreign)} classes that have no images in {root}/train, the "
-                         f"first of them {foreign[0]}")
+        raise ValueError(f"{path} names {len(foreign)} classes that have no images in "
+                         f"{root}/train, the first of them {foreign[0]}")
     test = labelled(images, names, train.class_names)
-    return Found(f"{root}/train and {path}", {"train": train, "test": test}, remark_on_empty(by_class))
+    return Found(f"{root}/train and {path}", {"train": train, "test": test},
+                 remark_on_empty(by_class))
 
 
 def read_glyphs(source=None):
@@ -422,8 +430,8 @@ def read_glyphs(source=None):
     signs. Characters that differ only in size or place (c C, . ·, , ’) are left out. Always the
     same images, whatever the seed of the run.
     """
-    characters = ("!#$%&'()*+,-/0123456789:;<=>?@ABCDEFGHIJKLMNPQRTUVWXYZ[\\]^_abdefghijkmnpqrtuy{}~"
-                  "©«±»“”…™")
+    characters = ("!#$%&'()*+,-/0123456789:;<=>?@ABCDEFGHIJKLMNPQRTUVWXYZ[\\]^_"
+                  "abdefghijkmnpqrtuy{}~©«±»“”…™")
     generator = np.random.default_rng(0)
     drawings = [draw_glyphs(character, 40, generator) for character in characters]
     splits = {}
@@ -448,9 +456,10 @@ READERS = {
 
 
 def draw_glyphs(character, count, generator, size=32):
-    """count drawings of a character, distorted at random -> uint8 [count, size, size], white on black.
+    """count drawings of a character, distorted at random -> uint8 [count, size, size].
 
-    Rotation up to 20 degrees, scale 0.7 to 1.05, shear up to 0.25, shift up to 3 pixels, noise.
+    White on black. Rotation up to 20 degrees, scale 0.7 to 1.05, shear up to 0.25, shift up to 3
+    pixels, noise.
     """
     canvas = Image.new("L", (96, 96))
     ImageDraw.Draw(canvas).text((48, 48), character, fill=255, anchor="mm",
@@ -467,7 +476,8 @@ def draw_glyphs(character, count, generator, size=32):
         drawn = canvas.transform((size, size), Image.Transform.AFFINE,
                                  np.column_stack([matrix, offset]).ravel().tolist(),
                                  resample=Image.Resampling.BILINEAR)
-        noisy = np.asarray(drawn) * generator.uniform(0.6, 1.0) + generator.normal(0, 25, (size, size))
+        noisy = (np.asarray(drawn) * generator.uniform(0.6, 1.0)
+                 + generator.normal(0, 25, (size, size)))
         image[:] = noisy.clip(0, 255)
     return images
 
@@ -478,8 +488,8 @@ def draw_glyphs(character, count, generator, size=32):
 def find_root(source, dataset, names, usable):
     """The first of source/name that is usable; FileNotFoundError with the layouts if none is."""
     if not os.path.isdir(source):
-        raise FileNotFoundError(f"--source_path {source} is not a folder; --dataset {dataset} expects "
-                                f"there {LAYOUTS[dataset]}")
+        raise FileNotFoundError(f"--source_path {source} is not a folder; --dataset {dataset} "
+                                f"expects there {LAYOUTS[dataset]}")
     for name in names:
         root = os.path.join(source, name) if name else source
         if usable(root):
@@ -501,7 +511,7 @@ def class_folders(root):
 
 
 def from_classes(by_class):
-    """{class: [paths]} -> Split, labels in the dict's order; classes without images are left out."""
+    """{class: [paths]} -> Split, labels in the dict's order; empty classes are left out."""
     names = [name for name in by_class if by_class[name]]
     images = [path for name in names for path in by_class[name]]
     labels = [label for label, name in enumerate(names) for _ in by_class[name]]
@@ -527,7 +537,7 @@ def halves(layout, by_class):
 
 
 def labelled(images, ids, all_ids=None):
-    """Images and the class id of each -> Split; labels are the ids' ranks (among all_ids if given)."""
+    """Images and the class id of each -> Split; labels: the ids' ranks (in all_ids if given)."""
     unique = set(ids if all_ids is None else all_ids)
     names = sorted(unique, key=lambda name: (len(name), name) if name.isdigit() else (0, name))
     rank = {name: i for i, name in enumerate(names)}
@@ -556,13 +566,13 @@ def read_rows(path, columns, skip=0):
 
 
 def refuse_cut_number(path, rows):
-    """ValueError if the last row ends in a number that seems cut: no newline, and shorter than before."""
+    """ValueError if the last row's last number seems cut: no newline, and shorter than before."""
     with open(path, "rb") as file:
         file.seek(-1, os.SEEK_END)
         ends = file.read() in (b"\n", b"\r")
     if not ends and len(rows) > 1 and len(rows[-1][-1]) < len(rows[-2][-1]):
-        raise ValueError(f"{path}, last line: {' '.join(rows[-1])!r} ends without a newline in a number "
-                         f"shorter than the one before, {rows[-2][-1]!r}; is the file cut?")
+        raise ValueError(f"{path}, last line: {' '.join(rows[-1])!r} ends without a newline in a "
+                         f"number shorter than the one before, {rows[-2][-1]!r}; is the file cut?")
 
 
 def find_images(folder, names, source):
@@ -585,8 +595,8 @@ def find_images(folder, names, source):
         else:
             paths.append(os.path.join(directory, actual))
     if missing:
-        raise FileNotFoundError(f"{source} lists {len(missing)} images of {len(names)} that are not "
-                                f"in {folder}, the first of them {missing[0]}")
+        raise FileNotFoundError(f"{source} lists {len(missing)} images of {len(names)} that are "
+                                f"not in {folder}, the first of them {missing[0]}")
     return paths
 
 
@@ -637,7 +647,7 @@ def check(dataset, source_path, quick=False):
 
 
 def broken_images(paths, split, quick):
-    """Reads every image (quick: looks that it is a file, not empty) and describes those that fail, at most 20."""
+    """Reads every image (quick: is it a file, not empty?); describes at most 20 that fail."""
     def failure(path):
         try:
             if not os.path.isfile(path) or os.path.getsize(path) == 0:

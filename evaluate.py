@@ -1,8 +1,8 @@
 """Retrieval and clustering metrics on embeddings, and the pass that computes the embeddings.
 
-The metrics are pure functions on tensors, on the tensors' own device, in blocks: no N x N matrix is
-held. Distances are Euclidean. evaluate_embeddings is the one entry for all of them; evaluate_sets
-runs it on a network and evaluation sets. A new metric is a function and a line in
+The metrics are pure functions on tensors, on the tensors' own device, in blocks: no N x N matrix
+is held. Distances are Euclidean. evaluate_embeddings is the one entry for all of them;
+evaluate_sets runs it on a network and evaluation sets. A new metric is a function and a line in
 evaluate_embeddings. Saving, printing and choosing the best epoch is the caller's business.
 """
 
@@ -16,13 +16,13 @@ BLOCK_ELEMENTS = 2 ** 24  # distances held at a time: 128 MiB in float64
 
 def add_arguments(parser):
     """Adds the group 'evaluation' to an argparse parser."""
-    group = parser.add_argument_group("evaluation", "what is measured on the test classes after each "
-                                                    "epoch")
+    group = parser.add_argument_group("evaluation", "what is measured on the test classes after "
+                                                    "each epoch")
     group.add_argument("--k_vals", type=int, nargs="+", default=None, metavar="K",
                        help="recall at k is the share of queries with a true match among their k "
-                            "nearest; at most the number of images compared with. Default 1 2 4 8; "
-                            "online_products 1 10 100 1000; in-shop 1 10 20 30 50; vehicle_id 1 5 "
-                            "(the literature's)")
+                            "nearest; at most the number of images compared with. Default 1 2 4 "
+                            "8; online_products 1 10 100 1000; in-shop 1 10 20 30 50; vehicle_id "
+                            "1 5 (the literature's)")
     group.add_argument("--dist_measure", action="store_true",
                        help="also log and plot the mean distance within classes over the mean "
                             "distance between the classes' centres: small is compact")
@@ -39,7 +39,7 @@ def blocks(rows, columns):
 
 
 def check_embeddings(queries, query_labels, gallery, gallery_labels):
-    """Raises ValueError unless queries [N, D] and labels [N] (and the gallery's) belong together."""
+    """Raises ValueError unless queries [N, D] and labels [N] (and the gallery's) fit together."""
     for embeddings, labels, name in ((queries, query_labels, "query"),
                                      (gallery, gallery_labels, "gallery")):
         if embeddings is None:
@@ -49,19 +49,19 @@ def check_embeddings(queries, query_labels, gallery, gallery_labels):
                              f"{len(labels)} labels; expected [N, D] with N labels, N above 0")
         bad = ~torch.isfinite(embeddings).all(1)
         if bad.any():
-            raise ValueError(f"{int(bad.sum())} of {len(bad)} {name} embeddings are not finite, the "
-                             f"first is row {int(bad.int().argmax())}")
+            raise ValueError(f"{int(bad.sum())} of {len(bad)} {name} embeddings are not finite, "
+                             f"the first is row {int(bad.int().argmax())}")
     if gallery is not None and queries.shape[1] != gallery.shape[1]:
-        raise ValueError(f"query embeddings have {queries.shape[1]} dimensions, gallery embeddings "
-                         f"{gallery.shape[1]}")
+        raise ValueError(f"query embeddings have {queries.shape[1]} dimensions, gallery "
+                         f"embeddings {gallery.shape[1]}")
 
 
 def knn(queries, gallery=None, k=1):
     """The k nearest gallery rows of each query, exactly, nearest first.
 
-    queries [Q, D], gallery [G, D] -> (distances [Q, k], indices [Q, k] int64). Without a gallery the
-    queries are compared with each other, each left out of its own neighbours by index, so an exact
-    duplicate counts as a neighbour. Raises ValueError for k above the number of neighbours.
+    queries [Q, D], gallery [G, D] -> (distances [Q, k], indices [Q, k] int64). Without a gallery
+    the queries are compared with each other, each left out of its own neighbours by index, so an
+    exact duplicate counts as a neighbour. Raises ValueError for k above the number of neighbours.
     """
     available = len(queries) - 1 if gallery is None else len(gallery)
     if not 1 <= k <= available:
@@ -95,8 +95,8 @@ def first_match_ranks(queries, query_labels, gallery=None, gallery_labels=None):
     """Rank of each query's nearest true match, [Q] int64; 0 where the gallery holds none.
 
     The rank is one plus the number of wrong gallery rows that are nearer; a wrong row exactly as
-    near (to within float64 rounding) counts as nearer, so ties never favour the model. One pass over
-    blocks of distances gives recall at every k: no neighbour list is made.
+    near (to within float64 rounding) counts as nearer, so ties never favour the model. One pass
+    over blocks of distances gives recall at every k: no neighbour list is made.
     """
     other_labels = query_labels if gallery is None else gallery_labels
     queries, others = centred(queries, gallery)
@@ -118,7 +118,7 @@ def first_match_ranks(queries, query_labels, gallery=None, gallery_labels=None):
 
 
 def recall_at_k(queries, query_labels, gallery=None, gallery_labels=None, k_vals=(1, 2, 4, 8)):
-    """Recall at k: the share of queries with a true match among their k nearest -> {"recall@k": float}.
+    """The share of queries with a true match among their k nearest -> {"recall@k": float}.
 
     queries [Q, D], query_labels [Q]; gallery [G, D] and gallery_labels [G], or None to compare the
     queries with each other (self left out by index). Values in [0, 1]. Queries whose class is
@@ -139,8 +139,8 @@ def check_k_vals(k_vals, available):
     """Raises ValueError for a k that is not between 1 and the number of available neighbours."""
     wrong = [k for k in k_vals if not 1 <= k <= available]
     if wrong:
-        raise ValueError(f"--k_vals {' '.join(map(str, wrong))}: each query has {available} images to "
-                         f"be compared with, so k is from 1 to {available}")
+        raise ValueError(f"--k_vals {' '.join(map(str, wrong))}: each query has {available} "
+                         f"images to be compared with, so k is from 1 to {available}")
 
 
 def kmeans(embeddings, num_clusters, iterations=20, seed=0):
@@ -174,7 +174,7 @@ def kmeans(embeddings, num_clusters, iterations=20, seed=0):
 
 
 def nearest_centroids(embeddings, centroids):
-    """embeddings [N, D], centroids [K, D] -> (index of the nearest [N], its squared distance [N])."""
+    """embeddings [N, D], centroids [K, D] -> (nearest index [N], its squared distance [N])."""
     assignments = torch.empty(len(embeddings), dtype=torch.int64, device=embeddings.device)
     sq_distances = embeddings.new_empty(len(embeddings))
     sq_norms = centroids.square().sum(1)
@@ -199,9 +199,9 @@ def nmi(assignments, labels):
     """Normalised mutual information of clusters and classes, [N] and [N] ints -> float in [0, 1].
 
     Normalised by the arithmetic mean of the two entropies, scikit-learn's default since 0.22; the
-    reference results were made with the geometric mean, which is slightly larger. 1 if there is one
-    cluster and one class. Manning et al., "Introduction to Information Retrieval", 2008, section
-    16.3.
+    reference results were made with the geometric mean, which is slightly larger. 1 if there is
+    one cluster and one class. Manning et al., "Introduction to Information Retrieval", 2008,
+    section 16.3.
     """
     def entropy(sizes):
         return float(-(sizes / len(labels) * (sizes / len(labels)).log()).sum())
@@ -216,9 +216,9 @@ def nmi(assignments, labels):
 def f1(assignments, labels):
     """Pairwise F1 of clusters and classes, [N] and [N] ints -> float in [0, 1].
 
-    Of all pairs of rows, precision is the share of same-cluster pairs that are of one class, recall
-    the share of same-class pairs in one cluster; F1 is their harmonic mean, 0 if there are no such
-    pairs. Counted from the contingency table. Manning et al., "Introduction to Information
+    Of all pairs of rows, precision is the share of same-cluster pairs that are of one class,
+    recall the share of same-class pairs in one cluster; F1 is their harmonic mean, 0 if there are
+    no such pairs. Counted from the contingency table. Manning et al., "Introduction to Information
     Retrieval", 2008, section 16.3.
     """
     clusters, classes, cells = (float((sizes * (sizes - 1)).sum())  # twice the number of pairs
@@ -259,9 +259,9 @@ def evaluate_embeddings(queries, query_labels, gallery=None, gallery_labels=None
                         k_vals=(1, 2, 4, 8), seed=0):
     """All metrics of one evaluation set -> dict "recall@k" for each k, "nmi", "f1", in [0, 1].
 
-    queries [Q, D] and query_labels [Q], compared with gallery [G, D], gallery_labels [G] or, without
-    one, with each other. k-means clusters queries and gallery together, into as many clusters as
-    they have classes, starting from the seed.
+    queries [Q, D] and query_labels [Q], compared with gallery [G, D], gallery_labels [G] or,
+    without one, with each other. k-means clusters queries and gallery together, into as many
+    clusters as they have classes, starting from the seed.
     """
     metrics = recall_at_k(queries, query_labels, gallery, gallery_labels, k_vals)
     embeddings = queries if gallery is None else torch.cat([queries, gallery])
@@ -279,8 +279,8 @@ def evaluate_embeddings(queries, query_labels, gallery=None, gallery_labels=None
 def embed(network, dataset, device, batch_size=112, num_workers=0):
     """The embeddings of a dataset, in its order -> (embeddings [N, D] float32, labels [N] int64).
 
-    network: anything that turns images [B, 3, H, W] on the device into embeddings [B, D]; it should
-    be in eval mode. Both results are on the device.
+    network: anything that turns images [B, 3, H, W] on the device into embeddings [B, D]; it
+    should be in eval mode. Both results are on the device.
     """
     loader = torch.utils.data.DataLoader(dataset, batch_size=batch_size, num_workers=num_workers,
                                          generator=torch.Generator(),  # draws nothing globally
@@ -321,7 +321,8 @@ def evaluate_sets(network, sets, device, k_vals, batch_size=112, num_workers=0, 
     return metrics, embedded
 
 
-def draw_recoveries(path, queries, gallery, query_rows, gallery_rows, seed=0, rows=10, neighbours=5):
+def draw_recoveries(path, queries, gallery, query_rows, gallery_rows, seed=0, rows=10,
+                    neighbours=5):
     """Writes a picture of some queries and their nearest neighbours to a PNG file.
 
     queries, gallery: ImageDataset (gallery None: the queries themselves); query_rows [Q, D] and
@@ -339,7 +340,8 @@ def draw_recoveries(path, queries, gallery, query_rows, gallery_rows, seed=0, ro
         indices = [i for i in indices if gallery is not None or i != query][:neighbours]
         row = [(queries.load(query), "query")]
         for i in indices:
-            hit = queries.class_names[queries.labels[query]] == others.class_names[others.labels[i]]
+            hit = (queries.class_names[queries.labels[query]]
+                   == others.class_names[others.labels[i]])
             row.append((others.load(i), "hit" if hit else "miss"))
         grid.append(row)
     auxiliaries.save_image_grid(path, grid)

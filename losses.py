@@ -4,10 +4,10 @@ Every loss is a torch.nn.Module with one contract: forward(embeddings, labels, i
 -> scalar. It works on any device and float type, does its arithmetic in float32 at least, and
 gives a zero that stays in the graph where a batch holds no valid tuple. indices_tuple replaces the
 loss's own sampler: a [T, 3] tensor, a list of tuples, or index tensors (a, p, n) or (a1, p, a2, n)
-as the miners of other libraries return them. unit_norm says whether the loss wants embeddings of length
-one, samplings which --sampling it takes (the default first), and the two samples_per_class bounds
-how many images of a class a batch should hold. To add a loss: write the class here, its flags in
-add_arguments, its line in LOSSES.
+as the miners of other libraries return them. unit_norm says whether the loss wants embeddings of
+length one, samplings which --sampling it takes (the default first), and the two samples_per_class
+bounds how many images of a class a batch should hold. To add a loss: write the class here, its
+flags in add_arguments, its line in LOSSES.
 """
 
 import functools
@@ -20,7 +20,8 @@ import torch.nn.functional as F
 
 from samplers import Sampler, pairwise_sq_distances
 
-TRIPLET_SAMPLINGS = ("distance", "semihard", "softhard", "random", "multisimilarity")  # the first is the default
+# The first is the default.
+TRIPLET_SAMPLINGS = ("distance", "semihard", "softhard", "random", "multisimilarity")
 
 
 def add_arguments(parser):
@@ -53,12 +54,12 @@ def add_arguments(parser):
                        help="proxynca: learning rate of the proxies; useful 1 to 1000 times --lr. "
                             "Default 1e-5 (reference runs); glyphs 1e-2")
     group.add_argument("--proxynca_positive_in_denominator", action="store_true",
-                       help="proxynca: sum the denominator over all proxies (a softmax) instead of "
-                            "all but the image's own (paper and reference runs)")
+                       help="proxynca: sum the denominator over all proxies (a softmax) instead "
+                            "of all but the image's own (paper and reference runs)")
     group.add_argument("--l2npair", type=float, default=0.02, metavar="L",
                        help="npair: weight of the mean squared length of anchor and positive; too "
-                            "small and embeddings grow without bound; useful 0.001 to 0.1. Default "
-                            "%(default)s (reference runs)")
+                            "small and embeddings grow without bound; useful 0.001 to 0.1. "
+                            "Default %(default)s (reference runs)")
     group.add_argument("--arcface_scale", type=float, default=64.0, metavar="S",
                        help="arcface: factor of the cosines, above 0; useful 16 to 128. Default "
                             "%(default)s (paper)")
@@ -72,7 +73,7 @@ def add_arguments(parser):
 
 
 def full_precision(forward):
-    """Runs a loss's forward in float32 or float64, outside of autocast: half types cannot hold a loss."""
+    """Runs a loss's forward in float32 or float64, not autocast: half types cannot hold a loss."""
     @functools.wraps(forward)
     def wrapped(self, embeddings, labels, indices_tuple=None):
         embeddings = embeddings.float() if embeddings.dtype.itemsize < 4 else embeddings
@@ -84,10 +85,10 @@ def full_precision(forward):
 def as_index_tuples(indices_tuple, device, width=None):
     """Any accepted form of indices_tuple -> LongTensor [T, width] on the device.
 
-    A tensor [T, width] as it is; a list of tuples becomes rows; three index vectors (a, p, n) become
-    columns; four (a1, p, a2, n), pairs as other libraries' miners give them, become all triplets
-    whose two pairs share their anchor. width: what is wanted, None for 3 or more. Raises ValueError
-    for anything else.
+    A tensor [T, width] as it is; a list of tuples becomes rows; three index vectors (a, p, n)
+    become columns; four (a1, p, a2, n), pairs as other libraries' miners give them, become all
+    triplets whose two pairs share their anchor. width: what is wanted, None for 3 or more. Raises
+    ValueError for anything else.
     """
     if isinstance(indices_tuple, tuple) and hasattr(next(iter(indices_tuple), None), "shape"):
         indices_tuple = tuple(torch.as_tensor(vector) for vector in indices_tuple)
@@ -97,8 +98,9 @@ def as_index_tuples(indices_tuple, device, width=None):
             first, second = (anchors.unsqueeze(1) == other_anchors).nonzero(as_tuple=True)
             indices_tuple = anchors[first], positives[first], negatives[second]
         elif len(lengths) != 3 or len(set(lengths)) != 1:
-            raise ValueError(f"indices_tuple has {len(lengths)} index tensors of lengths {lengths}; it "
-                             "takes three (a, p, n) or two pairs (a1, p, a2, n) of equal lengths")
+            raise ValueError(f"indices_tuple has {len(lengths)} index tensors of lengths "
+                             f"{lengths}; it takes three (a, p, n) or two pairs (a1, p, a2, n) of "
+                             "equal lengths")
         indices_tuple = torch.stack(indices_tuple, dim=1)
     tuples = torch.as_tensor(indices_tuple, dtype=torch.long, device=device)
     tuples = tuples.reshape(-1, 3) if tuples.numel() == 0 else tuples
@@ -112,8 +114,8 @@ def as_index_tuples(indices_tuple, device, width=None):
 def pair_sq_distances(embeddings, first, second):
     """Squared distances of the pairs (first[t], second[t]): embeddings [B, D] -> [T].
 
-    Few pairs are computed row by row, exactly; many (a miner can return B^3 triplets) are looked up
-    in the matrix of all pairs, which then costs less memory than the gathered rows.
+    Few pairs are computed row by row, exactly; many (a miner can return B^3 triplets) are looked
+    up in the matrix of all pairs, which then costs less memory than the gathered rows.
     """
     if len(first) <= 4 * len(embeddings):
         difference = embeddings.index_select(0, first) - embeddings.index_select(0, second)
@@ -163,10 +165,10 @@ class TripletLoss(torch.nn.Module):
 class MarginLoss(torch.nn.Module):
     """Margin loss: pairs are pushed to the right side of a learned boundary beta, by a margin.
 
-    Wu et al., "Sampling Matters in Deep Embedding Learning", ICCV 2017, eq. 6 to 9, on triplets: the
-    sum of max(0, d_ap - beta + margin) and max(0, beta - d_an + margin), d the plain Euclidean
-    distance and beta that of the anchor's class, divided by the number of terms above zero, plus nu
-    times the sum of the tuples' betas. num_classes: how many betas; beta: their first value;
+    Wu et al., "Sampling Matters in Deep Embedding Learning", ICCV 2017, eq. 6 to 9, on triplets:
+    the sum of max(0, d_ap - beta + margin) and max(0, beta - d_an + margin), d the plain Euclidean
+    distance and beta that of the anchor's class, divided by the number of terms above zero, plus
+    nu times the sum of the tuples' betas. num_classes: how many betas; beta: their first value;
     beta_constant: they are not learned. embeddings [B, D] unit-norm rows, labels [B] below
     num_classes. Departs from the paper: beta has a part for the class alone, neither a global nor
     an image's own, as in the reference code.
@@ -253,13 +255,13 @@ class NPairLoss(torch.nn.Module):
 class ProxyNCALoss(torch.nn.Module):
     """ProxyNCA: -log of exp(-d(x, p_y)) over the sum of exp(-d(x, p_z)) for the other proxies z.
 
-    Movshovitz-Attias et al., "No Fuss Distance Metric Learning using Proxies", ICCV 2017, eq. 4 and
-    algorithm 1: d is the squared Euclidean distance between unit vectors, one learned proxy for
-    each class, the image's own left out of the sum (the loss can be negative).
-    proxynca_positive_in_denominator sums over all proxies, a softmax. embeddings [B, D] (normalised here),
-    labels [B] below num_classes. indices_tuple picks the anchors that count. Departs from the
-    paper: embeddings and proxies are unit vectors scaled by 3, as in the reference code, so d
-    ranges to 36.
+    Movshovitz-Attias et al., "No Fuss Distance Metric Learning using Proxies", ICCV 2017, eq. 4
+    and algorithm 1: d is the squared Euclidean distance between unit vectors, one learned proxy
+    for each class, the image's own left out of the sum (the loss can be negative).
+    proxynca_positive_in_denominator sums over all proxies, a softmax. embeddings [B, D]
+    (normalised here), labels [B] below num_classes. indices_tuple picks the anchors that count.
+    Departs from the paper: embeddings and proxies are unit vectors scaled by 3, as in the
+    reference code, so d ranges to 36.
     """
 
     unit_norm = True
@@ -270,8 +272,9 @@ class ProxyNCALoss(torch.nn.Module):
     def __init__(self, num_classes, embed_dim, proxynca_positive_in_denominator=False):
         super().__init__()
         if num_classes < 2 and not proxynca_positive_in_denominator:
-            raise ValueError(f"ProxyNCA with {num_classes} class: the sum over the other proxies is "
-                             "empty; it needs two classes or --proxynca_positive_in_denominator")
+            raise ValueError(f"ProxyNCA with {num_classes} class: the sum over the other proxies "
+                             "is empty; it needs two classes or "
+                             "--proxynca_positive_in_denominator")
         self.positive_in_denominator = proxynca_positive_in_denominator
         self.proxies = torch.nn.Parameter(torch.randn(num_classes, embed_dim) / 8)
 
@@ -313,12 +316,12 @@ class CrossEntropyLoss(torch.nn.Module):
 class ArcFaceLoss(torch.nn.Module):
     """ArcFace: softmax over cosines to class weights, the own class's angle enlarged by a margin.
 
-    Deng et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recognition", CVPR 2019, eq. 3:
-    the cross-entropy of logits s cos(theta_j), for the own class s cos(theta_y + m). arcface_scale: s;
-    arcface_margin: m in radians. Where theta_y + m would pass pi the own logit is s (cos(theta_y) -
-    m sin(m)), as in the authors' code, so that it goes on falling with the angle. embeddings [B, D]
-    (normalised here), labels [B] below num_classes. sampling: none, or a method of samplers.Sampler
-    whose anchors then count, once for each tuple.
+    Deng et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recognition", CVPR 2019, eq.
+    3: the cross-entropy of logits s cos(theta_j), for the own class s cos(theta_y + m).
+    arcface_scale: s; arcface_margin: m in radians. Where theta_y + m would pass pi the own logit
+    is s (cos(theta_y) - m sin(m)), as in the authors' code, so that it goes on falling with the
+    angle. embeddings [B, D] (normalised here), labels [B] below num_classes. sampling: none, or a
+    method of samplers.Sampler whose anchors then count, once for each tuple.
     """
 
     unit_norm = True
@@ -367,8 +370,8 @@ def anchors_only(embeddings, labels, indices_tuple):
     return embeddings[anchors], labels[anchors]
 
 
-# name: (class, the flag with the learning rate of its own weights). A constructor parameter takes the
-# value of the flag of the same name; num_classes is the number of training classes.
+# name: (class, the flag with the learning rate of its own weights). A constructor parameter takes
+# the value of the flag of the same name; num_classes is the number of training classes.
 LOSSES = {
     "marginloss": (MarginLoss, "beta_lr"),
     "triplet": (TripletLoss, None),

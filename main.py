@@ -1,4 +1,5 @@
-"""Trains a network for retrieval of unseen classes, evaluates it after each epoch, saves and draws.
+"""Trains a network for retrieval of unseen classes, evaluates it after each epoch, saves and
+draws.
 
 The run reads from top to bottom in main(): options, data, network, loss, optimisers, trainer. What
 each part does is in its own file; this one only wires them, and its Run says what happens after an
@@ -22,8 +23,8 @@ import netlib
 import samplers
 import trainers
 
-# Options that may differ between a run and its resumption: they do not change what is computed (that
-# the data is the same is checked by its fingerprint).
+# Options that may differ between a run and its resumption: they do not change what is computed
+# (that the data is the same is checked by its fingerprint).
 MAY_CHANGE = {"resume", "n_epochs", "gpu", "kernels", "source_path", "save_path", "savename"}
 TWO_VIEWS = ("UnsupervisedEmbeddingsUsingAugmentations", "TwoStreamMetricLoss")
 
@@ -31,9 +32,9 @@ TWO_VIEWS = ("UnsupervisedEmbeddingsUsingAugmentations", "TwoStreamMetricLoss")
 def build_parser():
     """The parser with every file's flags, in the order data, batch, network, ... run."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0] + " Options without a fixed default are filled in from "
-        "--dataset, --arch and --loss; the run prints all of them. Distances are Euclidean; unit-norm "
-        "embeddings lie 0 to 2 apart.")
+        description=__doc__.split("\n\n")[0] + " Options without a fixed default are filled in "
+        "from --dataset, --arch and --loss; the run prints all of them. Distances are Euclidean; "
+        "unit-norm embeddings lie 0 to 2 apart.")
     for module in (datasets, samplers, netlib, losses, trainers, evaluate, auxiliaries):
         module.add_arguments(parser)
     return parser
@@ -56,11 +57,11 @@ def parse_options(argv=None):
 
     unsupervised = opt.trainer == "UnsupervisedEmbeddingsUsingAugmentations"
     if unsupervised and fewest < 2:
-        parser.error(f"--trainer {opt.trainer} does not use classes, which --loss {opt.loss} needs; "
-                     "take a loss of pairs or triplets")
+        parser.error(f"--trainer {opt.trainer} does not use classes, which --loss {opt.loss} "
+                     "needs; take a loss of pairs or triplets")
     if opt.trainer == "TwoStreamMetricLoss" and opt.loss not in ("triplet", "marginloss"):
-        parser.error(f"--trainer {opt.trainer} needs a loss of triplets, triplet or marginloss; --loss "
-                     f"{opt.loss} is not")
+        parser.error(f"--trainer {opt.trainer} needs a loss of triplets, triplet or marginloss; "
+                     f"--loss {opt.loss} is not")
     if opt.trainer == "DeepAdversarialMetricLearning" and not loss_class.unit_norm:
         parser.error(f"--trainer {opt.trainer} needs unit-norm embeddings for its triplet losses; "
                      f"--loss {opt.loss} wants raw ones")
@@ -82,8 +83,9 @@ def parse_options(argv=None):
         parser.error(f"--bs {opt.bs} must be at least 2 and a multiple of --samples_per_class "
                      f"{opt.samples_per_class}")
     if fewest > 1 and opt.bs == opt.samples_per_class:
-        parser.error(f"--bs {opt.bs} with --samples_per_class {opt.samples_per_class} is one class a "
-                     f"batch: --loss {opt.loss} would find no negatives; take a larger --bs")
+        parser.error(f"--bs {opt.bs} with --samples_per_class {opt.samples_per_class} is one "
+                     f"class a batch: --loss {opt.loss} would find no negatives; take a larger "
+                     "--bs")
     default("arch", "convnet" if glyphs else "resnet50")
     opt.not_pretrained = opt.not_pretrained or (opt.arch == "convnet" and not opt.weights)
     default("batchnorm", "trained" if opt.not_pretrained else "frozen")
@@ -104,8 +106,8 @@ def parse_options(argv=None):
     default("embedding_sizes", [opt.embed_dim - 2 * third, third, third])
     if opt.trainer == "CascadedEmbeddings" and (sum(opt.embedding_sizes) != opt.embed_dim
                                                 or min(opt.embedding_sizes) < 1):
-        parser.error(f"--embedding_sizes {' '.join(map(str, opt.embedding_sizes))} must be above 0 and "
-                     f"sum to --embed_dim {opt.embed_dim}")
+        parser.error(f"--embedding_sizes {' '.join(map(str, opt.embedding_sizes))} must be above "
+                     f"0 and sum to --embed_dim {opt.embed_dim}")
     if opt.resume and opt.savename is None:
         parser.error("--resume needs --savename, the name of the run to go on with")
     default("savename", time.strftime("%Y-%m-%d_%H-%M-%S"))
@@ -119,9 +121,10 @@ def parse_options(argv=None):
         parser.error(f"--image_size {opt.image_size}: 2048 pixels is the most")
     for name, least in (("classifier_weight", 0), ("classifier_lr", 0), ("g_lr", 0),
                         ("metric_alone_epochs", 0), ("g_alone_epochs", 0),
-                        ("g_triplets_per_anchor", 1), ("n_epochs", 0), ("kernels", 0), ("image_size", 8), ("embed_dim", 1), ("lr", 0),
-                        ("fc_lr_mul", 0), ("decay", 0), ("proxy_lr", 0), ("loss_lr", 0),
-                        ("beta_lr", 0), ("seed", 0)):
+                        ("g_triplets_per_anchor", 1), ("n_epochs", 0), ("kernels", 0),
+                        ("image_size", 8), ("embed_dim", 1), ("lr", 0), ("fc_lr_mul", 0),
+                        ("decay", 0), ("proxy_lr", 0), ("loss_lr", 0), ("beta_lr", 0),
+                        ("seed", 0)):
         if not getattr(opt, name) >= least:
             parser.error(f"--{name} {getattr(opt, name)}: the least value is {least}")
     if not 0 < opt.gamma <= 1:
@@ -132,7 +135,8 @@ def parse_options(argv=None):
 def make_parts(opt, num_classes):
     """What the chosen trainer trains -> (models, loss_funcs, parameter groups, its own arguments).
 
-    Dicts as the trainers take them; the groups are named like the models and losses they belong to.
+    Dicts as the trainers take them; the groups are named like the models and losses they belong
+    to.
     """
     loss_class = losses.LOSSES[opt.loss][0]
     cascaded = opt.trainer == "CascadedEmbeddings"
@@ -263,18 +267,19 @@ class Run:
         images = trainer.iterations_per_epoch * trainer.batch_size
         skipped = f", {trainer.skipped_steps} steps skipped" if trainer.skipped_steps else ""
         print(f"epoch {trainer.epoch}/{self.options['n_epochs']}  loss "
-              f"{self.train_rows[-1]['total_loss']:.4f}  {shown}  {auxiliaries.duration(seconds)}, "
-              f"{images / seconds:.0f} images/s{skipped}", flush=True)
+              f"{self.train_rows[-1]['total_loss']:.4f}  {shown}  "
+              f"{auxiliaries.duration(seconds)}, {images / seconds:.0f} images/s{skipped}",
+              flush=True)
 
     def selection(self):
-        """(epoch, value, name) of the best epoch by the first recall; epoch 0 only if it is alone."""
+        """(epoch, value, name) of the best epoch by the first recall; epoch 0 only if alone."""
         name = next(key for key in self.val_rows[0] if key != "epoch")
         rows = self.val_rows[1:] or self.val_rows
         best = max(rows, key=lambda row: row[name])
         return best["epoch"], best[name], name
 
     def save(self, trainer, embedded):
-        """Writes every file of the run folder; those of the best epoch only when it is this one."""
+        """Writes every file of the run folder; those of the best epoch only if it is this one."""
         if self.gradients:
             auxiliaries.save_pickle(self.path(f"gradients_{trainer.epoch:04d}.pkl"),
                                     torch.stack(self.gradients).cpu().numpy())
@@ -295,8 +300,10 @@ class Run:
     def draw(self):
         """Writes InfoPlot_Base.svg: losses and metrics over the epochs, the best values on top."""
         def curves(rows):
-            names = dict.fromkeys(key for row in rows for key in row if key not in ("epoch", "next_lr"))
-            return {name: [(row["epoch"], row[name]) for row in rows if name in row] for name in names}
+            names = dict.fromkeys(key for row in rows for key in row
+                                  if key not in ("epoch", "next_lr"))
+            return {name: [(row["epoch"], row[name]) for row in rows if name in row]
+                    for name in names}
 
         losses_shown, metrics = curves(self.train_rows), curves(self.val_rows)
         if len(losses_shown) == 2:
@@ -327,8 +334,8 @@ class Run:
             raise ValueError(f"--resume with other options than the run in {self.folder}: "
                              f"{', '.join(changed)}")
         if state["data"] != self.data:
-            raise ValueError(f"--resume with other data than the run in {self.folder}: the images or "
-                             "classes below --source_path are not the same")
+            raise ValueError(f"--resume with other data than the run in {self.folder}: the images "
+                             "or classes below --source_path are not the same")
         for group, parts in (("models", trainer.models), ("losses", trainer.loss_funcs),
                              ("optimizers", trainer.optimizers),
                              ("lr_schedulers", trainer.lr_schedulers)):
@@ -336,8 +343,8 @@ class Run:
                 try:
                     part.load_state_dict(state[group][name])
                 except (RuntimeError, KeyError, ValueError) as error:
-                    raise ValueError(f"--resume: the checkpoint's {name} does not fit ({error}); was "
-                                     "the code changed?") from error
+                    raise ValueError(f"--resume: the checkpoint's {name} does not fit ({error}); "
+                                     "was the code changed?") from error
         self.train_rows, self.val_rows = state["train_rows"], state["val_rows"]
         auxiliaries.restore_random_state(state["random_state"])
         return state["epoch"] + 1
@@ -360,7 +367,8 @@ def train(opt):
         evaluate.check_k_vals(opt.k_vals, len(queries) - 1 if gallery is None else len(gallery))
     batch_sampler = samplers.batch_sampler_select(train_set.labels, opt)
 
-    pseudo = opt.trainer == "UnsupervisedEmbeddingsUsingAugmentations"  # classes: places in the batch
+    # Without labels a class is a place in the batch.
+    pseudo = opt.trainer == "UnsupervisedEmbeddingsUsingAugmentations"
     num_classes = opt.bs if pseudo else len(train_set.class_names)
     models, loss_funcs, groups, arguments = make_parts(opt, num_classes)
     for part in (*models.values(), *loss_funcs.values()):
@@ -413,14 +421,15 @@ def print_header(opt, device, found, evaluation_sets, trainer):
         print(f"         note: {remark}")
     for name, queries, gallery in evaluation_sets:
         lone = datasets.queries_without_match(queries, gallery)
-        print(f"test     {name or 'recall'} over {len(queries) - lone:,} queries ({lone:,} without a true "
-              "match are left out); NMI with the arithmetic mean")
+        print(f"test     {name or 'recall'} over {len(queries) - lone:,} queries ({lone:,} "
+              "without a true match are left out); NMI with the arithmetic mean")
     weights = {name: sum(p.numel() for p in part.parameters()) for name, part in trainer.parts()}
-    print("weights  " + ", ".join(f"{name} {count:,}" for name, count in weights.items()), flush=True)
+    print("weights  " + ", ".join(f"{name} {count:,}" for name, count in weights.items()),
+          flush=True)
 
 
 def main(argv=None):
-    """Parses the command line and runs it -> the run's folder; ends with one message on bad input."""
+    """Parses the command line and runs it -> the run's folder; one message on bad input."""
     opt = parse_options(argv)
     if hasattr(sys.stdout, "reconfigure"):  # paths need not be valid text
         sys.stdout.reconfigure(errors="backslashreplace")

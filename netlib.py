@@ -1,4 +1,4 @@
-"""The networks: a trunk that turns images into features, an embedder that turns features into embeddings.
+"""The networks: a trunk turns images into features, an embedder features into embeddings.
 
 Trunk wraps any torchvision classification network, or the small ConvNet, without its last layer;
 Embedder is the linear layer in its place. Neither knows losses or options; network_select does. A
@@ -65,8 +65,8 @@ class ConvNet(torch.nn.Module):
 class Trunk(torch.nn.Module):
     """A backbone behind ImageNet's normalisation: images [B, 3, H, W] -> features [B, F].
 
-    uint8 images (0 to 255, as the datasets give them) are scaled and normalised here, on the device;
-    float images are taken as already normalised. num_features is F.
+    uint8 images (0 to 255, as the datasets give them) are scaled and normalised here, on the
+    device; float images are taken as already normalised. num_features is F.
     """
 
     def __init__(self, backbone, num_features):
@@ -108,7 +108,8 @@ class Embedder(torch.nn.Module):
 class Generator(torch.nn.Module):
     """Makes a synthetic negative of a triplet's features: [T, 3 F] -> [T, F].
 
-    Two linear layers with a ReLU between; Duan et al., "Deep Adversarial Metric Learning", CVPR 2018.
+    Two linear layers with a ReLU between; Duan et al., "Deep Adversarial Metric Learning", CVPR
+    2018.
     """
 
     def __init__(self, num_features):
@@ -135,7 +136,8 @@ def network_select(opt, unit_norm, sections=None):
         num_features, last_layer = remove_last_layer(backbone, opt.arch)
         heads = (last_layer, "aux1", "aux2", "AuxLogits")
     if opt.weights:
-        load_weights(backbone, read_weights(opt.weights), f"--weights {opt.weights}", opt.arch, heads)
+        load_weights(backbone, read_weights(opt.weights), f"--weights {opt.weights}", opt.arch,
+                     heads)
     elif not opt.not_pretrained and opt.arch != "convnet":  # which has none
         state, url = fetch_weights(opt.arch)
         load_weights(backbone, state, url, opt.arch, heads)
@@ -150,8 +152,8 @@ def check_arch(arch):
 
     names = models.list_models(module=models)
     if arch != "convnet" and arch not in names:
-        raise ValueError(f"--arch {arch} is neither convnet nor a torchvision classification network; "
-                         f"those are {', '.join(names)}")
+        raise ValueError(f"--arch {arch} is neither convnet nor a torchvision classification "
+                         f"network; those are {', '.join(names)}")
 
 
 @torch.inference_mode()
@@ -173,8 +175,8 @@ def torchvision_network(arch):
 
     check_arch(arch)
     if arch in ("googlenet", "inception_v3"):
-        # No auxiliary classifiers; transform_input rescales ImageNet's normalisation to the one that
-        # the weights of these two were trained with.
+        # No auxiliary classifiers; transform_input rescales ImageNet's normalisation to the one
+        # that the weights of these two were trained with.
         return models.get_model(arch, weights=None, aux_logits=False, transform_input=True,
                                 init_weights=True)
     return models.get_model(arch, weights=None)
@@ -199,18 +201,18 @@ def fetch_weights(arch):
         raise ValueError(
             f"the pretrained weights of --arch {arch} could not be had from {weights.url} "
             f"({first_line(error)}). Without a network: put that file into {torch.hub.get_dir()}"
-            "/checkpoints (and remove a damaged one there), or name a copy with --weights FILE, or "
-            "start from random weights with --not_pretrained") from error
+            "/checkpoints (and remove a damaged one there), or name a copy with --weights FILE, "
+            "or start from random weights with --not_pretrained") from error
     return state, weights.url
 
 
 def remove_last_layer(network, arch):
-    """Replaces the last linear layer by the identity, in place; returns (its input size, its name)."""
+    """Replaces the last linear layer by the identity, in place -> (its input size, its name)."""
     linear = [(name, layer) for name, layer in network.named_modules()
               if isinstance(layer, torch.nn.Linear)]
     if not linear or linear[-1][1].out_features != 1000:
-        raise ValueError(f"--arch {arch} does not end in a linear classifier, so it cannot be turned "
-                         "into an embedding; take another network")
+        raise ValueError(f"--arch {arch} does not end in a linear classifier, so it cannot be "
+                         "turned into an embedding; take another network")
     name, layer = linear[-1]
     parent, _, child = name.rpartition(".")
     setattr(network.get_submodule(parent), child, torch.nn.Identity())
@@ -220,8 +222,8 @@ def remove_last_layer(network, arch):
 def read_weights(path):
     """A state dict from a file, without running code from it (weights_only=True).
 
-    Also the trunk's part of a checkpoint of this program, and {"state_dict": ...}. ValueError where
-    the file is damaged or something else, FileNotFoundError where it is not there.
+    Also the trunk's part of a checkpoint of this program, and {"state_dict": ...}. ValueError
+    where the file is damaged or something else, FileNotFoundError where it is not there.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -239,7 +241,8 @@ def read_weights(path):
             state = state["state_dict"]
         return checked_state(state)
     except (KeyError, AttributeError, ValueError) as error:
-        raise ValueError(f"--weights {path}: it holds no state dict (names and tensors)") from error
+        raise ValueError(f"--weights {path}: it holds no state dict "
+                         "(names and tensors)") from error
 
 
 def checked_state(state):
@@ -257,7 +260,8 @@ def load_weights(backbone, state, source, arch, ignored_heads=()):
     """
     heads = tuple(f"{name}." for name in ignored_heads)
     kept = {name: value for name, value in state.items() if not name.startswith(heads)}
-    if arch.startswith("densenet"):  # torchvision's files have the names of before 2017: norm.1 ...
+    # torchvision's files of densenet have the names of before 2017: norm.1 ...
+    if arch.startswith("densenet"):
         kept = {re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])", r"\1\2", name): value
                 for name, value in kept.items()}
     kept = collections.OrderedDict(kept)
@@ -267,7 +271,8 @@ def load_weights(backbone, state, source, arch, ignored_heads=()):
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{source} is not of --arch {arch}: "
                          f"{str(error).splitlines()[-1].strip()}") from error
-    # Files from before 2018 do not count the batches that batch normalisation saw; that is no loss.
+    # Files from before 2018 do not count the batches that batch normalisation saw; that is no
+    # loss.
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]
     if missing or foreign:
         examples = [f"{len(names)} tensors {what} (as {names[0]})" for names, what in

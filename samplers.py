@@ -20,10 +20,10 @@ def add_arguments(parser):
                             "give harder negatives and need more memory; useful 32 to 512. "
                             "Default %(default)s, the reference runs' value")
     batch.add_argument("--samples_per_class", type=int, default=None, metavar="M",
-                       help="images of each class in a batch, so that B / M classes meet; useful 2 "
-                            "to 8. 1 means plain shuffled batches, each image once an epoch, for "
-                            "losses that need no positive pairs. Default 4, and 1 for proxynca, "
-                            "as in the reference runs")
+                       help="images of each class in a batch, so that B / M classes meet; useful "
+                            "2 to 8. 1 means plain shuffled batches, each image once an epoch, "
+                            "for losses that need no positive pairs. Default 4, and 1 for "
+                            "proxynca, as in the reference runs")
     sampling = parser.add_argument_group("sampling", "how tuples are chosen inside a batch")
     sampling.add_argument("--sampling", choices=(*METHODS, "none"), default=None,
                           help="random: any positive, any negative. semihard: negatives just "
@@ -34,8 +34,8 @@ def add_arguments(parser):
                                "every image counts. Default distance for losses that sample "
                                "tuples; npair samples its own, the others use none")
     sampling.add_argument("--mining_epsilon", type=float, default=0.1, metavar="E",
-                          help="multisimilarity sampling: how much, in cosine similarity, a pair may "
-                               "be easier than the anchor's hardest pair of the other kind; "
+                          help="multisimilarity sampling: how much, in cosine similarity, a pair "
+                               "may be easier than the anchor's hardest pair of the other kind; "
                                "useful 0.05 to 0.3. Default %(default)s (paper)")
     sampling.add_argument("--distance_cutoff", type=float, default=None, metavar="D",
                           help="distance sampling: drop negatives at this Euclidean distance or "
@@ -86,13 +86,16 @@ class Sampler:
     def __init__(self, method="random", margin=0.2, squared=False, distance_cutoff=None,
                  lower_cutoff=0.5, mining_epsilon=0.1):
         if method not in METHODS:
-            raise ValueError(f"no sampling method {method!r}; --sampling takes {', '.join(METHODS)}")
+            raise ValueError(f"no sampling method {method!r}; --sampling takes "
+                             f"{', '.join(METHODS)}")
         if not margin >= 0:
-            raise ValueError(f"the sampler's margin is {margin}; it must not be negative (--margin)")
+            raise ValueError(f"the sampler's margin is {margin}; it must not be negative "
+                             "(--margin)")
         if not lower_cutoff > 0 or (distance_cutoff is not None
                                     and not distance_cutoff > lower_cutoff):
-            raise ValueError(f"distance sampling between {lower_cutoff} and {distance_cutoff}: the lower end "
-                             "must be above 0 and --distance_cutoff above the lower end")
+            raise ValueError(f"distance sampling between {lower_cutoff} and {distance_cutoff}: "
+                             "the lower end must be above 0 and --distance_cutoff above the lower "
+                             "end")
         self.method = method
         self.margin = margin
         self.squared = squared
@@ -103,7 +106,7 @@ class Sampler:
 
     @torch.no_grad()
     def give(self, embeddings, labels, padded=False, **parameters):
-        """embeddings [B, D], labels [B] -> tuples, LongTensor [T, 3] (npair: [T, 1 + 1 + (T - 1)]).
+        """embeddings [B, D], labels [B] -> LongTensor [T, 3] (npair: [T, 1 + 1 + (T - 1)]).
 
         Each row is (anchor, positive, negative, ...), indices into the batch; an anchor without a
         positive or a negative gives no row, so T may be 0. The methods mark such a row with -1.
@@ -139,7 +142,7 @@ class Sampler:
         return self.triplets(draw_columns(positive.float()), draw_columns((~same).float()))
 
     def semihard(self, embeddings, labels, others=None, other_labels=None):
-        """Random positive; a negative with d_ap < d_an < d_ap + margin, else a random one -> [B, 3].
+        """Random positive; negative with d_ap < d_an < d_ap + margin, else a random one -> [B, 3].
 
         Schroff et al., "FaceNet", CVPR 2015, section 3.2, in the loss's own distance and margin.
         Departs from the paper: where no negative is semi-hard a random one stands in, so that
@@ -172,11 +175,11 @@ class Sampler:
     def distance(self, embeddings, labels, others=None, other_labels=None):
         """Random positive; negatives drawn with the inverse density of their distance -> [B, 3].
 
-        Wu et al., "Sampling Matters in Deep Embedding Learning", ICCV 2017, section 4.1: on the unit
-        sphere in n dimensions, log q(d)^-1 = (2 - n) log d - (n - 3)/2 log(1 - d^2/4), d clipped
-        from below at lower_cutoff. Wants unit-norm rows. Departs from the paper: the upper cut-off
-        is off unless given, as in the reference code (which keeps far negatives); where it leaves
-        an anchor no negative, a random one stands in.
+        Wu et al., "Sampling Matters in Deep Embedding Learning", ICCV 2017, section 4.1: on the
+        unit sphere in n dimensions, log q(d)^-1 = (2 - n) log d - (n - 3)/2 log(1 - d^2/4), d
+        clipped from below at lower_cutoff. Wants unit-norm rows. Departs from the paper: the upper
+        cut-off is off unless given, as in the reference code (which keeps far negatives); where it
+        leaves an anchor no negative, a random one stands in.
         """
         same, positive = self.pair_masks(labels, other_labels)
         n = embeddings.shape[1]
@@ -184,7 +187,8 @@ class Sampler:
         # 1 - d^2/4 is 0 at antipodal points, where the density vanishes; 1e-6 keeps it finite.
         log_weights = ((2 - n) / 2 * sq_distances.log()
                        - (n - 3) / 2 * (1 - sq_distances / 4).clamp_min_(1e-6).log_())
-        allowed = ~same if self.distance_cutoff is None else ~same & (sq_distances < self.distance_cutoff ** 2)
+        allowed = (~same if self.distance_cutoff is None
+                   else ~same & (sq_distances < self.distance_cutoff ** 2))
         log_weights.masked_fill_(~allowed, -torch.inf)
         # Scaled by each row's own largest weight, one negative at least keeps weight 1; a row
         # without an allowed negative has no finite maximum and becomes all zero.
@@ -199,9 +203,10 @@ class Sampler:
         """All triplets of an anchor's hard positives and hard negatives -> [T, 3].
 
         Wang et al., "Multi-Similarity Loss with General Pair Weighting", CVPR 2019, eq. 7 and 8: a
-        negative is hard if it is more similar than the least similar positive minus mining_epsilon,
-        a positive if it is less similar than the most similar negative plus mining_epsilon. How
-        many there are is known only once they are found, so this method makes a GPU wait.
+        negative is hard if it is more similar than the least similar positive minus
+        mining_epsilon, a positive if it is less similar than the most similar negative plus
+        mining_epsilon. How many there are is known only once they are found, so this method makes
+        a GPU wait.
         """
         same, positive = self.pair_masks(labels, other_labels)
         rows = torch.nn.functional.normalize(embeddings, dim=1)
@@ -216,7 +221,7 @@ class Sampler:
         return torch.stack([anchors[pairs], positives[pairs], negatives], 1)
 
     def npair(self, embeddings, labels):
-        """One random pair of each class with two images or more; the rest's positives as negatives.
+        """One random pair of each class with two images or more; others' positives as negatives.
 
         Returns [B, 1 + 1 + B]: row i is (anchor, positive, negatives) where image i is its class's
         anchor and all -1 elsewhere; column 2 + j holds class j's positive, -1 where there is none.
@@ -225,7 +230,8 @@ class Sampler:
         same, _ = self.pair_masks(labels)
         keys = torch.rand(len(labels), device=labels.device)
         place = torch.arange(len(labels), device=labels.device)
-        # Rank of each image among its class by random key (ties by position): 0 anchor, 1 positive.
+        # Rank of each image among its class by random key (ties by position): 0 anchor, 1
+        # positive.
         before = (keys < keys.unsqueeze(1)) | ((keys == keys.unsqueeze(1))
                                                & (place < place.unsqueeze(1)))
         rank = (same & before).sum(1)
@@ -265,14 +271,15 @@ class Sampler:
 
 
 class ClassBalancedBatchSampler(torch.utils.data.BatchSampler):
-    """Batches of batch_size / samples_per_class distinct classes, samples_per_class images of each.
+    """Batches of batch_size / samples_per_class classes, samples_per_class images of each.
 
-    labels: the class of each image, [N] ints. Images of a class in one batch are distinct; a class
-    with fewer than samples_per_class images repeats them as evenly as it can. An epoch has
-    N // batch_size batches (at least one) and draws each image about once, whatever the size of
-    its class: a class's images are shuffled and cut into groups, and how many groups a class gives
-    is in proportion to its images, as far as one group a batch allows. The batches depend on the
-    labels, the seed and the epoch alone. Raises ValueError where the sizes do not fit.
+    labels: the class of each image, [N] ints. Classes, and images of a class, are distinct in one
+    batch; a class with fewer than samples_per_class images repeats them as evenly as it can. An
+    epoch has N // batch_size batches (at least one) and draws each image about once, whatever the
+    size of its class: a class's images are shuffled and cut into groups, and how many groups a
+    class gives is in proportion to its images, as far as one group a batch allows. The batches
+    depend on the labels, the seed and the epoch alone. Raises ValueError where the sizes do not
+    fit.
     """
 
     def __init__(self, labels, batch_size=112, samples_per_class=4, seed=1):
@@ -333,7 +340,8 @@ class ClassBalancedBatchSampler(torch.utils.data.BatchSampler):
             keys[left == batches_left] = np.inf
             classes = np.argpartition(-keys, self.classes_per_batch - 1)[:self.classes_per_batch]
             classes = generator.permutation(classes)
-            place = taken[classes, None] * self.samples_per_class + np.arange(self.samples_per_class)
+            place = (taken[classes, None] * self.samples_per_class
+                     + np.arange(self.samples_per_class))
             yield order[first[classes, None] + place % self.counts[classes, None]].ravel().tolist()
             left[classes] -= 1
             taken[classes] += 1

@@ -1,9 +1,10 @@
 """The trainers: what happens in one training step, and in which order.
 
-BaseTrainer owns the loop, the batches and everything around a step; a trainer class says how a batch
-becomes losses (calculate_loss) and which models and losses it knows. Constructor and dictionaries
-are those of the trainers of pytorch-metric-learning, so a script written for them runs here. Options
-and files are not known here: hooks are where a caller evaluates, logs and saves.
+BaseTrainer owns the loop, the batches and everything around a step; a trainer class says how a
+batch becomes losses (calculate_loss) and which models and losses it knows. Constructor and
+dictionaries are those of the trainers of pytorch-metric-learning, so a script written for them
+runs here. Options and files are not known here: hooks are where a caller evaluates, logs and
+saves.
 """
 
 import copy
@@ -24,11 +25,11 @@ def add_arguments(parser):
                             "networks, 1e-4 to 1e-2 from scratch. Default 1e-5 (reference runs); "
                             "glyphs 1e-3")
     group.add_argument("--fc_lr_mul", type=float, default=0.0, metavar="X",
-                       help="learning rate of the embedding layer as a multiple of --lr, often 10; "
-                            "0 means the same as --lr. Default %(default)s (reference runs)")
+                       help="learning rate of the embedding layer as a multiple of --lr, often "
+                            "10; 0 means the same as --lr. Default %(default)s (reference runs)")
     group.add_argument("--decay", type=float, default=4e-4, metavar="W",
-                       help="weight decay (L2) of the network, not of a loss's own weights; useful "
-                            "0 to 1e-3. Default %(default)s (reference runs)")
+                       help="weight decay (L2) of the network, not of a loss's own weights; "
+                            "useful 0 to 1e-3. Default %(default)s (reference runs)")
     group.add_argument("--n_epochs", type=int, default=None, metavar="N",
                        help="passes over the training images. Default 70 (reference runs); glyphs "
                             "20")
@@ -49,8 +50,9 @@ def add_arguments(parser):
                               "each of --embedding_sizes. DeepAdversarialMetricLearning: and a "
                               "generator of hard negatives. UnsupervisedEmbeddingsUsing"
                               "Augmentations: two views of an image are the positives, labels are "
-                              "not used. TwoStreamMetricLoss: anchors from one view, positives and "
-                              "negatives from a second. Default %(default)s, as the reference code")
+                              "not used. TwoStreamMetricLoss: anchors from one view, positives "
+                              "and negatives from a second. Default %(default)s, as the reference "
+                              "code")
     trainer.add_argument("--classifier_weight", type=float, default=1.0, metavar="W",
                          help="TrainWithClassifier: weight of the classifier's cross-entropy, the "
                               "metric loss having 1; useful 0.1 to 2. Default %(default)s")
@@ -85,7 +87,7 @@ class NothingMined(Exception):
 
 
 def not_empty(indices):
-    """Returns a miner's indices, a tensor or a tuple of tensors; NothingMined if there are none."""
+    """Returns a miner's indices, a tensor or a tuple of tensors; NothingMined if none."""
     parts = indices if isinstance(indices, (tuple, list)) else (indices,)
     if all(hasattr(part, "__len__") and not len(part) for part in parts):
         raise NothingMined
@@ -95,15 +97,16 @@ def not_empty(indices):
 class BaseTrainer:
     """The loop around a training step; subclasses say what a step computes.
 
-    models: {"trunk": module, "embedder": module (optional)}. optimizers: {"<model or loss>_optimizer":
-    optimizer}. loss_funcs: {"metric_loss": callable(embeddings, labels, indices_tuple)}. dataset:
-    items (data, labels). mining_funcs: {"subset_batch_miner": (embeddings [B, D], labels [B]) ->
-    indices to keep, "tuple_miner": the same -> indices_tuple for the loss}. iterations_per_epoch: an
-    epoch is that many iterations, the data going on across epochs; None: one pass over the data
-    loader. data_device: where batches go; None: a GPU if there is one. dtype: floating type that the
-    data is converted to. loss_weights: {loss: factor}; without it all are 1. sampler: a torch Sampler
-    or BatchSampler (then batch_size is its own); one with set_epoch is told the number of each pass
-    over it, as is the dataset. collate_fn, dataloader_num_workers: of torch's DataLoader.
+    models: {"trunk": module, "embedder": module (optional)}. optimizers:
+    {"<model or loss>_optimizer": optimizer}. loss_funcs: {"metric_loss": callable(embeddings,
+    labels, indices_tuple)}. dataset: items (data, labels). mining_funcs: {"subset_batch_miner":
+    (embeddings [B, D], labels [B]) -> indices to keep, "tuple_miner": the same -> indices_tuple
+    for the loss}. iterations_per_epoch: an epoch is that many iterations, the data going on across
+    epochs; None: one pass over the data loader. data_device: where batches go; None: a GPU if
+    there is one. dtype: floating type that the data is converted to. loss_weights: {loss: factor};
+    without it all are 1. sampler: a torch Sampler or BatchSampler (then batch_size is its own);
+    one with set_epoch is told the number of each pass over it, as is the dataset. collate_fn,
+    dataloader_num_workers: of torch's DataLoader.
     lr_schedulers: {"<model or loss>_scheduler_by_iteration|by_epoch|by_plateau": scheduler}.
     gradient_clippers: {"<model or loss>_grad_clipper": callable()}, called before the optimizers
     step. freeze_these: models or losses without gradients, in eval mode, never stepped.
@@ -111,8 +114,8 @@ class BaseTrainer:
     statistics stay. label_hierarchy_level: the column of labels [N, levels] that counts.
     data_and_label_getter: item of the loader -> (data, labels). dataset_labels with
     set_min_label_to_zero: labels, ints or strings, become their rank among dataset_labels.
-    end_of_iteration_hook, end_of_epoch_hook: callable(trainer); training ends early when the latter
-    returns exactly False.
+    end_of_iteration_hook, end_of_epoch_hook: callable(trainer); training ends early when the
+    latter returns exactly False.
 
     Hooks can read losses (numbers as 0-dimensional tensors, by name and "total_loss"), epoch,
     iteration (from 0), get_global_iteration() and every argument under its name. Raises ValueError
@@ -167,8 +170,8 @@ class BaseTrainer:
         if self.iterations_per_epoch is None:
             self.iterations_per_epoch = len(self.loader)
             if not self.iterations_per_epoch:
-                raise ValueError(f"there is no whole batch: a batch of {batch_size} from a dataset of "
-                                 f"{len(dataset)}, or from a sampler that gives less")
+                raise ValueError(f"there is no whole batch: a batch of {batch_size} from a "
+                                 f"dataset of {len(dataset)}, or from a sampler that gives less")
         self.batches, self.passes = None, 0
 
     # The loop
@@ -212,8 +215,9 @@ class BaseTrainer:
         if total.device.type == "cpu" or len(self.unchecked_losses) >= 20:
             self.check_losses()
         if not total.requires_grad:
-            raise ValueError("there is nothing to learn: the loss depends on no weight that is not "
-                             f"frozen (freeze_these: {', '.join(self.freeze_these) or 'none'})")
+            raise ValueError("there is nothing to learn: the loss depends on no weight that is "
+                             "not frozen (freeze_these: "
+                             f"{', '.join(self.freeze_these) or 'none'})")
         total.backward()
         for clip in self.gradient_clippers.values():
             clip()
@@ -240,18 +244,19 @@ class BaseTrainer:
         return not_empty(self.mining_funcs[miner](embeddings, labels))
 
     def check_losses(self):
-        """Raises FloatingPointError, with epoch and iteration, if a loss since the last check is not finite.
+        """Raises FloatingPointError, with epoch and iteration, if a new loss is not finite.
 
-        On a GPU a look at a loss makes the host wait, so the trainer looks every 20 iterations.
+        New: since the last check. On a GPU a look at a loss makes the host wait, so the trainer
+        looks every 20 iterations.
         """
         losses, self.unchecked_losses = self.unchecked_losses, []
         values = torch.stack(losses).cpu() if losses else torch.zeros(0)
         wrong = (~torch.isfinite(values)).nonzero().flatten().tolist()
         if wrong:
             iteration = self.iteration - (len(losses) - 1) + wrong[0]
-            raise FloatingPointError(f"the loss is {values[wrong[0]].item()} in epoch {self.epoch}, "
-                                     f"iteration {iteration + 1}; often the learning rate (--lr) is "
-                                     "too high")
+            raise FloatingPointError(f"the loss is {values[wrong[0]].item()} in epoch "
+                                     f"{self.epoch}, iteration {iteration + 1}; often the "
+                                     "learning rate (--lr) is too high")
 
     def step_schedulers(self, suffix, *value):
         """Steps the schedulers whose key ends in the suffix."""
@@ -260,7 +265,7 @@ class BaseTrainer:
                 scheduler.step(*value)
 
     def step_lr_plateau_schedulers(self, value):
-        """Hands a validation metric to the schedulers by plateau; call it in an end_of_epoch_hook."""
+        """Hands a validation metric to the schedulers by plateau; for an end_of_epoch_hook."""
         self.step_schedulers("_scheduler_by_plateau", value)
 
     def get_global_iteration(self):
@@ -272,8 +277,8 @@ class BaseTrainer:
     def make_loader(self):
         """torch's DataLoader over the dataset.
 
-        Its processes stay alive from epoch to epoch, unless the dataset's set_epoch would not reach
-        them (they hold copies; an epoch in shared memory does).
+        Its processes stay alive from epoch to epoch, unless the dataset's set_epoch would not
+        reach them (they hold copies; an epoch in shared memory does).
         """
         epoch = getattr(self.dataset, "epoch", None)
         lasting = not hasattr(self.dataset, "set_epoch") or (torch.is_tensor(epoch)
@@ -287,14 +292,14 @@ class BaseTrainer:
         sampler = self.sampler
         if sampler is None:
             sampler = torch.utils.data.RandomSampler(self.dataset, generator=torch.Generator())
-        return torch.utils.data.DataLoader(self.dataset, batch_size=self.batch_size, drop_last=True,
-                                           sampler=sampler, **options)
+        return torch.utils.data.DataLoader(self.dataset, batch_size=self.batch_size,
+                                           drop_last=True, sampler=sampler, **options)
 
     def start_pass(self):
         """Begins a pass over the data: sampler and dataset hear its number, generators are seeded.
 
-        The seeds are what a plain DataLoader would draw from torch's global generator; drawing them
-        here makes the numbers the same for any number of loading processes.
+        The seeds are what a plain DataLoader would draw from torch's global generator; drawing
+        them here makes the numbers the same for any number of loading processes.
         """
         self.passes += 1
         for part in (self.sampler, self.dataset):
@@ -307,7 +312,7 @@ class BaseTrainer:
         self.batches = iter(self.loader)
 
     def next_batch(self):
-        """The next batch, on the device and thinned by the subset_batch_miner -> (data, labels)."""
+        """The next batch, on the device, thinned by the subset_batch_miner -> (data, labels)."""
         item = next(self.batches, None) if self.batches is not None else None
         if item is None:
             self.start_pass()
@@ -335,7 +340,7 @@ class BaseTrainer:
         return data[indices], labels[indices]
 
     def process_labels(self, labels):
-        """Labels as the loader gives them -> LongTensor [B]: one hierarchy level, ranks if asked for."""
+        """Labels of the loader -> LongTensor [B]: one hierarchy level, ranks if asked for."""
         if isinstance(labels, (list, tuple)) and np.ndim(labels[0]) > 0:
             labels = labels[self.label_hierarchy_level]  # collated level by level
         labels = labels if torch.is_tensor(labels) else np.asarray(labels)
@@ -349,8 +354,9 @@ class BaseTrainer:
                 raise ValueError(f"label {unknown[0]!r} is not among dataset_labels")
             labels = ranks
         elif not torch.is_tensor(labels) and labels.dtype.kind not in "iub":
-            raise ValueError(f"labels such as {labels[0]!r} are not integers; set_min_label_to_zero "
-                             "with dataset_labels turns strings into numbers")
+            raise ValueError(f"labels such as {labels[0]!r} are not integers; "
+                             "set_min_label_to_zero with dataset_labels turns strings into "
+                             "numbers")
         return torch.as_tensor(labels).long()
 
     def rank_labels(self):
@@ -358,7 +364,8 @@ class BaseTrainer:
         if not self.set_min_label_to_zero:
             return None
         if self.dataset_labels is None:
-            raise ValueError("set_min_label_to_zero needs dataset_labels, the labels of the dataset")
+            raise ValueError("set_min_label_to_zero needs dataset_labels, the labels of the "
+                             "dataset")
         labels = np.asarray(self.dataset_labels)
         return np.unique(labels[:, self.label_hierarchy_level] if labels.ndim == 2 else labels)
 
@@ -398,7 +405,7 @@ class BaseTrainer:
         return weights or dict.fromkeys(self.loss_funcs, 1)
 
     def check_keys(self):
-        """Raises ValueError for a missing or unknown key of any dictionary, naming the allowed ones."""
+        """Raises ValueError for a missing or unknown key of a dictionary, with those allowed."""
         names = (*self.model_names, *self.loss_names)
         schedulers = [f"{name}_scheduler_by_{when}" for name in names
                       for when in ("iteration", "epoch", "plateau")]
@@ -439,8 +446,8 @@ class MetricLossOnly(BaseTrainer):
 class TrainWithClassifier(BaseTrainer):
     """A metric loss on the embeddings and a classification loss on a classifier behind them.
 
-    models: {"trunk": ..., "classifier": ..., "embedder": ... (optional)}; loss_funcs: {"metric_loss":
-    ..., "classifier_loss": callable(logits [B, C], labels [B])}.
+    models: {"trunk": ..., "classifier": ..., "embedder": ... (optional)}; loss_funcs:
+    {"metric_loss": ..., "classifier_loss": callable(logits [B, C], labels [B])}.
     """
 
     model_names = ("trunk", "embedder", "classifier")
@@ -458,12 +465,12 @@ class TrainWithClassifier(BaseTrainer):
 class CascadedEmbeddings(BaseTrainer):
     """Losses of their own for consecutive sections of the embedding.
 
-    Yuan, Yang, Zhang, "Hard-Aware Deeply Cascaded Embedding", ICCV 2017. embedding_sizes: the length
-    of each section; they sum to the embedding's. models: {"trunk": ..., "embedder": ... (optional),
-    "classifier_0": ... and so on (optional)}; loss_funcs: {"metric_loss_0": ..., for each section,
-    "classifier_loss_0": ... for each classifier}; mining_funcs: {"tuple_miner_0": ... (optional)}.
-    Departs from the paper: which tuples are hard in a section is its own miner's decision, not that
-    of the sections before; all sections share one trunk's features.
+    Yuan, Yang, Zhang, "Hard-Aware Deeply Cascaded Embedding", ICCV 2017. embedding_sizes: the
+    length of each section; they sum to the embedding's. models: {"trunk": ..., "embedder": ...
+    (optional), "classifier_0": ... and so on (optional)}; loss_funcs: {"metric_loss_0": ..., for
+    each section, "classifier_loss_0": ... for each classifier}; mining_funcs: {"tuple_miner_0":
+    ... (optional)}. Departs from the paper: which tuples are hard in a section is its own miner's
+    decision, not that of the sections before; all sections share one trunk's features.
     """
 
     def __init__(self, embedding_sizes, *args, **kwargs):
@@ -476,14 +483,16 @@ class CascadedEmbeddings(BaseTrainer):
         super().__init__(*args, **kwargs)
         for i in sections:
             if (f"classifier_{i}" in self.models) != (f"classifier_loss_{i}" in self.loss_funcs):
-                raise ValueError(f"CascadedEmbeddings: classifier_{i} in models and classifier_loss_{i} "
-                                 "in loss_funcs go together; one of them is missing")
+                raise ValueError(f"CascadedEmbeddings: classifier_{i} in models and "
+                                 f"classifier_loss_{i} in loss_funcs go together; one of them is "
+                                 "missing")
 
     def calculate_loss(self, data, labels):
         embeddings = self.compute_embeddings(data)                               # [B, D]
         if embeddings.shape[1] != sum(self.embedding_sizes):
             raise ValueError(f"embedding_sizes {self.embedding_sizes} sum to "
-                             f"{sum(self.embedding_sizes)}, the embedding has {embeddings.shape[1]}")
+                             f"{sum(self.embedding_sizes)}, the embedding has "
+                             f"{embeddings.shape[1]}")
         losses = {}
         for i, section in enumerate(embeddings.split(self.embedding_sizes, dim=1)):
             indices_tuple = self.mine_tuples(section, labels, f"tuple_miner_{i}")
@@ -491,23 +500,24 @@ class CascadedEmbeddings(BaseTrainer):
                                                                              indices_tuple)
             if f"classifier_{i}" in self.models:
                 logits = self.models[f"classifier_{i}"](section)
-                losses[f"classifier_loss_{i}"] = self.loss_funcs[f"classifier_loss_{i}"](logits, labels)
+                losses[f"classifier_loss_{i}"] = self.loss_funcs[f"classifier_loss_{i}"](
+                    logits, labels)
         return losses
 
 
 class DeepAdversarialMetricLearning(BaseTrainer):
     """A generator makes hard negatives out of real triplets; the metric learns from both.
 
-    Duan et al., "Deep Adversarial Metric Learning", CVPR 2018. metric_alone_epochs: that many first
-    epochs train on metric_loss (and classifier_loss) alone; g_alone_epochs: that many after them
-    train the generator alone; then all learn. g_triplets_per_anchor: real triplets of each sample
-    that go through the generator. models: {"trunk": features [B, F], "generator": [T, 3 F] -> [T, F],
-    "embedder", "classifier" (optional)}. loss_funcs: {"metric_loss", "synth_loss": on triplets with
-    a synthetic negative, "g_adv_loss": a triplet loss with an attribute margin, "classifier_loss"
-    (with a classifier)}. loss_weights: of these and of "g_hard_loss" (synthetic negative near the
-    anchor) and "g_reg_loss" (near the real negative); "g_hard_lss" is understood too. g_adv_loss is
-    copied, its margin negated: with positive and negative exchanged, max(0, d_an - d_ap - margin)
-    pulls the synthetic negative to the anchor.
+    Duan et al., "Deep Adversarial Metric Learning", CVPR 2018. metric_alone_epochs: that many
+    first epochs train on metric_loss (and classifier_loss) alone; g_alone_epochs: that many after
+    them train the generator alone; then all learn. g_triplets_per_anchor: real triplets of each
+    sample that go through the generator. models: {"trunk": features [B, F], "generator":
+    [T, 3 F] -> [T, F], "embedder", "classifier" (optional)}. loss_funcs: {"metric_loss",
+    "synth_loss": on triplets with a synthetic negative, "g_adv_loss": a triplet loss with an
+    attribute margin, "classifier_loss" (with a classifier)}. loss_weights: of these and of
+    "g_hard_loss" (synthetic negative near the anchor) and "g_reg_loss" (near the real negative);
+    "g_hard_lss" is understood too. g_adv_loss is copied, its margin negated: with positive and
+    negative exchanged, max(0, d_an - d_ap - margin) pulls the synthetic negative to the anchor.
 
     Departs from the paper, as the library that these trainers follow does: where all learn, one
     backward pass serves all losses, so the generator's losses reach trunk and embedder as well;
@@ -530,8 +540,8 @@ class DeepAdversarialMetricLearning(BaseTrainer):
             raise ValueError("DeepAdversarialMetricLearning: a classifier in models and a "
                              "classifier_loss in loss_funcs go together; one of them is missing")
         if not hasattr(self.loss_funcs["g_adv_loss"], "margin"):
-            raise ValueError("DeepAdversarialMetricLearning: g_adv_loss has no margin; it must be a "
-                             "triplet loss")
+            raise ValueError("DeepAdversarialMetricLearning: g_adv_loss has no margin; it must be "
+                             "a triplet loss")
         adversarial = copy.deepcopy(self.loss_funcs["g_adv_loss"])
         adversarial.margin = -adversarial.margin
         self.loss_funcs = {**self.loss_funcs, "g_adv_loss": adversarial}
@@ -541,7 +551,8 @@ class DeepAdversarialMetricLearning(BaseTrainer):
     def complete_loss_weights(self, weights):
         if weights is None:
             return dict.fromkeys((*self.loss_funcs, *self.regularisers), 1)
-        return {name.replace("g_hard_lss", "g_hard_loss"): weight for name, weight in weights.items()}
+        return {name.replace("g_hard_lss", "g_hard_loss"): weight
+                for name, weight in weights.items()}
 
     def set_to_train(self):
         """Also: which networks learn, and which losses count, in this epoch's phase."""
@@ -565,7 +576,8 @@ class DeepAdversarialMetricLearning(BaseTrainer):
         if self.does_metric:
             embeddings = self.embed_features(features)                           # [B, D]
             indices_tuple = self.mine_tuples(embeddings, labels)
-            losses["metric_loss"] = self.loss_funcs["metric_loss"](embeddings, labels, indices_tuple)
+            losses["metric_loss"] = self.loss_funcs["metric_loss"](
+                embeddings, labels, indices_tuple)
             if "classifier" in self.models:
                 logits = self.models["classifier"](embeddings)
                 losses["classifier_loss"] = self.loss_funcs["classifier_loss"](logits, labels)
@@ -652,8 +664,8 @@ class TwoStreamMetricLoss(BaseTrainer):
     def unpack(self, item):
         item = self.data_and_label_getter(item)
         if len(item) != 3:
-            raise ValueError(f"TwoStreamMetricLoss: the dataset gives {len(item)} values; it must give "
-                             "(anchor, positive, label)")
+            raise ValueError(f"TwoStreamMetricLoss: the dataset gives {len(item)} values; it must "
+                             "give (anchor, positive, label)")
         *streams, labels = item
         return [stream.to(self.data_device, self.dtype, non_blocking=True)
                 for stream in streams], labels

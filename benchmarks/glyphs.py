@@ -1,8 +1,8 @@
 """Every loss with its default sampling on glyphs, several seeds: a table of mean and deviation.
 
-python benchmarks/glyphs.py --seeds 1 2 3 prints the table that stands in README.md. It takes about a
-minute for each loss and seed on two CPU cores. For --dataset glyphs alone: a check that all losses
-learn, no ranking of losses for photographs.
+python benchmarks/glyphs.py --seeds 1 2 3 prints the table that stands in README.md. It takes about
+a minute for each loss and seed on two CPU cores. For --dataset glyphs alone: a check that all
+losses learn, no ranking of losses for photographs.
 """
 
 import argparse
@@ -21,7 +21,8 @@ import main
 
 def benchmark(seeds, names, epochs):
     """Trains each loss with each seed and prints one row of the table for each loss."""
-    print(f"\n| loss | sampling | R@1 untrained | R@1, best of {epochs} epochs | NMI | F1 | s a run |")
+    print(f"\n| loss | sampling | R@1 untrained | R@1, best of {epochs} epochs "
+          "| NMI | F1 | s a run |")
     print("|---|---|---|---|---|---|---|", flush=True)
     for name in names:
         columns = {"untrained": [], "recall@1": [], "nmi": [], "f1": [], "seconds": []}

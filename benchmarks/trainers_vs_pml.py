@@ -1,8 +1,8 @@
 """The same training under this project's trainers and under pytorch-metric-learning's.
 
 python benchmarks/trainers_vs_pml.py trains one tiny network from one seed under both, with that
-library's losses and miners, prints both loss sequences and how far they differ, then the time of an
-iteration under each. Needs pytorch-metric-learning, which the project itself does not use.
+library's losses and miners, prints both loss sequences and how far they differ, then the time of
+an iteration under each. Needs pytorch-metric-learning, which the project itself does not use.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def parts(name):
 
 
 def run(module, name, epochs):
-    """Trains with one of the two libraries -> the total loss of each iteration, seconds of each."""
+    """Trains with one of the two libraries -> total loss of each iteration, seconds of each."""
     values, stamps = [], []
 
     def record(trainer):

@@ -1,4 +1,4 @@
-"""Lets the tests import the modules of the top level, and keeps torch to one thread, the fastest for tiny tensors."""
+"""Lets tests import the top level's modules; one thread for torch, fastest for tiny tensors."""
 
 import sys
 from pathlib import Path
