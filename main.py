@@ -43,93 +43,117 @@ def build_parser():
 def parse_options(argv=None):
     """The final options: what the user gave, and the defaults that depend on it filled in once.
 
-    Ends the program with argparse's message where values contradict each other.
+    Ends the program with argparse's message where values contradict each other or make no sense.
     """
     parser = build_parser()
     opt = parser.parse_args(argv)
-    loss_class = losses.LOSSES[opt.loss][0]
-    glyphs = opt.dataset == "glyphs"
-    fewest, most = loss_class.min_samples_per_class, loss_class.max_samples_per_class
+    message = contradiction(opt)
+    if not message:
+        fill_defaults(opt)
+        message = wrong_value(opt)
+    if message:
+        parser.error(message)
+    return opt
 
+
+def samples_per_class_bounds(opt):
+    """The least and the greatest --samples_per_class that the loss and the trainer can use."""
+    if opt.trainer == "UnsupervisedEmbeddingsUsingAugmentations":
+        return 1, 1  # its positives are the two views of an image, its batches are shuffled
+    loss_class = losses.LOSSES[opt.loss][0]
+    return loss_class.min_samples_per_class, loss_class.max_samples_per_class
+
+
+def contradiction(opt):
+    """What the user's options contradict each other in, as a sentence; None if they agree."""
+    loss_class = losses.LOSSES[opt.loss][0]
+    if opt.not_pretrained and opt.weights:
+        return "--not_pretrained and --weights contradict each other: give one of them"
+    if opt.resume and opt.savename is None:
+        return "--resume needs --savename, the name of the run to go on with"
+    if opt.sampling not in (None, *loss_class.samplings):
+        takes = " or ".join(loss_class.samplings) or "none: leave it out"
+        return f"--loss {opt.loss} cannot use --sampling {opt.sampling}; it takes {takes}"
+    if (opt.trainer == "UnsupervisedEmbeddingsUsingAugmentations"
+            and loss_class.min_samples_per_class < 2):
+        return (f"--trainer {opt.trainer} does not use classes, which --loss {opt.loss} needs; "
+                "take a loss of pairs or triplets")
+    if opt.trainer == "TwoStreamMetricLoss" and opt.loss not in ("triplet", "marginloss"):
+        return (f"--trainer {opt.trainer} needs a loss of triplets, triplet or marginloss; --loss "
+                f"{opt.loss} is not")
+    if opt.trainer == "DeepAdversarialMetricLearning" and not loss_class.unit_norm:
+        return (f"--trainer {opt.trainer} needs unit-norm embeddings for its triplet losses; "
+                f"--loss {opt.loss} wants raw ones")
+    return None
+
+
+def fill_defaults(opt):
+    """Fills in what the user left open and what depends on dataset, network, loss and trainer."""
     def default(name, value):
         if getattr(opt, name) is None:
             setattr(opt, name, value)
 
-    unsupervised = opt.trainer == "UnsupervisedEmbeddingsUsingAugmentations"
-    if unsupervised and fewest < 2:
-        parser.error(f"--trainer {opt.trainer} does not use classes, which --loss {opt.loss} "
-                     "needs; take a loss of pairs or triplets")
-    if opt.trainer == "TwoStreamMetricLoss" and opt.loss not in ("triplet", "marginloss"):
-        parser.error(f"--trainer {opt.trainer} needs a loss of triplets, triplet or marginloss; "
-                     f"--loss {opt.loss} is not")
-    if opt.trainer == "DeepAdversarialMetricLearning" and not loss_class.unit_norm:
-        parser.error(f"--trainer {opt.trainer} needs unit-norm embeddings for its triplet losses; "
-                     f"--loss {opt.loss} wants raw ones")
-    if unsupervised:  # its positives are the two views of an image, its batches are shuffled
-        fewest = most = 1
-    if opt.not_pretrained and opt.weights:
-        parser.error("--not_pretrained and --weights contradict each other: give one of them")
-    if opt.sampling is not None and opt.sampling not in loss_class.samplings:
-        takes = " or ".join(loss_class.samplings) or "none: leave it out"
-        parser.error(f"--loss {opt.loss} cannot use --sampling {opt.sampling}; it takes {takes}")
-    default("sampling", loss_class.samplings[0] if loss_class.samplings else "none")
-    default("samples_per_class", min(4, most))
-    if not fewest <= opt.samples_per_class <= most:
-        allowed = f"{fewest} only" if most == fewest else f"{fewest} or more"
-        user = f"--trainer {opt.trainer}" if unsupervised else f"--loss {opt.loss}"
-        parser.error(f"{user} cannot use --samples_per_class {opt.samples_per_class}; it "
-                     f"takes {allowed}")
-    if opt.bs < 2 or opt.bs % opt.samples_per_class:
-        parser.error(f"--bs {opt.bs} must be at least 2 and a multiple of --samples_per_class "
-                     f"{opt.samples_per_class}")
-    if fewest > 1 and opt.bs == opt.samples_per_class:
-        parser.error(f"--bs {opt.bs} with --samples_per_class {opt.samples_per_class} is one "
-                     f"class a batch: --loss {opt.loss} would find no negatives; take a larger "
-                     "--bs")
+    glyphs = opt.dataset == "glyphs"
     default("arch", "convnet" if glyphs else "resnet50")
+    googlenet = opt.arch == "googlenet"
     opt.not_pretrained = opt.not_pretrained or (opt.arch == "convnet" and not opt.weights)
     default("batchnorm", "trained" if opt.not_pretrained else "frozen")
-    default("embed_dim", 512 if opt.arch == "googlenet" else 128)
-    default("image_size", 32 if glyphs else 227 if opt.arch == "googlenet" else 224)
+    default("embed_dim", 512 if googlenet else 128)
+    default("image_size", 32 if glyphs else 227 if googlenet else 224)
     default("k_vals", {"online_products": [1, 10, 100, 1000], "in-shop": [1, 10, 20, 30, 50],
                        "vehicle_id": [1, 5]}.get(opt.dataset, [1, 2, 4, 8]))
     opt.k_vals = sorted(set(opt.k_vals))
-    default("kernels", 0 if glyphs else min(8, os.cpu_count() or 1))
+    default("samples_per_class", min(4, samples_per_class_bounds(opt)[1]))
+    default("sampling", next(iter(losses.LOSSES[opt.loss][0].samplings), "none"))
     default("n_epochs", 20 if glyphs else 70)
-    default("lr", 1e-3 if glyphs else 1e-5)
     default("tau", [15] if glyphs else [30, 55])
+    default("lr", 1e-3 if glyphs else 1e-5)
     default("proxy_lr", 1e-2 if glyphs else 1e-5)
     default("loss_lr", 1e-2 if glyphs else opt.lr)
     default("classifier_lr", 10 * opt.lr)
     default("g_lr", opt.lr)
     third = opt.embed_dim // 3
     default("embedding_sizes", [opt.embed_dim - 2 * third, third, third])
-    if opt.trainer == "CascadedEmbeddings" and (sum(opt.embedding_sizes) != opt.embed_dim
-                                                or min(opt.embedding_sizes) < 1):
-        parser.error(f"--embedding_sizes {' '.join(map(str, opt.embedding_sizes))} must be above "
-                     f"0 and sum to --embed_dim {opt.embed_dim}")
-    if opt.resume and opt.savename is None:
-        parser.error("--resume needs --savename, the name of the run to go on with")
+    default("kernels", 0 if glyphs else min(8, os.cpu_count() or 1))
     default("savename", time.strftime("%Y-%m-%d_%H-%M-%S"))
+
+
+def wrong_value(opt):
+    """Which of the final options is outside of what makes sense, as a sentence; or None."""
     for name, value in vars(opt).items():
         numbers = value if isinstance(value, list) else [value]
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-            parser.error(f"--{name} {value}: a finite number is needed")
-    if min(opt.tau) < 1:
-        parser.error(f"--tau {min(opt.tau)}: epochs are counted from 1")
-    if opt.image_size > 2048:
-        parser.error(f"--image_size {opt.image_size}: 2048 pixels is the most")
-    for name, least in (("classifier_weight", 0), ("classifier_lr", 0), ("g_lr", 0),
+            return f"--{name} {value}: a finite number is needed"
+    for name, least in (("n_epochs", 0), ("kernels", 0), ("seed", 0), ("image_size", 8),
+                        ("embed_dim", 1), ("lr", 0), ("fc_lr_mul", 0), ("decay", 0),
+                        ("beta_lr", 0), ("proxy_lr", 0), ("loss_lr", 0),
+                        ("classifier_weight", 0), ("classifier_lr", 0), ("g_lr", 0),
                         ("metric_alone_epochs", 0), ("g_alone_epochs", 0),
-                        ("g_triplets_per_anchor", 1), ("n_epochs", 0), ("kernels", 0),
-                        ("image_size", 8), ("embed_dim", 1), ("lr", 0), ("fc_lr_mul", 0),
-                        ("decay", 0), ("proxy_lr", 0), ("loss_lr", 0), ("beta_lr", 0),
-                        ("seed", 0)):
-        if not getattr(opt, name) >= least:
-            parser.error(f"--{name} {getattr(opt, name)}: the least value is {least}")
+                        ("g_triplets_per_anchor", 1)):
+        if getattr(opt, name) < least:
+            return f"--{name} {getattr(opt, name)}: the least value is {least}"
+    if opt.image_size > 2048:
+        return f"--image_size {opt.image_size}: 2048 pixels is the most"
+    if min(opt.tau) < 1:
+        return f"--tau {min(opt.tau)}: epochs are counted from 1"
     if not 0 < opt.gamma <= 1:
-        parser.error(f"--gamma {opt.gamma}: the scheduler's factor is above 0 and at most 1")
-    return opt
+        return f"--gamma {opt.gamma}: the scheduler's factor is above 0 and at most 1"
+    fewest, most = samples_per_class_bounds(opt)
+    if not fewest <= opt.samples_per_class <= most:
+        allowed = f"{fewest} only" if most == fewest else f"{fewest} or more"
+        return (f"--trainer {opt.trainer} with --loss {opt.loss} cannot use --samples_per_class "
+                f"{opt.samples_per_class}; it takes {allowed}")
+    if opt.bs < 2 or opt.bs % opt.samples_per_class:
+        return (f"--bs {opt.bs} must be at least 2 and a multiple of --samples_per_class "
+                f"{opt.samples_per_class}")
+    if fewest > 1 and opt.bs == opt.samples_per_class:
+        return (f"--bs {opt.bs} with --samples_per_class {opt.samples_per_class} is one class a "
+                f"batch: --loss {opt.loss} would find no negatives; take a larger --bs")
+    if opt.trainer == "CascadedEmbeddings" and (sum(opt.embedding_sizes) != opt.embed_dim
+                                                or min(opt.embedding_sizes) < 1):
+        return (f"--embedding_sizes {' '.join(map(str, opt.embedding_sizes))} must be above 0 and "
+                f"sum to --embed_dim {opt.embed_dim}")
+    return None
 
 
 def make_parts(opt, num_classes):
