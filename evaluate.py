@@ -15,7 +15,7 @@ BLOCK_ELEMENTS = 2 ** 24  # distances held at a time: 128 MiB in float64
 
 
 def add_arguments(parser):
-    """Adds the group 'evaluation' to an argparse parser."""
+    """Adds the group 'evaluation' to an argparse parser; --k_vals is a list, the rest scalars."""
     group = parser.add_argument_group("evaluation", "what is measured on the test classes after "
                                                     "each epoch")
     group.add_argument("--k_vals", type=int, nargs="+", default=None, metavar="K",
@@ -33,7 +33,7 @@ def add_arguments(parser):
 
 
 def blocks(rows, columns):
-    """Slices that cut `rows` so that a block against `columns` stays below BLOCK_ELEMENTS."""
+    """Slices of the rows that cut a [rows, columns] matrix into blocks of BLOCK_ELEMENTS at most."""
     step = max(1, BLOCK_ELEMENTS // max(1, columns))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
@@ -94,6 +94,7 @@ def centred(queries, gallery=None):
 def first_match_ranks(queries, query_labels, gallery=None, gallery_labels=None):
     """Rank of each query's nearest true match, [Q] int64; 0 where the gallery holds none.
 
+    queries [Q, D], query_labels [Q]; gallery [G, D] and gallery_labels [G], or None for themselves.
     The rank is one plus the number of wrong gallery rows that are nearer; a wrong row exactly as
     near (to within float64 rounding) counts as nearer, so ties never favour the model. One pass
     over blocks of distances gives recall at every k: no neighbour list is made.
@@ -136,7 +137,7 @@ def recall_at_k(queries, query_labels, gallery=None, gallery_labels=None, k_vals
 
 
 def check_k_vals(k_vals, available):
-    """Raises ValueError for a k that is not between 1 and the number of available neighbours."""
+    """ValueError for a k (scalars) that is not between 1 and the number of available neighbours."""
     wrong = [k for k in k_vals if not 1 <= k <= available]
     if wrong:
         raise ValueError(f"--k_vals {' '.join(map(str, wrong))}: each query has {available} "
@@ -185,9 +186,10 @@ def nearest_centroids(embeddings, centroids):
 
 
 def contingency(assignments, labels):
-    """Sizes of clusters [K], of classes [C] and of their intersections [at most K C], float64.
+    """Sizes of clusters [K], of classes [C] and of their intersections, float64.
 
-    assignments, labels: [N] ints each, with any values. Empty intersections are left out.
+    assignments, labels: [N] ints each, with any values. The intersections are the cells of the
+    [K, C] table that are not empty, as one vector.
     """
     clusters, assignments = assignments.unique(return_inverse=True)
     classes, labels = labels.unique(return_inverse=True)

@@ -25,7 +25,7 @@ TRIPLET_SAMPLINGS = ("distance", "semihard", "softhard", "random", "multisimilar
 
 
 def add_arguments(parser):
-    """Adds the group 'loss' to an argparse parser."""
+    """Adds the group 'loss' to an argparse parser; its hyper-parameters are scalars."""
     group = parser.add_argument_group("loss", "what is minimised, and its hyper-parameters")
     group.add_argument("--loss", choices=LOSSES, default="marginloss",
                        help="marginloss (Wu et al. 2017), triplet (Schroff et al. 2015), npair "
@@ -73,7 +73,10 @@ def add_arguments(parser):
 
 
 def full_precision(forward):
-    """Runs a loss's forward in float32 or float64, not autocast: half types cannot hold a loss."""
+    """Runs a loss's forward in float32 or float64, not autocast: half types cannot hold a loss.
+
+    forward(self, embeddings [B, D], labels [B], indices_tuple) -> scalar, as a decorator.
+    """
     @functools.wraps(forward)
     def wrapped(self, embeddings, labels, indices_tuple=None):
         embeddings = embeddings.float() if embeddings.dtype.itemsize < 4 else embeddings
@@ -109,6 +112,19 @@ def as_index_tuples(indices_tuple, device, width=None):
                          "negative), nor index tensors of these: its shape is "
                          f"{list(tuples.shape)}")
     return tuples
+
+
+def triplets_for(sampler, embeddings, labels, indices_tuple):
+    """The given triplets or, for None, the sampler's -> (valid, anchors, positives, negatives).
+
+    embeddings [B, D], labels [B]; results [T] each. Where valid is False there is no triplet, and the
+    indices are 0 so that they can be looked up without a wait for the device.
+    """
+    if indices_tuple is None:
+        triplets = sampler.give(embeddings, labels, padded=True)
+    else:
+        triplets = as_index_tuples(indices_tuple, embeddings.device, width=3)
+    return triplets[:, 0] >= 0, *triplets.clamp_min(0).unbind(1)
 
 
 def pair_sq_distances(embeddings, first, second):
@@ -150,12 +166,8 @@ class TripletLoss(torch.nn.Module):
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
-        if indices_tuple is None:
-            triplets = self.sampler.give(embeddings, labels, padded=True)
-        else:
-            triplets = as_index_tuples(indices_tuple, embeddings.device, width=3)
-        valid = triplets[:, 0] >= 0                                              # [T]
-        anchors, positives, negatives = triplets.clamp_min(0).unbind(1)          # [T] each
+        valid, anchors, positives, negatives = triplets_for(self.sampler, embeddings, labels,
+                                                            indices_tuple)       # [T] each
         sq_ap = pair_sq_distances(embeddings, anchors, positives)                # [T]
         sq_an = pair_sq_distances(embeddings, anchors, negatives)
         losses = F.relu(sq_ap - sq_an + self.margin) * valid
@@ -196,12 +208,8 @@ class MarginLoss(torch.nn.Module):
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
-        if indices_tuple is None:
-            triplets = self.sampler.give(embeddings, labels, padded=True)
-        else:
-            triplets = as_index_tuples(indices_tuple, embeddings.device, width=3)
-        valid = triplets[:, 0] >= 0                                              # [T]
-        anchors, positives, negatives = triplets.clamp_min(0).unbind(1)          # [T] each
+        valid, anchors, positives, negatives = triplets_for(self.sampler, embeddings, labels,
+                                                            indices_tuple)       # [T] each
         d_ap = distance_from_square(pair_sq_distances(embeddings, anchors, positives))
         d_an = distance_from_square(pair_sq_distances(embeddings, anchors, negatives))
         beta = self.beta[labels[anchors]].to(d_ap.dtype)                         # [T]

@@ -13,7 +13,7 @@ METHODS = ("random", "semihard", "softhard", "distance", "multisimilarity", "npa
 
 
 def add_arguments(parser):
-    """Adds the flags of this file to an argparse parser, in the groups 'batch' and 'sampling'."""
+    """Adds the groups 'batch' and 'sampling', scalars and names, to an argparse parser."""
     batch = parser.add_argument_group("batch", "how the images of a batch are chosen")
     batch.add_argument("--bs", "--batch_size", type=int, default=112, metavar="B",
                        help="images per batch; a multiple of --samples_per_class. Larger batches "
@@ -273,7 +273,8 @@ class Sampler:
 class ClassBalancedBatchSampler(torch.utils.data.BatchSampler):
     """Batches of batch_size / samples_per_class classes, samples_per_class images of each.
 
-    labels: the class of each image, [N] ints. Classes, and images of a class, are distinct in one
+    Iterating gives lists of indices, shape [batch_size]. labels: the class of each image, [N] ints.
+    Classes, and images of a class, are distinct in one
     batch; a class with fewer than samples_per_class images repeats them as evenly as it can. An
     epoch has N // batch_size batches (at least one) and draws each image about once, whatever the
     size of its class: a class's images are shuffled and cut into groups, and how many groups a
@@ -350,7 +351,8 @@ class ClassBalancedBatchSampler(torch.utils.data.BatchSampler):
 class ShuffledBatchSampler(torch.utils.data.BatchSampler):
     """Plain shuffled batches: each image at most once an epoch, the incomplete last batch dropped.
 
-    For losses without positive pairs (--samples_per_class 1). Depends on the seed and the epoch
+    Iterating gives lists of indices, shape [batch_size]. For losses without positive pairs
+    (--samples_per_class 1). Depends on the seed and the epoch
     alone. Raises ValueError for a batch larger than the dataset.
     """
 
@@ -377,7 +379,10 @@ class ShuffledBatchSampler(torch.utils.data.BatchSampler):
 
 
 def batch_sampler_select(labels, opt):
-    """The batch sampler that the options ask for: balanced, or shuffled for 1 sample a class."""
+    """The batch sampler of the options: balanced, or shuffled for 1 sample a class.
+
+    labels: shape [N], the training images' classes.
+    """
     if opt.samples_per_class == 1:
         return ShuffledBatchSampler(len(labels), opt.bs, opt.seed)
     return ClassBalancedBatchSampler(labels, opt.bs, opt.samples_per_class, opt.seed)
