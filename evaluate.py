@@ -33,7 +33,7 @@ def add_arguments(parser):
 
 
 def blocks(rows, columns):
-    """Slices of the rows that cut a [rows, columns] matrix into blocks of BLOCK_ELEMENTS at most."""
+    """Slices of the rows that cut a [rows, columns] matrix into blocks of BLOCK_ELEMENTS."""
     step = max(1, BLOCK_ELEMENTS // max(1, columns))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
@@ -94,7 +94,7 @@ def centred(queries, gallery=None):
 def first_match_ranks(queries, query_labels, gallery=None, gallery_labels=None):
     """Rank of each query's nearest true match, [Q] int64; 0 where the gallery holds none.
 
-    queries [Q, D], query_labels [Q]; gallery [G, D] and gallery_labels [G], or None for themselves.
+    queries [Q, D], query_labels [Q]; gallery [G, D] and gallery_labels [G], or None.
     The rank is one plus the number of wrong gallery rows that are nearer; a wrong row exactly as
     near (to within float64 rounding) counts as nearer, so ties never favour the model. One pass
     over blocks of distances gives recall at every k: no neighbour list is made.
@@ -137,7 +137,7 @@ def recall_at_k(queries, query_labels, gallery=None, gallery_labels=None, k_vals
 
 
 def check_k_vals(k_vals, available):
-    """ValueError for a k (scalars) that is not between 1 and the number of available neighbours."""
+    """ValueError for a k (scalars) that is not from 1 to the number of available neighbours."""
     wrong = [k for k in k_vals if not 1 <= k <= available]
     if wrong:
         raise ValueError(f"--k_vals {' '.join(map(str, wrong))}: each query has {available} "

@@ -117,8 +117,8 @@ def as_index_tuples(indices_tuple, device, width=None):
 def triplets_for(sampler, embeddings, labels, indices_tuple):
     """The given triplets or, for None, the sampler's -> (valid, anchors, positives, negatives).
 
-    embeddings [B, D], labels [B]; results [T] each. Where valid is False there is no triplet, and the
-    indices are 0 so that they can be looked up without a wait for the device.
+    embeddings [B, D], labels [B]; results [T] each. Where valid is False there is no triplet, and
+    the indices are 0 so that they can be looked up without a wait for the device.
     """
     if indices_tuple is None:
         triplets = sampler.give(embeddings, labels, padded=True)
@@ -339,7 +339,7 @@ class ArcFaceLoss(torch.nn.Module):
     def __init__(self, num_classes, embed_dim, arcface_scale=64.0, arcface_margin=0.5,
                  sampling="none", distance_cutoff=None, mining_epsilon=0.1):
         super().__init__()
-        if arcface_scale <= 0 or not 0 <= arcface_margin <= math.pi:
+        if not arcface_scale > 0 or not 0 <= arcface_margin <= math.pi:
             raise ValueError(f"ArcFace: --arcface_scale {arcface_scale} must be above 0 and "
                              f"--arcface_margin {arcface_margin} between 0 and pi (radians)")
         self.scale = arcface_scale

@@ -214,8 +214,9 @@ class Sampler:
         similarities = rows @ columns.t()                                        # [B, G]
         least = similarities.masked_fill(~positive, torch.inf).amin(1, keepdim=True)
         most = similarities.masked_fill(same, -torch.inf).amax(1, keepdim=True)
-        hard_negative = ~same & (similarities > least - self.mining_epsilon)
-        hard_positive = positive & (similarities < most + self.mining_epsilon)
+        # Said by what is not hard, so that embeddings that are not finite reach the loss.
+        hard_negative = ~same & ~(similarities <= least - self.mining_epsilon)
+        hard_positive = positive & ~(similarities >= most + self.mining_epsilon)
         anchors, positives = hard_positive.nonzero(as_tuple=True)
         pairs, negatives = hard_negative[anchors].nonzero(as_tuple=True)
         return torch.stack([anchors[pairs], positives[pairs], negatives], 1)
@@ -273,8 +274,8 @@ class Sampler:
 class ClassBalancedBatchSampler(torch.utils.data.BatchSampler):
     """Batches of batch_size / samples_per_class classes, samples_per_class images of each.
 
-    Iterating gives lists of indices, shape [batch_size]. labels: the class of each image, [N] ints.
-    Classes, and images of a class, are distinct in one
+    Iterating gives lists of indices, shape [batch_size]. labels: the class of each image, [N]
+    ints. Classes, and images of a class, are distinct in one
     batch; a class with fewer than samples_per_class images repeats them as evenly as it can. An
     epoch has N // batch_size batches (at least one) and draws each image about once, whatever the
     size of its class: a class's images are shuffled and cut into groups, and how many groups a

@@ -196,13 +196,13 @@ class BaseTrainer:
         Where a miner returns nothing the step is skipped, counted in skipped_steps, and its losses
         are zero.
         """
-        data, labels = self.next_batch()
         for _, part in self.parts():
             if isinstance(part, torch.nn.Module):
                 part.zero_grad(set_to_none=True)
         for optimizer in self.optimizers.values():  # weights of a loss that is a plain function
             optimizer.zero_grad(set_to_none=True)
         try:
+            data, labels = self.next_batch()
             self.losses = self.calculate_loss(data, labels)
         except NothingMined:
             self.skipped_steps += 1
@@ -337,6 +337,8 @@ class BaseTrainer:
         self.set_to_eval()
         indices = self.mining_funcs["subset_batch_miner"](self.compute_embeddings(data), labels)
         self.set_to_train()
+        if not len(labels[indices]):
+            raise NothingMined
         return data[indices], labels[indices]
 
     def process_labels(self, labels):
@@ -414,7 +416,7 @@ class BaseTrainer:
                 ("loss_funcs", self.loss_funcs, self.loss_names, self.required_losses),
                 ("mining_funcs", self.mining_funcs, self.miner_names, ()),
                 ("loss_weights", self.loss_weights, (*self.loss_names, *self.regularisers),
-                 self.loss_funcs),
+                 (*self.loss_funcs, *self.regularisers)),
                 ("optimizers", self.optimizers, [f"{name}_optimizer" for name in names], ()),
                 ("lr_schedulers", self.lr_schedulers, schedulers, ()),
                 ("gradient_clippers", self.gradient_clippers,

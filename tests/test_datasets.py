@@ -3,6 +3,7 @@
 import io
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -184,6 +185,35 @@ def vehicle_id_lists(source):
     return expected
 
 
+def write_tiny_imagenet(source, name):
+    """Two training images and two listed ones of each class, beside files that are not read."""
+    root, ids = source / name, ["n01443537", "n01629819", "n02124075"]
+    expected = {"train": [], "test": []}
+    for wnid in ids:
+        for i in range(2):
+            write_image(root / f"train/{wnid}/images/{wnid}_{i}.JPEG")
+            expected["train"].append((f"{name}/train/{wnid}/images/{wnid}_{i}.JPEG", wnid))
+        (root / f"train/{wnid}/{wnid}_boxes.txt").write_text(f"{wnid}_0.JPEG\t0\t0\t5\t5\n")
+    lines = []
+    for i, wnid in enumerate(ids[::-1] + ids):  # the release's list is not sorted by class
+        write_image(root / f"val/images/val_{i}.JPEG")
+        lines.append(f"val_{i}.JPEG\t{wnid}\t0\t1\t5\t5\n")
+        expected["test"].append((f"{name}/val/images/val_{i}.JPEG", wnid))
+    (root / "val/val_annotations.txt").write_text("".join(lines))
+    (root / "wnids.txt").write_text("".join(f"{wnid}\n" for wnid in ids))
+    (root / "words.txt").write_text("".join(f"{wnid}\ta, b\n" for wnid in ids))
+    write_image(root / "test/images/test_0.JPEG")
+    return expected
+
+
+def tiny_imagenet_named(source):
+    return write_tiny_imagenet(source, "tiny_imagenet")
+
+
+def tiny_imagenet_release(source):
+    return write_tiny_imagenet(source, "tiny-imagenet-200")
+
+
 def folder_halves(source):
     names = ["apple", "banana", "cherry", "date", "elder"]
     return expect_halves("", write_classes(source, names))
@@ -210,6 +240,8 @@ TREES = {
     "in-shop-img": ("in-shop", "in-shop", in_shop_img),
     "in-shop-img-img": ("in-shop", "in-shop", in_shop_img_img),
     "vehicle_id": ("vehicle_id", "vehicle_id", vehicle_id_lists),
+    "tiny_imagenet": ("tiny_imagenet", "tiny_imagenet", tiny_imagenet_named),
+    "tiny_imagenet-release": ("tiny_imagenet", "tiny-imagenet-200", tiny_imagenet_release),
     "folder-halves": ("folder", "", folder_halves),
     "folder-train-test": ("folder", "", folder_train_test),
 }
@@ -221,6 +253,7 @@ LISTS = {  # the list files of the trees that have some
     "in-shop-img": ("in-shop/Eval/list_eval_partition.txt",),
     "vehicle_id": ("vehicle_id/train_test_split/train_list.txt",
                    "vehicle_id/train_test_split/test_list_1600.txt"),
+    "tiny_imagenet": ("tiny_imagenet/val/val_annotations.txt",),
 }
 ALL_LISTS = [(tree, path) for tree, paths in LISTS.items() for path in paths]
 
@@ -380,8 +413,9 @@ def test_the_suffix_case_of_a_listed_image_does_not_matter(tree, source):
     dataset, _, build = TREES[tree]
     build(source)
     before = contents(read(dataset, source), source)
-    for path in list(source.rglob("*.[jJ][pP][gG]")):
-        path.rename(path.with_suffix(path.suffix.swapcase()))
+    for path in list(source.rglob("*.*")):
+        if path.suffix.lower() in (".jpg", ".jpeg"):
+            path.rename(path.with_suffix(path.suffix.swapcase()))
     after = contents(read(dataset, source), source)
     assert {s: [(p.lower(), n) for p, n in items] for s, items in after.items()} == {
         s: [(p.lower(), n) for p, n in items] for s, items in before.items()}
@@ -466,7 +500,9 @@ def damage_file(path, kind):
 def test_any_file_of_a_tree_may_be_damaged(tree, source):
     dataset, _, build = TREES[tree]
     build(source)
-    unread = {"train_test_split.txt", "classes.txt", "bicycle.txt", "not_listed.jpg"}
+    unread = {"train_test_split.txt", "classes.txt", "bicycle.txt", "not_listed.jpg", "wnids.txt",
+              "words.txt", "test_0.JPEG", *(f"{path.parent.name}_boxes.txt"
+                                            for path in source.rglob("*_boxes.txt"))}
     for path in sorted(path for path in source.rglob("*") if path.is_file()):
         original = path.read_bytes()
         for kind in ("nothing", "folder", "dangling link", "link to itself", "empty", "junk",
@@ -561,7 +597,8 @@ def test_a_list_in_another_encoding_is_refused_or_finds_no_image(tree, path, sou
 def test_listed_images_that_are_not_there_are_counted_and_named(tree, source):
     dataset, _, build = TREES[tree]
     expected = build(source)
-    gone = [path for path, _ in expected["train"][:2]]
+    listed = "test" if tree == "tiny_imagenet" else "train"
+    gone = [path for path, _ in expected[listed][:2]]
     for path in gone:
         (source / path).unlink()
     error = use(dataset, source)
@@ -612,6 +649,51 @@ def test_fewer_than_two_classes_in_a_list_are_refused(source):
     path = source / "vehicle_id/train_test_split/test_list_800.txt"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
     assert "test_800 split has 1 class;" in str(use("vehicle_id", source))
+
+
+@pytest.mark.parametrize("tree", ["tiny_imagenet", "tiny_imagenet-release"])
+def test_tiny_imagenet_has_the_same_classes_in_both_splits(tree, source):
+    TREES[tree][2](source)
+    splits = read("tiny_imagenet", source).splits
+    assert splits["train"].class_names == splits["test"].class_names
+    assert splits["test"].labels == [2, 1, 0, 0, 1, 2]
+
+
+def test_tiny_imagenet_labels_are_ranks_in_train_even_where_val_lacks_a_class(source):
+    tiny_imagenet_named(source)
+    path = source / "tiny_imagenet/val/val_annotations.txt"
+    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True)
+                            if "n01443537" not in line))
+    test = read("tiny_imagenet", source).splits["test"]
+    assert test.labels == [2, 1, 1, 2] and len(test.class_names) == 3
+    assert use("tiny_imagenet", source) is None
+
+
+def test_tiny_imagenet_refuses_classes_of_val_that_do_not_train(source):
+    tiny_imagenet_named(source)
+    path = source / "tiny_imagenet/val/val_annotations.txt"
+    path.write_text(path.read_text().replace("n02124075", "n99999999"))
+    error = use("tiny_imagenet", source)
+    assert isinstance(error, ValueError)
+    assert str(path) in str(error) and "n99999999" in str(error) and "1 class" in str(error)
+
+
+def test_tiny_imagenet_remarks_on_a_class_without_images(source):
+    tiny_imagenet_named(source)
+    (source / "tiny_imagenet/train/n99999999/images").mkdir(parents=True)
+    (source / "tiny_imagenet/train/n99999998").mkdir()
+    found = read("tiny_imagenet", source)
+    assert len(found.odd) == 1 and "2 class folders hold no image" in found.odd[0]
+    assert "n99999998" in found.odd[0] and len(found.splits["train"].class_names) == 3
+
+
+@pytest.mark.parametrize("lacking", ["train", "train/*", "val/images", "val/val_annotations.txt"])
+def test_tiny_imagenet_that_is_not_whole_names_what_is_missing(lacking, source):
+    tiny_imagenet_named(source)
+    for path in (source / "tiny_imagenet").glob(lacking):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    error = use("tiny_imagenet", source)
+    assert error and ("tiny_imagenet/" + lacking.split("/*")[0]) in str(error)
 
 
 def test_a_cut_mat_file_is_refused(source):
@@ -769,6 +851,69 @@ def test_loading_processes_change_nothing(photographs):
         seen.append(images_of(loader))
         assert torch.equal(seen[-1], images_of(DataLoader(dataset, batch_sampler=batches)))
     assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[0], seen[1])
+
+
+# ---- two views of an image
+
+
+def two_views(split, seed=3, epoch=0, dataset="folder"):
+    part = datasets.ImageDataset(split, datasets.transforms(dataset, 16, 2)[0], seed, views=2)
+    part.set_epoch(epoch)
+    return part
+
+
+def test_two_views_are_two_draws_and_the_label(photographs):
+    dataset = two_views(photographs)
+    for i, label in enumerate(photographs.labels):
+        first, second, own = dataset[i]
+        assert first.shape == second.shape == (3, 16, 16) and own == label
+        assert first.dtype == second.dtype == torch.uint8 and not torch.equal(first, second)
+        assert torch.equal(first, training_set(photographs)[i][0])  # the one view of a plain run
+
+
+def test_two_views_are_a_function_of_seed_epoch_and_index(photographs):
+    def views(**given):
+        return torch.stack([torch.stack(item[:2]) for item in two_views(photographs, **given)])
+
+    expected = views()
+    torch.manual_seed(8)
+    state = torch.get_rng_state()
+    assert torch.equal(views(), expected) and torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(views(epoch=1), expected) and not torch.equal(views(seed=4), expected)
+    items = two_views(photographs).__getitems__([2, 2])
+    assert len({view.numpy().tobytes() for item in items for view in item[:2]}) == 4
+
+
+def test_loading_processes_change_no_view(photographs):
+    dataset, batches = two_views(photographs), [[0, 1, 1], [5, 4, 0], [2, 2, 2], [3]]
+    seen = [list(DataLoader(dataset, batch_sampler=batches, num_workers=workers))
+            for workers in (0, 2)]
+    for first, second in zip(*seen, strict=True):
+        assert len(first) == 3 and all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_two_views_without_a_seed_are_the_same_picture(photographs):
+    dataset = datasets.ImageDataset(photographs, datasets.transforms("folder", 16)[1], views=2)
+    first, second, label = dataset[3]
+    assert torch.equal(first, second) and label == 1
+
+
+def test_views_that_main_asks_for(source):
+    folder_train_test(source)
+    train, sets, _ = datasets.dataset_select(options("folder", source), views=2)
+    assert len(train[0]) == 3 and len(sets[0].queries[0]) == 2
+    train, _, _ = datasets.dataset_select(options("folder", source))
+    assert len(train[0]) == 2
+
+
+def test_two_views_of_a_glyph_differ_a_little():
+    train, sets, _ = datasets.dataset_select(options("glyphs", "nowhere", image_size=32), views=2)
+    for i in (0, 41, 500):
+        first, second, label = train[i]
+        assert first.shape == (3, 32, 32) and first.dtype == torch.uint8 and label == i // 40
+        assert not torch.equal(first, second) and torch.equal(first[0], first[2])
+    _, plain, _ = datasets.dataset_select(options("glyphs", "nowhere", image_size=32))
+    assert torch.equal(sets[0].queries[5][0], plain[0].queries[5][0])
 
 
 def grey16(value, suffix):
@@ -963,6 +1108,7 @@ def test_check_counts_every_split(tree, flags, source, capsys):
     ("cars196-images", ["98/8,054", "98/8,131"]),
     ("products-release", ["11,318/59,551", "11,316/60,502"]),
     ("in-shop-img", ["3,997/25,882", "3,985/14,218", "3,985/12,612"]),
+    ("tiny_imagenet", ["200/100,000", "200/10,000"]),
     ("vehicle_id", ["13,134/110,178", "800 classes", "1,600 classes", "2,400 classes"])])
 def test_check_prints_the_published_counts(tree, counts, source, capsys):
     dataset, _, build = TREES[tree]

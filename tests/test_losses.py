@@ -15,8 +15,8 @@ import torch.nn.functional as F
 
 import losses
 import samplers
-from losses import (LOSSES, CrossEntropyLoss, MarginLoss, NPairLoss, ProxyNCALoss, TripletLoss,
-                    loss_select)
+from losses import (LOSSES, ArcFaceLoss, CrossEntropyLoss, MarginLoss, NPairLoss, ProxyNCALoss,
+                    TripletLoss, loss_select)
 
 NUM_CLASSES, DIM = 4, 6
 
@@ -86,8 +86,27 @@ def crossentropy_oracle(loss, embeddings, labels, tuples=None):
     return sum(terms) / len(terms)
 
 
+def arcface_oracle(loss, embeddings, labels, tuples=None):
+    """mean of -log e^(s cos(theta_y + m)) / (itself + sum of e^(s cos theta_z), z != y)
+
+    theta: the angle to a class weight. Where theta_y + m > pi: s (cos theta_y - m sin m) instead.
+    """
+    terms, s, m = [], loss.scale, loss.margin
+    for i in range(len(labels)) if tuples is None else [row[0] for row in tuples]:
+        angles = [torch.acos(embeddings[i] @ weight / embeddings[i].norm() / weight.norm())
+                  for weight in loss.weight]
+        own = int(labels[i])
+        beyond = angles[own].item() + m > math.pi
+        logits = [s * torch.cos(angle) for angle in angles]
+        logits[own] = (s * (torch.cos(angles[own]) - m * math.sin(m)) if beyond else
+                       s * torch.cos(angles[own] + m))
+        terms.append(torch.logsumexp(torch.stack(logits), 0) - logits[own])
+    return sum(terms) / len(terms)
+
+
 ORACLES = {TripletLoss: triplet_oracle, MarginLoss: margin_oracle, NPairLoss: npair_oracle,
-           ProxyNCALoss: proxynca_oracle, CrossEntropyLoss: crossentropy_oracle}
+           ProxyNCALoss: proxynca_oracle, CrossEntropyLoss: crossentropy_oracle,
+           ArcFaceLoss: arcface_oracle}
 
 # The losses that the tests go through: the name, the class and its options.
 VARIANTS = {
@@ -96,19 +115,27 @@ VARIANTS = {
     "triplet-semihard": (TripletLoss, {"sampling": "semihard"}),
     "triplet-softhard": (TripletLoss, {"sampling": "softhard"}),
     "triplet-cutoff": (TripletLoss, {"distance_cutoff": 1.2}),
+    "triplet-multisimilarity": (TripletLoss, {"sampling": "multisimilarity"}),
     "margin": (MarginLoss, {}),
     "margin-nu": (MarginLoss, {"nu": 0.3, "beta": 0.9, "margin": 0.4}),
     "margin-constant": (MarginLoss, {"beta_constant": True, "nu": 0.1, "sampling": "random"}),
     "margin-semihard": (MarginLoss, {"sampling": "semihard", "beta": 1.0}),
     "margin-softhard": (MarginLoss, {"sampling": "softhard"}),
+    "margin-multisimilarity": (MarginLoss, {"sampling": "multisimilarity",
+                                            "mining_epsilon": 0.3}),
     "npair": (NPairLoss, {}),
     "npair-l2": (NPairLoss, {"l2npair": 0.7}),
     "proxynca": (ProxyNCALoss, {}),
     "proxynca-positive": (ProxyNCALoss, {"proxynca_positive_in_denominator": True}),
     "crossentropy": (CrossEntropyLoss, {}),
+    "arcface": (ArcFaceLoss, {}),
+    "arcface-wide": (ArcFaceLoss, {"arcface_scale": 4.0, "arcface_margin": 2.0}),
+    "arcface-distance": (ArcFaceLoss, {"arcface_scale": 8.0, "sampling": "distance"}),
+    "arcface-multisimilarity": (ArcFaceLoss, {"sampling": "multisimilarity"}),
 }
 variants = pytest.mark.parametrize("variant", VARIANTS)
-ONE_OF_EACH = ("triplet", "margin-nu", "npair", "proxynca", "proxynca-positive", "crossentropy")
+ONE_OF_EACH = ("triplet", "margin-nu", "npair", "proxynca", "proxynca-positive", "crossentropy",
+               "arcface", "arcface-wide")
 TUPLE_LOSSES = ("triplet", "margin-nu", "npair")
 one_of_each = pytest.mark.parametrize("variant", ONE_OF_EACH)
 tuple_losses = pytest.mark.parametrize("variant", TUPLE_LOSSES)
@@ -169,6 +196,11 @@ def assert_same(loss, embeddings, actual, expected):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
 
 
+def samples(loss):
+    """Whether the loss draws its own tuples."""
+    return getattr(loss, "sampler", None) is not None
+
+
 # ---- values and gradients
 
 @variants
@@ -192,10 +224,10 @@ def test_own_sampling_against_the_oracle(variant, seed):
     loss, (embeddings, labels) = build(variant, num_classes=6), make_batch(variant, seed=seed)
     labels[:2] = torch.tensor([4, 5])
     tuples = None
-    if hasattr(loss, "sampler"):
+    if samples(loss):
         torch.manual_seed(seed)
         tuples = loss.sampler.give(embeddings, labels).tolist()
-        assert 0 < len(tuples) < len(labels)
+        assert len(tuples) > 0 and not {0, 1} & {row[0] for row in tuples}
     expected = ORACLES[type(loss)](loss, embeddings, labels, tuples)
     torch.manual_seed(seed)
     assert_same(loss, embeddings, loss(embeddings, labels), expected)
@@ -212,7 +244,7 @@ def test_many_tuples_against_the_oracle(variant, classes):
     assert_same(loss, embeddings, loss(embeddings, labels, torch.tensor(triplets)), expected)
 
 
-@pytest.mark.parametrize("variant", ["triplet", "npair", "proxynca", "crossentropy"])
+@pytest.mark.parametrize("variant", ["triplet", "npair", "proxynca", "crossentropy", "arcface"])
 def test_many_tuples_are_the_mean_of_few(variant):
     """For the losses that are plain means, all triplets at once agree with blocks of twelve."""
     loss, (embeddings, labels) = build(variant), make_batch(variant)
@@ -299,6 +331,31 @@ def test_crossentropy_by_hand():
     assert value.item() == pytest.approx(0.974077, abs=1e-6)
 
 
+def test_arcface_by_hand():
+    """s = 2, m = pi / 6; x at 60 degrees from its own weight and at 30 from the other.
+
+    Own logit 2 cos 90 = 0, the other 2 cos 30 = sqrt 3: log(1 + e^1.732051) = 1.894953.
+    Class 1 instead: own logit 2 cos 60 = 1, the other 2 cos 60 = 1: log 2.
+    """
+    loss = ArcFaceLoss(2, 2, arcface_scale=2.0, arcface_margin=math.pi / 6).double()
+    loss.weight.data = torch.tensor([[3, 0], [0, 0.5]], dtype=torch.float64)
+    embeddings = torch.tensor([[0.5, math.sqrt(0.75)]], dtype=torch.float64)
+    assert loss(embeddings, torch.tensor([0])).item() == pytest.approx(1.894953, abs=1e-6)
+    assert loss(embeddings, torch.tensor([1])).item() == pytest.approx(math.log(2), abs=1e-9)
+
+
+def test_arcface_beyond_pi_by_hand():
+    """s = 1, m = 1; x opposite to its own weight, at right angles to the other.
+
+    theta + m = pi + 1, so the own logit is cos pi - 1 sin 1 = -1.841471, the other 0:
+    log(1 + e^1.841471) = 1.988670.
+    """
+    loss = ArcFaceLoss(2, 2, arcface_scale=1.0, arcface_margin=1.0).double()
+    loss.weight.data = torch.eye(2, dtype=torch.float64)
+    value = loss(torch.tensor([[-1, 0]], dtype=torch.float64), torch.tensor([0]))
+    assert value.item() == pytest.approx(1.988670, abs=1e-6)
+
+
 # ---- invariances
 
 @one_of_each
@@ -341,12 +398,13 @@ def test_rotation_does_not_matter(variant):
     torch.testing.assert_close(loss(embeddings @ rotation, labels, triplets), before)
 
 
-@pytest.mark.parametrize("variant", ["proxynca", "proxynca-positive"])
-def test_proxynca_looks_at_directions_only(variant):
-    """Lengths of embeddings and proxies do not matter: both are normalised in the loss."""
+@pytest.mark.parametrize("variant", ["proxynca", "proxynca-positive", "arcface", "arcface-wide"])
+def test_directions_alone_matter(variant):
+    """Lengths of embeddings, proxies and class weights do not: the loss normalises them."""
     loss, (embeddings, labels) = build(variant), make_batch(variant)
     before = loss(embeddings, labels)
-    loss.proxies.data *= 17
+    for weight in loss.parameters():
+        weight.data *= 17
     torch.testing.assert_close(loss(embeddings * 0.01, labels), before)
 
 
@@ -508,6 +566,105 @@ def test_proxynca_of_one_class_needs_the_positive_in_the_denominator():
     assert value.item() == pytest.approx(0, abs=1e-6)
 
 
+# ---- ArcFace: all angles
+
+def at_angles(degrees, dtype=torch.float64):
+    """Unit rows at these angles from the first axis, with a gradient."""
+    radians = torch.as_tensor(degrees, dtype=torch.float64).deg2rad()
+    return torch.stack([radians.cos(), radians.sin()], 1).to(dtype).requires_grad_()
+
+
+def two_axes(dtype=torch.float64, **given):
+    loss = ArcFaceLoss(2, 2, **given).to(dtype)
+    loss.weight.data = torch.eye(2, dtype=dtype)
+    return loss
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.1, 0.5, 1.0, 2.0, 3.0, math.pi])
+def test_arcface_at_every_angle_against_the_oracle(margin):
+    """From 1 to 179 degrees: on both sides of pi - m, value and gradients."""
+    loss = two_axes(arcface_scale=3.0, arcface_margin=margin)
+    for degrees in range(1, 180, 7):
+        embeddings, labels = at_angles([degrees]), torch.tensor([0])
+        if abs(math.radians(degrees) + margin - math.pi) > 1e-3:
+            assert_same(loss, embeddings, loss(embeddings, labels),
+                        arcface_oracle(loss, embeddings, labels))
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.1, 0.5, 1.5])
+def test_arcface_own_logit_falls_with_the_angle(margin):
+    """The own class's logit, read off a loss with one other class at a fixed cosine.
+
+    A weight along a third axis keeps the other logit at 0: loss = log(1 + e^-own).
+    """
+    loss = ArcFaceLoss(2, 3, arcface_scale=2.0, arcface_margin=margin).double()
+    loss.weight.data = torch.tensor([[1, 0, 0], [0, 0, 1]], dtype=torch.float64)
+    values = []
+    for row in at_angles(torch.linspace(0.5, 179.5, 180)):
+        value = loss(F.pad(row, (0, 1)).unsqueeze(0), torch.tensor([0]))
+        values.append(value.item())
+        turned, = torch.autograd.grad(value, [row])
+        away = torch.stack([-row[1], row[0]]).detach()  # towards a larger angle
+        assert turned @ away > 0
+    assert all(after > before for before, after in zip(values, values[1:]))
+
+
+@pytest.mark.parametrize("degrees", [91, 120, 150, 155, 179])
+@pytest.mark.parametrize("scale", [8.0, 64.0])
+def test_arcface_negative_cosines_keep_a_gradient(degrees, scale):
+    """No dead zone behind the right angle: embedding and class weights are pulled together."""
+    loss, embeddings = two_axes(arcface_scale=scale), at_angles([degrees])
+    loss(embeddings, torch.tensor([0])).backward()
+    assert embeddings.grad.norm() > 0.01 and loss.weight.grad[0].norm() > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("margin", [0.0, 0.5, 2.0, math.pi])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("nudge", [0.0, 1e-7, 1e-6, 1e-4])
+def test_arcface_at_its_weight_and_opposite_to_it(dtype, margin, sign, nudge):
+    """Where the sine's derivative is infinite, and close to there: finite, and not huge."""
+    generator = torch.Generator().manual_seed(2)
+    loss = ArcFaceLoss(3, 16, arcface_margin=margin)
+    loss.weight.data = torch.randn(3, 16, generator=generator)
+    rows = sign * F.normalize(loss.weight.detach(), dim=1)
+    rows = rows + nudge * torch.randn(3, 16, generator=generator)
+    embeddings = rows.to(dtype).requires_grad_()
+    value = loss(embeddings, torch.arange(3))
+    value.backward()
+    assert value.isfinite()
+    for gradient in (embeddings.grad, loss.weight.grad):
+        assert gradient.isfinite().all() and gradient.abs().max() < 1e3
+
+
+@pytest.mark.parametrize("sampling", ["none", *losses.TRIPLET_SAMPLINGS])
+def test_arcface_sampling_says_which_anchors_count(sampling):
+    """none: every image once. Otherwise each anchor once for each of its tuples."""
+    embeddings, labels = make_batch("arcface")
+    loss = ArcFaceLoss(NUM_CLASSES, DIM, sampling=sampling).double()
+    assert (loss.sampler is None) == (sampling == "none")
+    one_by_one = torch.stack([loss(row.unsqueeze(0), label.unsqueeze(0), [(0, 0, 0)])
+                              for row, label in zip(embeddings, labels)])
+    expected = one_by_one.mean()
+    if loss.sampler:
+        assert loss.sampler.method == sampling
+        torch.manual_seed(0)
+        expected = one_by_one[loss.sampler.give(embeddings, labels)[:, 0]].mean()
+    torch.manual_seed(0)
+    torch.testing.assert_close(loss(embeddings, labels), expected)
+
+
+@pytest.mark.parametrize("given, flag", [
+    ({"arcface_scale": 0.0}, "--arcface_scale 0.0"), ({"arcface_scale": -1.0}, "--arcface_scale"),
+    ({"arcface_margin": -0.01}, "--arcface_margin -0.01"),
+    ({"arcface_margin": 3.15}, "--arcface_margin 3.15"),
+    ({"arcface_margin": math.nan}, "--arcface_margin nan"),
+    ({"sampling": "npair2"}, "npair2")])
+def test_arcface_refuses_wrong_options(given, flag):
+    with pytest.raises(ValueError, match=flag):
+        ArcFaceLoss(3, 4, **given)
+
+
 # ---- number types
 
 @one_of_each
@@ -590,7 +747,7 @@ def test_degenerate_batches_give_finite_values_and_gradients(variant, case, dtyp
     value.backward()
     grads = [embeddings.grad, *(weight.grad for weight in loss.parameters())]
     assert all(grad.isfinite().all() for grad in grads)
-    if hasattr(loss, "sampler") and not has_tuples:
+    if samples(loss) and not has_tuples:
         assert value.item() == 0 and not any(grad.any() for grad in grads)
 
 
@@ -658,7 +815,7 @@ def options(*argv):
 
 @pytest.mark.parametrize("name,learning_rate", [
     ("marginloss", 5e-4), ("triplet", None), ("npair", None), ("proxynca", 3e-3),
-    ("crossentropy", 4e-3)])
+    ("crossentropy", 4e-3), ("arcface", 4e-3)])
 def test_loss_select_builds_the_loss_and_its_group(name, learning_rate):
     """One group for all weights of the loss, without decay; the given list is kept as it is."""
     network = [{"params": [], "lr": 1e-5}]
@@ -707,6 +864,15 @@ def test_loss_select_passes_every_option():
     assert loss.proxies.shape == (9, DIM)
     loss, groups = loss_select("crossentropy", options("--loss_lr", "0.6"), [], 9)
     assert loss.classifier.weight.shape == (9, DIM) and groups[0]["lr"] == 0.6
+    loss, groups = loss_select("arcface", options(
+        "--arcface_scale", "30", "--arcface_margin", "0.3", "--sampling", "multisimilarity",
+        "--mining_epsilon", "0.2", "--loss_lr", "0.6"), [], 9)
+    assert (loss.scale, loss.margin, loss.weight.shape) == (30, 0.3, (9, DIM))
+    assert (loss.sampler.method, loss.sampler.mining_epsilon) == ("multisimilarity", 0.2)
+    assert groups[0]["lr"] == 0.6
+    for name in ("triplet", "marginloss"):
+        loss, _ = loss_select(name, options("--mining_epsilon", "0.3"), [], 9)
+        assert loss.sampler.mining_epsilon == 0.3
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -715,7 +881,7 @@ def test_every_loss_declares_what_it_wants(name):
     loss_class, lr_option = LOSSES[name]
     parser = flags()
     assert isinstance(loss_class.unit_norm, bool)
-    assert set(loss_class.samplings) <= set(samplers.METHODS)
+    assert set(loss_class.samplings) <= {*samplers.METHODS, "none"}
     assert 1 <= loss_class.min_samples_per_class <= loss_class.max_samples_per_class
     defaults = vars(parser.parse_args([]))
     assert lr_option is None or lr_option in defaults
@@ -730,7 +896,7 @@ def test_every_loss_declares_what_it_wants(name):
 
 
 @pytest.mark.parametrize("sampling", losses.TRIPLET_SAMPLINGS)
-@pytest.mark.parametrize("name", ["triplet", "marginloss"])
+@pytest.mark.parametrize("name", ["triplet", "marginloss", "arcface"])
 def test_every_triplet_sampling_trains(name, sampling):
     """Ten steps of gradient descent on the embeddings lower the loss over all triplets."""
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The program as a whole: every loss and sampling end to end, every flag, resumption, bad input."""
+"""The program as a whole: every loss and sampling, every flag, resumption, bad input."""
 
 import argparse
 import csv
@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,8 @@ import evaluate
 import losses
 import main
 import netlib
+import samplers
+import trainers
 
 ROOT = Path(main.__file__).resolve().parent
 PAIRS = [(name, sampling) for name, (loss_class, _) in losses.LOSSES.items()
@@ -51,9 +54,9 @@ def tree(tmp_path_factory):
 def small(tree, tmp_path):
     """Options of a run that takes a fraction of a second."""
     return ["--dataset", "folder", "--source_path", str(tree), "--arch", "convnet", "--gpu", "-1",
-            "--image_size", "16", "--embed_dim", "8", "--bs", "8", "--n_epochs", "1", "--kernels", "0",
-            "--k_vals", "1", "2", "--lr", "1e-3", "--save_path", str(tmp_path / "runs"),
-            "--savename", "run"]
+            "--image_size", "16", "--embed_dim", "8", "--bs", "8", "--n_epochs", "1",
+            "--kernels", "0", "--k_vals", "1", "2", "--lr", "1e-3",
+            "--save_path", str(tmp_path / "runs"), "--savename", "run"]
 
 
 def rows(folder, name):
@@ -138,7 +141,8 @@ def test_in_shop_is_scored_query_against_gallery(small, tmp_path):
     (root / "Eval/list_eval_partition.txt").write_text(
         f"{len(lines)}\nimage_name item_id evaluation_status\n" + "".join(lines))
     folder = main.main([*small, "--dataset", "in-shop", "--source_path", str(tmp_path)])
-    assert list(rows(folder, "log_val_Base.csv")[0]) == ["epoch", "recall@1", "recall@2", "nmi", "f1"]
+    columns = list(rows(folder, "log_val_Base.csv")[0])
+    assert columns == ["epoch", "recall@1", "recall@2", "nmi", "f1"]
 
 
 def test_vehicle_id_reports_its_three_sets(small, tmp_path):
@@ -162,8 +166,128 @@ def test_vehicle_id_reports_its_three_sets(small, tmp_path):
                                    for key in ("recall@1", "recall@2", "nmi", "f1")]
 
 
+LOSS_COLUMNS = {
+    "MetricLossOnly": ["metric_loss"],
+    "TrainWithClassifier": ["metric_loss", "classifier_loss"],
+    "CascadedEmbeddings": ["metric_loss_0", "metric_loss_1", "metric_loss_2"],
+    "DeepAdversarialMetricLearning": ["metric_loss", "g_adv_loss", "synth_loss", "g_hard_loss",
+                                      "g_reg_loss"],
+    "UnsupervisedEmbeddingsUsingAugmentations": ["metric_loss"],
+    "TwoStreamMetricLoss": ["metric_loss"],
+}
+every_trainer = pytest.mark.parametrize("trainer", trainers.TRAINERS)
+
+
+@every_trainer
+@pytest.mark.parametrize("loss", ["marginloss", "triplet"])
+def test_every_trainer_leaves_every_file_and_a_column_for_each_loss(small, trainer, loss):
+    folder = main.main([*small, "--trainer", trainer, "--loss", loss, "--n_epochs", "2"])
+    assert {"checkpoint.pth.tar", "last.pth.tar", "hypa.pkl", "log_train_Base.csv",
+            "log_val_Base.csv", "Parameter_Info.txt", "InfoPlot_Base.svg",
+            "sample_recoveries.png"} == set(os.listdir(folder))
+    logged = rows(folder, "log_train_Base.csv")
+    assert set(logged[0]) == {"epoch", *LOSS_COLUMNS[trainer], "total_loss", "next_lr"}
+    assert [row["epoch"] for row in logged] == ["1", "2"]
+    for row in logged:
+        assert float(row["total_loss"]) == pytest.approx(
+            sum(float(row[name]) for name in LOSS_COLUMNS[trainer]), rel=1e-4)
+    assert all(float(logged[0][name]) > 0 for name in [*LOSS_COLUMNS[trainer], "total_loss"])
+    picture = (Path(folder) / "InfoPlot_Base.svg").read_text()
+    shown = LOSS_COLUMNS[trainer] if len(LOSS_COLUMNS[trainer]) > 1 else []
+    assert all(name in picture for name in ["total_loss", *shown])
+    saved = state(folder, "last.pth.tar")
+    learned = set(saved["models"]) | {name for name, values in saved["losses"].items() if values}
+    assert {f"{name}_optimizer" for name in learned} == set(saved["optimizers"])
+
+
+@pytest.mark.parametrize("trainer", ["TrainWithClassifier", "CascadedEmbeddings",
+                                     "DeepAdversarialMetricLearning"])
+def test_all_that_a_trainer_adds_learns(small, trainer):
+    """Every weight of every part moves, those of a loss's own and the generator's too."""
+    main.main([*small, "--trainer", trainer, "--n_epochs", "0"])
+    folder = main.main([*small, "--trainer", trainer, "--savename", "on"])
+    before, after = (state(Path(folder).parent / name, "last.pth.tar") for name in ("run", "on"))
+    for group in ("models", "losses"):
+        for name, values in before[group].items():
+            for key, value in values.items():
+                assert not torch.equal(value, after[group][name][key]), (name, key)
+
+
+@pytest.mark.parametrize("trainer", main.TWO_VIEWS)
+def test_trainers_of_two_views_run_on_glyphs(trainer, tmp_path):
+    folder = main.main(["--dataset", "glyphs", "--trainer", trainer, "--n_epochs", "1", "--gpu",
+                        "-1", "--bs", "80", "--image_size", "8", "--embed_dim", "9", "--k_vals",
+                        "1", "--save_path", str(tmp_path)])
+    assert len(rows(folder, "log_val_Base.csv")) == 2
+
+
+@pytest.mark.parametrize("loss", ["npair", "proxynca", "crossentropy", "arcface"])
+@pytest.mark.parametrize("trainer", ["TrainWithClassifier", "CascadedEmbeddings",
+                                     "DeepAdversarialMetricLearning"])
+def test_other_losses_under_the_trainers_of_classes(small, trainer, loss, capsys):
+    options = [*small, "--trainer", trainer, "--loss", loss]
+    if trainer.startswith("Deep") and loss == "npair":
+        assert "unit-norm" in error_of(options, capsys)
+        return
+    assert np.isfinite(float(rows(main.main(options), "log_train_Base.csv")[0]["total_loss"]))
+
+
+def test_the_phases_of_adversarial_training_in_the_files(small):
+    """Each phase logs its own losses: the columns are all of them, an absent one is empty."""
+    folder = main.main([*small, "--trainer", "DeepAdversarialMetricLearning", "--n_epochs", "3",
+                        "--metric_alone_epochs", "1", "--g_alone_epochs", "1"])
+    logged = rows(folder, "log_train_Base.csv")
+    present = [{name for name in LOSS_COLUMNS["DeepAdversarialMetricLearning"] if row[name]}
+               for row in logged]
+    assert present == [{"metric_loss"}, {"g_adv_loss", "g_hard_loss", "g_reg_loss"},
+                       set(LOSS_COLUMNS["DeepAdversarialMetricLearning"])]
+    picture = (Path(folder) / "InfoPlot_Base.svg").read_text()
+    assert all(name in picture for name in LOSS_COLUMNS["DeepAdversarialMetricLearning"])
+
+
+def test_gradients_are_measured_in_every_phase(small):
+    folder = main.main([*small, "--trainer", "DeepAdversarialMetricLearning", "--n_epochs", "3",
+                        "--metric_alone_epochs", "1", "--g_alone_epochs", "1", "--grad_measure"])
+    assert [row["epoch"] for row in rows(folder, "log_train_Base.csv")] == ["1", "2", "3"]
+
+
+def make_tiny_imagenet(folder, classes=4, images=6):
+    """The release's tree: the same classes in train and val."""
+    make_tree(folder / "made", classes=classes, images=images)
+    lines = []
+    for label in range(classes):
+        wnid = f"n0000000{label}"
+        (folder / "tiny-imagenet-200/val/images").mkdir(parents=True, exist_ok=True)
+        (folder / f"tiny-imagenet-200/train/{wnid}/images").mkdir(parents=True)
+        for i in range(images):
+            picture = Image.open(folder / f"made/class_{label}/{i}.png")
+            if i < images - 2:
+                picture.save(folder / f"tiny-imagenet-200/train/{wnid}/images/{wnid}_{i}.JPEG")
+            else:
+                picture.save(folder / f"tiny-imagenet-200/val/images/val_{len(lines)}.JPEG")
+                lines.append(f"val_{len(lines)}.JPEG\t{wnid}\t0\t0\t19\t19\n")
+    (folder / "tiny-imagenet-200/val/val_annotations.txt").write_text("".join(lines))
+    return folder
+
+
+def test_tiny_imagenet_with_arcface_and_multisimilarity(small, tmp_path, capsys):
+    source = make_tiny_imagenet(tmp_path / "source")
+    capsys.readouterr()
+    folder = main.main([*small, "--dataset", "tiny_imagenet", "--source_path", str(source),
+                        "--loss", "arcface", "--sampling", "multisimilarity", "--bs", "8",
+                        "--samples_per_class", "2", "--n_epochs", "2"])
+    assert "train 4 classes/16 images, test 4 classes/8 images" in capsys.readouterr().out
+    assert Path(folder).parent.name == "tiny_imagenet"
+    assert [row["epoch"] for row in rows(folder, "log_val_Base.csv")] == ["0", "1", "2"]
+    assert float(rows(folder, "log_train_Base.csv")[0]["metric_loss"]) > 0
+    saved = state(folder, "last.pth.tar")
+    assert saved["losses"]["metric_loss"]["weight"].shape == (4, 8)
+    assert saved["options"]["mining_epsilon"] == 0.1
+    assert (saved["options"]["arcface_scale"], saved["options"]["arcface_margin"]) == (64, 0.5)
+
+
 def test_glyphs_learns_unseen_characters(tmp_path):
-    """Three epochs with nothing but defaults lift recall@1 on characters that were never trained."""
+    """Three epochs with nothing but defaults lift recall@1 on characters never trained."""
     folder = main.main(["--dataset", "glyphs", "--n_epochs", "3", "--gpu", "-1",
                         "--save_path", str(tmp_path)])
     recalls = [float(row["recall@1"]) for row in rows(folder, "log_val_Base.csv")]
@@ -211,6 +335,27 @@ def test_a_run_stopped_inside_an_epoch_resumes_to_the_same_numbers(small, monkey
                 assert torch.equal(value, second["models"][part][key])
         for key, value in first["losses"]["metric_loss"].items():
             assert torch.equal(value, second["losses"]["metric_loss"][key])
+
+
+@pytest.mark.parametrize("trainer", ["DeepAdversarialMetricLearning",
+                                     "UnsupervisedEmbeddingsUsingAugmentations"])
+def test_other_trainers_resume_to_the_same_numbers(small, monkeypatch, trainer):
+    """Stopped in the third epoch of four: in adversarial training the last but one phase."""
+    options = [*small, "--n_epochs", "4", "--trainer", trainer, "--tau", "2",
+               "--metric_alone_epochs", "1", "--g_alone_epochs", "2"]
+    whole = main.main([*options, "--savename", "whole"])
+    with monkeypatch.context() as patch:
+        stop_in(3, patch)
+        with pytest.raises(SystemExit, match="--resume"):
+            main.main([*options, "--savename", "broken"])
+    resumed = main.main([*options, "--savename", "broken", "--resume"])
+    for name in ("log_train_Base.csv", "log_val_Base.csv", "InfoPlot_Base.svg"):
+        assert (Path(whole) / name).read_bytes() == (Path(resumed) / name).read_bytes()
+    first, second = state(whole, "last.pth.tar"), state(resumed, "last.pth.tar")
+    for group in ("models", "losses"):
+        for name, values in first[group].items():
+            for key, value in values.items():
+                assert torch.equal(value, second[group][name][key]), (name, key)
 
 
 def test_resume_takes_a_finished_run_further(small):
@@ -285,7 +430,7 @@ def test_resume_without_a_run_is_an_error(small, capsys):
 
 # ---- every flag does something
 
-# What a flag needs around it to matter (a loss's own flag: that loss), and a value where "one more"
+# What a flag needs around it to matter (a loss's own flag: that loss), and values where "one more"
 # is not a legal one.
 CONTEXT = {
     "scheduler": ["--n_epochs", "2", "--tau", "1"],
@@ -293,9 +438,16 @@ CONTEXT = {
     "gamma": ["--n_epochs", "2", "--tau", "1"],
     "not_pretrained": ["--arch", "resnet18", "--image_size", "32"],
     "arch": ["--not_pretrained", "--image_size", "32"],
+    "mining_epsilon": ["--sampling", "multisimilarity"],
+    "classifier_weight": ["--trainer", "TrainWithClassifier"],
+    "classifier_lr": ["--trainer", "TrainWithClassifier"],
+    "embedding_sizes": ["--trainer", "CascadedEmbeddings"],
+    **{flag: ["--trainer", "DeepAdversarialMetricLearning"] for flag in (
+        "metric_alone_epochs", "g_alone_epochs", "g_triplets_per_anchor", "g_lr", "g_weights")},
 }
 VALUES = {"bs": "12", "samples_per_class": "2", "k_vals": "3", "tau": "1", "arch": "resnet18",
-          "distance_cutoff": "0.6", "gamma": "0.5", "loss": "triplet", "dataset": "glyphs"}
+          "distance_cutoff": "0.6", "gamma": "0.5", "loss": "triplet", "dataset": "glyphs",
+          "embedding_sizes": "5 3", "g_weights": "1 2 1 1"}
 
 
 def context_of(flag):
@@ -303,7 +455,7 @@ def context_of(flag):
     for name, (loss_class, rate) in losses.LOSSES.items():
         if flag == rate or flag in inspect.signature(loss_class).parameters:
             return ["--loss", name, "--samples_per_class",
-                    str(min(4, loss_class.max_samples_per_class))]
+                    str(min(4, loss_class.max_samples_per_class)), *CONTEXT.get(flag, [])]
     return ["--samples_per_class", "4", *CONTEXT.get(flag, [])]
 
 
@@ -323,9 +475,8 @@ def trace(options, capsys, monkeypatch):
     printed = capsys.readouterr().out
     printed = re.sub(r"^options .*$|\d+(s|m \d+s), \d+ images/s$", "", printed, flags=re.M)
     last = state(folder, "last.pth.tar")
-    tensors = [value.double().sum().item() for part in ("trunk", "embedder")
-               for value in last["models"][part].values()]
-    tensors += [value.double().sum().item() for value in last["losses"]["metric_loss"].values()]
+    tensors = [value.double().sum().item() for group in ("models", "losses")
+               for part in last[group].values() for value in part.values()]
     groups = [{key: value for key, value in group.items() if key != "params"}
               for optimizer in last["optimizers"].values() for group in optimizer["param_groups"]]
     return str((printed, workers, sorted(os.listdir(folder)), tensors, groups,
@@ -334,7 +485,8 @@ def trace(options, capsys, monkeypatch):
 
 def renamed(trace):
     """A trace as it would be under --savename again."""
-    return trace.replace("folder/run\\n", "folder/again\\n").replace("glyphs/run\\n", "glyphs/again\\n")
+    trace = trace.replace("folder/run\\n", "folder/again\\n")
+    return trace.replace("glyphs/run\\n", "glyphs/again\\n")
 
 
 FLAGS = [action for action in main.build_parser()._actions if action.dest != "help"]
@@ -367,7 +519,7 @@ def test_every_flag_changes_the_run(action, small, tree, tmp_path, capsys, monke
         torch.save(netlib.ConvNet().state_dict(), tmp_path / "weights.pth")
         changed = [option, str(tmp_path / "weights.pth")]
     elif action.dest in VALUES:
-        changed = [option, VALUES[action.dest]]
+        changed = [option, *VALUES[action.dest].split()]
     elif action.choices:
         changed = [option, next(choice for choice in action.choices if choice != current)]
     elif action.type in (int, float):
@@ -415,7 +567,8 @@ def test_defaults_are_those_of_the_reference():
     (["--loss", "npair"], dict(samples_per_class=4, sampling="npair")),
     (["--not_pretrained"], dict(batchnorm="trained")),
     (["--dataset", "glyphs"], dict(arch="convnet", image_size=32, kernels=0, lr=1e-3)),
-    (["--dataset", "glyphs", "--lr", "1e-5", "--arch", "resnet18"], dict(lr=1e-5, arch="resnet18")),
+    (["--dataset", "glyphs", "--lr", "1e-5", "--arch", "resnet18"],
+     dict(lr=1e-5, arch="resnet18")),
 ])
 def test_dependent_defaults_give_way_to_the_user(options, expected):
     opt = vars(main.parse_options(options))
@@ -425,8 +578,8 @@ def test_dependent_defaults_give_way_to_the_user(options, expected):
 def test_help_is_grouped_and_says_where_defaults_come_from():
     parser = main.build_parser()
     titles = [group.title for group in parser._action_groups if group._group_actions]
-    assert titles[-8:] == ["data", "batch", "sampling", "network", "loss", "optimisation",
-                           "evaluation", "run"]
+    assert titles[-9:] == ["data", "batch", "sampling", "network", "loss", "optimisation",
+                           "trainer", "evaluation", "run"]
     for action in FLAGS:
         assert len(action.help) > 20
         if action.nargs != 0 and action.dest not in ("weights", "savename"):
@@ -491,10 +644,41 @@ def test_progress_line_on_a_terminal_only(small, monkeypatch, capsys):
     (["--distance_cutoff", "nan"], ["--distance_cutoff"]),
     (["--tau", "-3", "0"], ["--tau -3"]),
     (["--image_size", "100000"], ["--image_size 100000", "2048"]),
-    (["--arch", "alexnet", "--not_pretrained", "--image_size", "32"], ["alexnet", "--image_size 32"]),
-    (["--arch", "vit_b_16", "--not_pretrained", "--image_size", "64"], ["vit_b_16", "--image_size 64"]),
+    (["--arch", "alexnet", "--not_pretrained", "--image_size", "32"],
+     ["alexnet", "--image_size 32"]),
+    (["--arch", "vit_b_16", "--not_pretrained", "--image_size", "64"],
+     ["vit_b_16", "--image_size 64"]),
     (["--embed_dim", "0"], ["--embed_dim 0"]),
     (["--distance_cutoff", "0.1"], ["--distance_cutoff", "0.1"]),
+    (["--loss", "arcface", "--arcface_scale", "0"], ["--arcface_scale 0"]),
+    (["--loss", "arcface", "--arcface_margin", "4"], ["--arcface_margin 4", "pi"]),
+    (["--trainer", "nosuch"], ["nosuch", "TwoStreamMetricLoss"]),
+    (["--classifier_weight", "-1"], ["--classifier_weight -1"]),
+    (["--classifier_lr", "nan"], ["--classifier_lr"]),
+    (["--g_lr", "-1"], ["--g_lr -1"]),
+    (["--g_triplets_per_anchor", "0"], ["--g_triplets_per_anchor 0"]),
+    (["--metric_alone_epochs", "-1"], ["--metric_alone_epochs -1"]),
+    (["--g_alone_epochs", "-1"], ["--g_alone_epochs -1"]),
+    (["--g_weights", "1", "1"], ["--g_weights"]),
+    (["--trainer", "CascadedEmbeddings", "--embedding_sizes", "4", "3"],
+     ["--embedding_sizes 4 3", "--embed_dim 8"]),
+    (["--trainer", "CascadedEmbeddings", "--embedding_sizes", "8", "0"],
+     ["--embedding_sizes 8 0"]),
+    (["--trainer", "CascadedEmbeddings", "--embed_dim", "2"],
+     ["--embedding_sizes", "--embed_dim 2"]),
+    *[(["--trainer", "TwoStreamMetricLoss", "--loss", name],
+       ["--trainer TwoStreamMetricLoss", f"--loss {name}", "triplet or marginloss"])
+      for name in ("npair", "proxynca", "crossentropy", "arcface")],
+    *[(["--trainer", "UnsupervisedEmbeddingsUsingAugmentations", "--loss", name],
+       ["--trainer Unsupervised", f"--loss {name}"])
+      for name in ("proxynca", "crossentropy", "arcface")],
+    (["--trainer", "UnsupervisedEmbeddingsUsingAugmentations", "--samples_per_class", "4"],
+     ["--trainer Unsupervised", "--samples_per_class 4", "1 only"]),
+    (["--trainer", "UnsupervisedEmbeddingsUsingAugmentations", "--bs", "1"], ["--bs 1"]),
+    (["--trainer", "UnsupervisedEmbeddingsUsingAugmentations", "--bs", "400"], ["--bs 400"]),
+    (["--trainer", "TwoStreamMetricLoss", "--samples_per_class", "1"], ["--samples_per_class 1"]),
+    (["--trainer", "DeepAdversarialMetricLearning", "--loss", "npair"],
+     ["--trainer Deep", "unit-norm", "npair"]),
 ])
 def test_bad_options_end_with_one_message_and_no_folder(small, tmp_path, capsys, options, words):
     message = error_of([*small, *options], capsys)
@@ -525,8 +709,7 @@ def test_fewer_than_two_classes(small, tmp_path, capsys):
     assert "two or more" in error_of([*small, "--source_path", str(one)], capsys)
 
 
-@pytest.mark.parametrize("kernels", ["0", "2"])
-@pytest.mark.parametrize("content", [b"", b"no image at all"])
+@pytest.mark.parametrize("kernels,content", [("0", b""), ("1", b"no image at all")])
 def test_a_broken_image_stops_the_run_with_its_path(small, tmp_path, capsys, content, kernels):
     broken = make_tree(tmp_path / "broken")
     (broken / "class_1" / "2.png").write_bytes(content)
@@ -535,7 +718,7 @@ def test_a_broken_image_stops_the_run_with_its_path(small, tmp_path, capsys, con
     assert str(broken / "class_1" / "2.png") in message and len(message.splitlines()) == 1
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(small, monkeypatch, capsys):
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(small, monkeypatch, capsys):
     original = losses.MarginLoss.forward
     calls = []
 
@@ -575,3 +758,20 @@ def test_a_full_disk_ends_the_run_and_leaves_whole_files(small, monkeypatch, cap
     folder = tmp_path / "runs" / "folder" / "run"
     assert not [name for name in os.listdir(folder) if "tmp" in name]
     assert state(folder, "last.pth.tar")["epoch"] >= 0
+
+
+# ---- what stands beside the code
+
+
+def test_the_reference_runs_parse_and_have_folders_of_their_own():
+    text = (ROOT / "Standard_Training.sh").read_text()
+    lines = [line.split("#")[0] for line in text.splitlines() if line.startswith("python main.py")]
+    folders = [(opt.dataset, opt.savename) for opt in
+               (main.parse_options(shlex.split(line)[2:]) for line in lines)]
+    assert len(folders) > 30 and len(set(folders)) == len(folders)
+
+
+def test_every_name_of_a_table_stands_in_the_readme():
+    text = (ROOT / "README.md").read_text()
+    for name in (*losses.LOSSES, *samplers.METHODS, *datasets.READERS, *trainers.TRAINERS):
+        assert name in text, name

@@ -274,14 +274,18 @@ def test_padded_marks_anchors_without_a_triplet(corner, variant):
 
 @pytest.mark.parametrize("method", samplers.METHODS)
 def test_seed_decides_the_draw_and_the_embeddings_stay(method):
-    """torch.manual_seed is all the state; embeddings that need a gradient are not changed."""
+    """torch.manual_seed is all the state; embeddings that need a gradient are not changed.
+
+    multisimilarity takes all that qualifies: it draws nothing.
+    """
     embeddings = unit_rows(24, 8, torch.Generator().manual_seed(0)).requires_grad_()
     before, labels = embeddings.detach().clone(), torch.arange(24) // 4
     draws = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         draws.append(Sampler(method).give(embeddings, labels).tolist())
-    assert draws[0] == draws[1] != draws[2]
+    assert draws[0] == draws[1] and len(draws[0]) > 0
+    assert (draws[1] == draws[2]) == (method == "multisimilarity")
     assert torch.equal(embeddings, before) and embeddings.grad is None
 
 
@@ -296,6 +300,185 @@ def test_non_finite_embeddings_give_indices_of_the_batch(variant, bad):
         broken[rows] = bad
         triplets = Sampler(**variant).give(broken, labels, padded=True)
         assert int(triplets.max()) < 8 and int(triplets.min()) >= -1
+
+
+# ---- multi-similarity mining
+
+def multisimilarity_triplets(embeddings, labels, epsilon, others=None, other_labels=None):
+    """All (a, p, n) with s_an > min s_ap - epsilon (eq. 7) and s_ap < max s_an + epsilon (eq. 8).
+
+    s: cosine similarity (0 with a zero row), min over the anchor's positives, max over its
+    negatives.
+    """
+    one_set = others is None
+    rows, labels = embeddings.double().tolist(), labels.tolist()
+    columns = rows if one_set else others.double().tolist()
+    names = labels if one_set else other_labels.tolist()
+    found = set()
+    for a, row in enumerate(rows):
+        s = [sum(x * y for x, y in zip(row, other))
+             / (math.hypot(*row) * math.hypot(*other) or 1) for other in columns]
+        positives = [i for i, name in enumerate(names) if name == labels[a] and
+                     (not one_set or i != a)]
+        negatives = [i for i, name in enumerate(names) if name != labels[a]]
+        if positives and negatives:
+            least, most = min(s[p] for p in positives), max(s[n] for n in negatives)
+            found |= {(a, p, n) for p in positives for n in negatives
+                      if s[n] > least - epsilon and s[p] < most + epsilon}
+    return found
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("length", [1, 7])
+def test_multisimilarity_takes_just_the_hard_pairs(epsilon, length):
+    """Random batches of unit rows, and of longer ones: the similarity is that of the angle."""
+    sampler, some = Sampler("multisimilarity", mining_epsilon=epsilon), 0
+    for embeddings, labels in random_batches():
+        expected = multisimilarity_triplets(embeddings, labels, epsilon)
+        triplets = sampler.give(embeddings * length, labels)
+        assert triplets.dtype == torch.long and triplets.shape == (len(triplets), 3)
+        assert len(set(map(tuple, triplets.tolist()))) == len(triplets)
+        assert set(map(tuple, triplets.tolist())) == expected
+        assert torch.equal(sampler.give(embeddings * length, labels, padded=True), triplets)
+        some += bool(expected)
+    assert some > 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_multisimilarity_of_other_float_types(dtype):
+    """Rows whose cosines are 0, 1 or -1: no rounding decides."""
+    embeddings, labels = corner_batches()["axes"]
+    triplets = Sampler("multisimilarity").give(embeddings.to(dtype), labels)
+    assert set(map(tuple, triplets.tolist())) == multisimilarity_triplets(embeddings, labels, 0.1)
+
+
+@corners
+def test_multisimilarity_on_degenerate_batches(corner):
+    """Identical images and 2048 dimensions too; a batch without a triplet gives [0, 3]."""
+    embeddings, labels = corner_batches()[corner]
+    expected = multisimilarity_triplets(embeddings, labels, 0.1)
+    triplets = Sampler("multisimilarity").give(embeddings, labels)
+    assert triplets.shape == (len(expected), 3) and triplets.dtype == torch.long
+    assert set(map(tuple, triplets.tolist())) == expected
+
+
+def test_multisimilarity_by_hand():
+    """Anchor 0 at 0 degrees, positives at 30 and 80, negatives at 20, 60 and 85; epsilon 0.1.
+
+    Cosines 0.866 and 0.174; 0.940, 0.5 and 0.087. Negatives above 0.174 - 0.1 = 0.074: all three.
+    Positives below 0.940 + 0.1: both. With epsilon 0 the last negative, 0.087, is easy.
+    """
+    angles = torch.tensor([0, 30, 80, 20, 60, 85], dtype=torch.float64).deg2rad()
+    embeddings = torch.stack([angles.cos(), angles.sin()], 1)
+    labels = torch.tensor([0, 0, 0, 1, 2, 3])
+    for epsilon, negatives in ((0.1, (3, 4, 5)), (0.0, (3, 4))):
+        triplets = Sampler("multisimilarity", mining_epsilon=epsilon).give(embeddings, labels)
+        own = {(p, n) for a, p, n in triplets.tolist() if a == 0}
+        assert own == {(p, n) for p in (1, 2) for n in negatives}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_multisimilarity_of_non_finite_embeddings_still_gives_triplets(bad):
+    """A diverged network must reach the check for a non-finite loss: no triplet is a loss of 0."""
+    embeddings = unit_rows(8, 4, torch.Generator().manual_seed(0))
+    labels = torch.arange(8) // 2
+    for rows in (slice(0, 1), slice(None)):
+        broken = embeddings.clone()
+        broken[rows] = bad
+        triplets = Sampler("multisimilarity").give(broken, labels)
+        assert (triplets == 0).any() and triplets.min() >= 0 and triplets.max() < 8
+
+
+# ---- as a miner, and between two sets
+
+@pytest.mark.parametrize("method", [m for m in samplers.METHODS if m != "npair"])
+def test_a_sampler_is_a_miner(method):
+    """Called with embeddings and labels it gives the columns of give: (a, p, n), any trainer's."""
+    embeddings = unit_rows(12, 6, torch.Generator().manual_seed(0)).requires_grad_()
+    labels, sampler = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 4]), Sampler(method)
+    torch.manual_seed(1)
+    triplets = sampler.give(embeddings, labels)
+    torch.manual_seed(1)
+    columns = sampler(embeddings, labels)
+    assert isinstance(columns, tuple) and len(columns) == 3
+    assert torch.equal(torch.stack(columns, 1), triplets)
+    assert all(column.dtype == torch.long and not column.requires_grad for column in columns)
+    nothing = sampler(embeddings, torch.arange(12))
+    assert [column.shape for column in nothing] == [(0,)] * 3
+
+
+def eligible_between(embeddings, labels, others, other_labels, method, margin=0.2, squared=False,
+                     distance_cutoff=None):
+    """eligible_pairs for anchors of one set and positives and negatives of another."""
+    rows, columns = embeddings.double().tolist(), others.double().tolist()
+    pairs = []
+    for row, name in zip(rows, labels.tolist()):
+        d = [math.dist(row, column) ** (2 if squared else 1) for column in columns]
+        positives = [i for i, other in enumerate(other_labels.tolist()) if other == name]
+        negatives = [i for i, other in enumerate(other_labels.tolist()) if other != name]
+        allowed = set()
+        if method == "softhard" and positives and negatives:
+            nearest, farthest = min(d[n] for n in negatives), max(d[p] for p in positives)
+            positives = [p for p in positives if d[p] > nearest] or positives
+            negatives = [n for n in negatives if d[n] < farthest] or negatives
+        if method == "distance" and distance_cutoff is not None:
+            negatives = [n for n in negatives if d[n] < distance_cutoff] or negatives
+        for p in positives:
+            chosen = negatives
+            if method == "semihard":
+                chosen = [n for n in negatives if d[p] < d[n] < d[p] + margin] or negatives
+            allowed |= {(p, n) for n in chosen}
+        pairs.append(allowed)
+    return pairs
+
+
+def two_sets():
+    """Forty pairs of unbalanced sets; some classes stand in one of them only."""
+    generator, numbers = torch.Generator().manual_seed(4), np.random.default_rng(4)
+    for _ in range(40):
+        count, others, dim = (int(numbers.integers(1, 9)), int(numbers.integers(1, 13)),
+                              int(numbers.choice([2, 3, 16])))
+        names = numbers.choice(1000, size=numbers.integers(1, 5), replace=False)
+        yield (unit_rows(count, dim, generator), torch.from_numpy(numbers.choice(names, count)),
+               unit_rows(others, dim, generator), torch.from_numpy(numbers.choice(names, others)))
+
+
+@variants
+def test_two_sets_satisfy_the_definition(variant):
+    """Anchors index the one set, positives and negatives the other: its own place is no self."""
+    torch.manual_seed(0)
+    sampler = Sampler(**variant)
+    for sets in two_sets():
+        pairs = eligible_between(*sets, **variant)
+        for _ in range(4):
+            check_triplets(torch.stack(sampler(*sets), 1), pairs)
+
+
+@variants
+def test_every_eligible_triplet_between_two_sets_can_be_drawn(variant):
+    """600 draws give the whole brute-force set, the pair of equal places included."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(3)
+    sets = (unit_rows(4, 3, generator), torch.tensor([4, 1, 0, 9]),
+            unit_rows(6, 3, generator), torch.tensor([4, 1, 4, 0, 1, 2]))
+    pairs = eligible_between(*sets, **variant)
+    sampler, seen = Sampler(**variant), set()
+    for _ in range(600):
+        seen |= set(map(tuple, torch.stack(sampler(*sets), 1).tolist()))
+    assert seen == {(a, p, n) for a, allowed in enumerate(pairs) for p, n in allowed}
+    assert not any(a == 3 for a, _, _ in seen)  # whose class the other set does not have
+
+
+def test_two_sets_by_multisimilarity():
+    some = 0
+    for embeddings, labels, others, other_labels in two_sets():
+        triplets = torch.stack(Sampler("multisimilarity")(embeddings, labels, 3 * others,
+                                                          other_labels), 1)
+        expected = multisimilarity_triplets(embeddings, labels, 0.1, others, other_labels)
+        assert len(triplets) == len(expected)
+        assert set(map(tuple, triplets.tolist())) == expected
+        some += bool(expected)
+    assert some > 15
 
 
 # ---- how often
@@ -461,8 +644,9 @@ def test_flags_and_constructors_share_their_defaults():
     batch = inspect.signature(ClassBalancedBatchSampler).parameters
     assert parser.get_default("bs") == batch["batch_size"].default == 112
     assert parser.parse_args(["--batch_size", "8"]).bs == 8
-    cutoff = inspect.signature(Sampler).parameters["distance_cutoff"].default
-    assert parser.get_default("distance_cutoff") is cutoff is None
+    own = inspect.signature(Sampler).parameters
+    assert parser.get_default("distance_cutoff") is own["distance_cutoff"].default is None
+    assert parser.get_default("mining_epsilon") == own["mining_epsilon"].default == 0.1
 
 
 @pytest.mark.parametrize("method", samplers.METHODS)

@@ -1,19 +1,28 @@
 """trainers.py on tiny linear models: every argument is shown to act, one test each.
 
 The data of most tests are sixteen numbered rows, labelled by their number, so that what arrived
-at the loss says which rows were drawn and in which order.
+at the loss says which rows were drawn and in which order. The trainers of more than one loss are
+held to loops written by hand.
 """
 
+import collections
 import copy
+import functools
 import inspect
+import re
 import warnings
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, TensorDataset
 
-from trainers import BaseTrainer, MetricLossOnly
+import samplers
+from losses import TripletLoss
+from trainers import (TRAINERS, BaseTrainer, CascadedEmbeddings, DeepAdversarialMetricLearning,
+                      MetricLossOnly, TrainWithClassifier, TwoStreamMetricLoss,
+                      UnsupervisedEmbeddingsUsingAugmentations)
 
 ROWS, BATCH, BATCHES = 16, 4, 4
 
@@ -797,7 +806,9 @@ def test_freezing_what_has_no_optimizer_is_no_reason_to_warn():
     del trainer.optimizers["trunk_optimizer"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        all_parts(models=trainer.models, optimizers=trainer.optimizers, freeze_these=("trunk",))
+        frozen = all_parts(models=trainer.models, optimizers=trainer.optimizers,
+                           freeze_these=("trunk",))
+    assert frozen.freeze_these == ("trunk",)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -1001,3 +1012,751 @@ def test_a_base_trainer_has_no_loss_of_its_own():
 def test_freezing_all_that_could_learn_is_an_error():
     with pytest.raises(ValueError, match="nothing to learn.*trunk"):
         make_trainer(freeze_these=("trunk", "embedder", "metric_loss")).train()
+
+
+# ---- the trainers of more than one loss
+
+
+class Hinge(torch.nn.Module):
+    """Mean over triplets of max(0, |a - p|^2 - |a - n|^2 + margin); keeps what it was given."""
+
+    def __init__(self, margin=0.5):
+        super().__init__()
+        self.margin = margin
+        self.seen = []
+
+    def forward(self, embeddings, labels, indices_tuple=None):
+        self.seen.append((embeddings.detach().clone(), labels.clone(), indices_tuple))
+        if indices_tuple is None:
+            indices_tuple = torch.tensor(triplets_of(labels.tolist())).unbind(1)
+        a, p, n = (embeddings[indices] for indices in indices_tuple)
+        return F.relu((a - p).square().sum(1) - (a - n).square().sum(1) + self.margin).mean()
+
+
+def triplets_of(labels):
+    """Every (anchor, positive, negative) of a list of labels."""
+    places = range(len(labels))
+    return [(a, p, n) for a in places for p in places for n in places
+            if a != p and labels[a] == labels[p] != labels[n]]
+
+
+def four_classes(streams=1, labels=True):
+    """Sixteen random rows of three numbers, labelled 0, 1, 2, 3, 0, ... (streams of them)."""
+    generator = torch.Generator().manual_seed(9)
+    rows = [torch.randn(ROWS, 3, generator=generator) for _ in range(streams)]
+    return TensorDataset(*rows, *([torch.arange(ROWS) % 4] if labels else []))
+
+
+def assemble(trainer, models, loss_funcs, **changes):
+    """A trainer of the four classes in order, eight rows a batch, SGD for all that has weights."""
+    optimizers = {f"{name}_optimizer": sgd(part) for name, part in (models | loss_funcs).items()
+                  if isinstance(part, torch.nn.Module) and list(part.parameters())}
+    return trainer(**(dict(models=models, optimizers=optimizers, batch_size=8, data_device="cpu",
+                           loss_funcs=loss_funcs, dataset=four_classes(), sampler=InOrder(),
+                           dataloader_num_workers=0) | changes))
+
+
+def with_classifier(**changes):
+    models = {"trunk": linear(3, 5), "embedder": linear(5, 2, seed=1),
+              "classifier": linear(2, 4, seed=2)}
+    loss_funcs = {"metric_loss": Hinge(), "classifier_loss": torch.nn.CrossEntropyLoss()}
+    return assemble(TrainWithClassifier, **(dict(models=models, loss_funcs=loss_funcs) | changes))
+
+
+def cascaded(classifiers=(1,), sizes=(2, 3), **changes):
+    """Sections of the given sizes; a classifier for some of them."""
+    models = {"trunk": linear(3, 5), "embedder": linear(5, sum(sizes), seed=1)}
+    loss_funcs = {f"metric_loss_{i}": Hinge(0.3 + i) for i in range(len(sizes))}
+    for i in classifiers:
+        models[f"classifier_{i}"] = linear(sizes[i], 4, seed=2 + i)
+        loss_funcs[f"classifier_loss_{i}"] = torch.nn.CrossEntropyLoss()
+    return assemble(functools.partial(CascadedEmbeddings, sizes),
+                    **(dict(models=models, loss_funcs=loss_funcs) | changes))
+
+
+def adversarial(phases=(1, 1), each=3, classifier=True, **changes):
+    """Epochs of the metric alone and of the generator alone; so many triplets of each row."""
+    models = {"trunk": linear(3, 5), "embedder": linear(5, 2, seed=1),
+              "generator": torch.nn.Sequential(linear(15, 6, seed=2), torch.nn.Tanh(),
+                                               linear(6, 5, seed=3))}
+    models["generator"][2].weight.data *= 5  # so that synthetic negatives begin far away
+    loss_funcs = {"metric_loss": Hinge(), "g_adv_loss": Hinge(0.1), "synth_loss": Hinge(0.7)}
+    if classifier:
+        models["classifier"] = linear(2, 4, seed=4)
+        loss_funcs["classifier_loss"] = torch.nn.CrossEntropyLoss()
+    return assemble(functools.partial(DeepAdversarialMetricLearning, *phases, each),
+                    **(dict(models=models, loss_funcs=loss_funcs) | changes))
+
+
+def views(**changes):
+    """Three views of each row: itself, moved by one, and turned over."""
+    return assemble(functools.partial(UnsupervisedEmbeddingsUsingAugmentations,
+                                      [lambda x: x, lambda x: x + 1, lambda x: -x]),
+                    **(dict(models={"trunk": linear(3, 5), "embedder": linear(5, 2, seed=1)},
+                            loss_funcs={"metric_loss": Hinge()}) | changes))
+
+
+def two_streams(**changes):
+    return assemble(TwoStreamMetricLoss, **(dict(
+        models={"trunk": linear(3, 5), "embedder": linear(5, 2, seed=1)},
+        loss_funcs={"metric_loss": Hinge()}, dataset=four_classes(streams=2)) | changes))
+
+
+EVERY_TRAINER = {"TrainWithClassifier": with_classifier, "CascadedEmbeddings": cascaded,
+                 "DeepAdversarialMetricLearning": adversarial,
+                 "UnsupervisedEmbeddingsUsingAugmentations": views,
+                 "TwoStreamMetricLoss": two_streams}
+every_trainer = pytest.mark.parametrize("make", EVERY_TRAINER.values(), ids=EVERY_TRAINER.keys())
+
+
+def check_against_loop(make, step, epochs=2, stepped=lambda name, epoch: True):
+    """Trains by the trainer and by a plain loop on copies of its parts: all numbers must agree.
+
+    step(parts, data, labels, epoch) -> {name: scalar}; stepped: which parts learn in which epoch.
+    """
+    losses = []
+    trainer = make(end_of_iteration_hook=lambda trainer: losses.append(
+        {name: loss.item() for name, loss in trainer.losses.items()}))
+    parts = copy.deepcopy(dict(trainer.parts()))
+    optimizers = {name: sgd(part) for name, part in parts.items() if list(part.parameters())}
+    torch.manual_seed(5)
+    trainer.train(num_epochs=epochs)
+
+    torch.manual_seed(5)
+    expected = []
+    for epoch in range(1, epochs + 1):
+        for *data, labels in DataLoader(trainer.dataset, 8, sampler=InOrder()):
+            values = step(parts, *data, labels, epoch)
+            values["total_loss"] = sum(trainer.loss_weights[name] * value
+                                       for name, value in values.items())
+            for optimizer in optimizers.values():
+                optimizer.zero_grad()
+            values["total_loss"].backward()
+            for name, optimizer in optimizers.items():
+                if stepped(name, epoch):
+                    optimizer.step()
+            expected.append({name: value.item() for name, value in values.items()})
+
+    assert len(losses) == len(expected) == 2 * epochs
+    for ours, theirs in zip(losses, expected):
+        assert ours == pytest.approx(theirs, abs=1e-6)
+        assert all(theirs.values())
+    for name, part in trainer.parts():
+        torch.testing.assert_close(weights(part), weights(parts[name]), rtol=0, atol=1e-6)
+    return trainer, parts
+
+
+def test_trainers_are_found_by_their_names():
+    assert list(TRAINERS) == ["MetricLossOnly", *EVERY_TRAINER]
+    assert all(trainer.__name__ == name for name, trainer in TRAINERS.items())
+
+
+@pytest.mark.parametrize("trainer, first", [
+    (TrainWithClassifier, []), (TwoStreamMetricLoss, []),
+    (CascadedEmbeddings, [("embedding_sizes", inspect.Parameter.empty)]),
+    (DeepAdversarialMetricLearning, [("metric_alone_epochs", 0), ("g_alone_epochs", 0),
+                                     ("g_triplets_per_anchor", 100)]),
+    (UnsupervisedEmbeddingsUsingAugmentations, [("transforms", inspect.Parameter.empty),
+                                                ("data_and_label_setter", None)])])
+def test_constructors_begin_with_their_own_arguments(trainer, first):
+    parameters = list(inspect.signature(trainer).parameters.values())
+    if first:
+        assert [(p.name, p.default) for p in parameters[:-2]] == first
+        assert [p.kind for p in parameters[-2:]] == [inspect.Parameter.VAR_POSITIONAL,
+                                                     inspect.Parameter.VAR_KEYWORD]
+    else:
+        assert parameters == list(inspect.signature(BaseTrainer).parameters.values())
+
+
+# ---- a classifier behind the embedding
+
+
+@pytest.mark.parametrize("factors", [None, {"metric_loss": 0.5, "classifier_loss": 2}])
+@pytest.mark.parametrize("mined", [False, True])
+def test_train_with_classifier_is_the_loop(factors, mined):
+    triplets = torch.tensor([[0, 4, 1], [5, 1, 7], [2, 6, 0]])
+
+    def step(parts, data, labels, epoch):
+        embeddings = parts["embedder"](parts["trunk"](data))
+        chosen = triplets.tolist() if mined else triplets_of(labels.tolist())
+        terms = [F.relu((embeddings[a] - embeddings[p]).square().sum()
+                        - (embeddings[a] - embeddings[n]).square().sum() + 0.5)
+                 for a, p, n in chosen]
+        logs = parts["classifier"](embeddings).log_softmax(1)
+        return {"metric_loss": sum(terms) / len(terms),
+                "classifier_loss": -sum(row[label] for row, label in zip(logs, labels)) / 8}
+
+    miners = {"tuple_miner": lambda embeddings, labels: triplets.unbind(1)} if mined else {}
+    check_against_loop(lambda **changes: with_classifier(
+        loss_weights=factors, mining_funcs=miners, **changes), step)
+
+
+def test_train_with_classifier_without_an_embedder():
+    trainer = with_classifier(models={"trunk": linear(3, 2), "classifier": linear(2, 4, seed=2)})
+    before = weights(trainer.models["classifier"])
+    trainer.train()
+    assert not same(before, weights(trainer.models["classifier"]))
+
+
+# ---- sections of the embedding
+
+
+@pytest.mark.parametrize("classifiers", [(), (1,), (0, 1)])
+@pytest.mark.parametrize("mined", [(), (1,), (0, 1)])
+def test_cascaded_embeddings_is_the_loop(classifiers, mined):
+    tuples = [torch.tensor([[0, 4, 1], [5, 1, 7]]),
+              torch.tensor([[2, 6, 0], [3, 7, 6], [1, 5, 0]])]
+    sections = [slice(0, 2), slice(2, 5)]
+
+    def step(parts, data, labels, epoch):
+        embeddings, losses = parts["embedder"](parts["trunk"](data)), {}
+        for i, section in enumerate(sections):
+            rows = embeddings[:, section]
+            chosen = tuples[i].tolist() if i in mined else triplets_of(labels.tolist())
+            terms = [F.relu((rows[a] - rows[p]).square().sum() - (rows[a] - rows[n]).square().sum()
+                            + 0.3 + i) for a, p, n in chosen]
+            losses[f"metric_loss_{i}"] = sum(terms) / len(terms)
+            if i in classifiers:
+                losses[f"classifier_loss_{i}"] = F.cross_entropy(parts[f"classifier_{i}"](rows),
+                                                                 labels)
+        return losses
+
+    check_against_loop(lambda **changes: cascaded(classifiers, mining_funcs={
+        f"tuple_miner_{i}": lambda embeddings, labels, i=i: tuples[i].unbind(1) for i in mined
+    }, **changes), step)
+
+
+def test_cascaded_miners_see_their_own_section():
+    shapes = {}
+
+    def miner(i):
+        def mine(embeddings, labels):
+            shapes[i] = embeddings.shape
+            return torch.tensor([0]), torch.tensor([4]), torch.tensor([1])
+        return mine
+
+    trainer = cascaded(sizes=(2, 3, 1), classifiers=(), mining_funcs={
+        "tuple_miner_0": miner(0), "tuple_miner_2": miner(2),
+        "subset_batch_miner": lambda embeddings, labels: shapes.setdefault(
+            "subset", embeddings.shape) and torch.arange(7)})
+    trainer.train()
+    assert shapes == {"subset": (8, 6), 0: (7, 2), 2: (7, 1)}
+    assert trainer.loss_funcs["metric_loss_1"].seen[0][2] is None
+
+
+def test_cascaded_sections_get_the_gradients_of_their_own_loss():
+    trainer = cascaded(classifiers=(), loss_weights={"metric_loss_0": 1, "metric_loss_1": 0})
+    before = trainer.models["embedder"].weight.detach().clone()
+    trainer.train()
+    changed = (trainer.models["embedder"].weight != before).any(1)
+    assert changed.tolist() == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (5, 1), (5,), (1, 1, 1, 1)])
+def test_sections_that_do_not_sum_to_the_embedding(sizes):
+    trainer = cascaded(classifiers=(), sizes=sizes, models={
+        "trunk": linear(3, 5), "embedder": linear(5, 5 if sizes != (5,) else 4, seed=1)})
+    with pytest.raises(ValueError, match=re.escape(str(list(sizes)))) as error:
+        trainer.train()
+    assert "embedding_sizes" in str(error.value)
+    assert f"has {4 if sizes == (5,) else 5}" in str(error.value)
+
+
+@pytest.mark.parametrize("make, lacking", [(cascaded, "classifier_loss_1"),
+                                           (adversarial, "classifier_loss")])
+def test_a_classifier_without_its_loss_and_the_other_way_round(make, lacking):
+    whole = make()
+    losses = {name: loss for name, loss in whole.loss_funcs.items() if name != lacking}
+    models = {name: model for name, model in whole.models.items() if not name.startswith("class")}
+    for changes in (dict(loss_funcs=losses, models=whole.models),
+                    dict(models=models, loss_funcs=whole.loss_funcs)):
+        with pytest.raises(ValueError, match=f"{lacking}.*missing"):
+            make(**changes, optimizers={})
+
+
+# ---- a generator of hard negatives
+
+REGULARISERS = {"g_hard_loss": 1, "g_reg_loss": 1}
+PHASES = [
+    {"metric_loss", "classifier_loss"},
+    {"g_adv_loss", "g_hard_loss", "g_reg_loss"},
+    {"metric_loss", "classifier_loss", "g_adv_loss", "synth_loss", "g_hard_loss", "g_reg_loss"}]
+LEARN = [{"trunk", "embedder", "classifier"}, {"generator"},
+         {"trunk", "embedder", "classifier", "generator"}]
+
+
+def test_adversarial_training_is_the_loop_in_all_three_phases():
+    trainer = None
+
+    def make(**changes):
+        nonlocal trainer
+        trainer = adversarial(loss_weights={
+            "metric_loss": 1, "classifier_loss": 0.5, "g_adv_loss": 2, "synth_loss": 0.7,
+            "g_reg_loss": 3, "g_hard_lss": 1.5}, **changes)
+        return trainer
+
+    def step(parts, data, labels, epoch):
+        features, losses = parts["trunk"](data), {}
+        if epoch != 2:
+            embeddings = parts["embedder"](features)
+            losses["metric_loss"] = Hinge(0.5)(embeddings, labels)
+            losses["classifier_loss"] = F.cross_entropy(parts["classifier"](embeddings), labels)
+        if epoch == 1:
+            return losses
+        terms = collections.defaultdict(list)
+        for a, p, n in features[trainer.draw_triplets(labels)]:
+            synthetic = parts["generator"](torch.cat([a, p, n]))
+            near, far = ((parts["embedder"](a) - parts["embedder"](other)).square().sum()
+                         for other in (p, synthetic))
+            terms["g_adv_loss"].append(F.relu(far - near - 0.1))
+            terms["synth_loss"].append(F.relu(near - far + 0.7))
+            for name, other in (("g_hard_loss", a), ("g_reg_loss", n)):
+                terms[name].append((synthetic / synthetic.norm() - other / other.norm())
+                                   .square().mean())
+        losses |= {name: sum(values) / len(values) for name, values in terms.items()
+                   if epoch == 3 or name != "synth_loss"}
+        return losses
+
+    check_against_loop(make, step, epochs=3, stepped=lambda name, epoch: name in LEARN[epoch - 1])
+
+
+@pytest.mark.parametrize("phases, plan", [((1, 1), [0, 1, 2, 2]), ((0, 0), [2, 2, 2, 2]),
+                                          ((2, 0), [0, 0, 2, 2]), ((0, 3), [1, 1, 1, 2]),
+                                          ((9, 9), [0, 0, 0, 0])])
+def test_phases_say_which_losses_count_and_which_networks_learn(phases, plan):
+    seen, stepped = [], set()
+
+    def hook(trainer):
+        names = trainer.models.keys()
+        seen.append((set(trainer.losses) - {"total_loss"}, set(stepped),
+                     {name for name in names if trainer.models[name].training},
+                     {name for name in names if next(trainer.models[name].parameters()).grad
+                      is not None}))
+        stepped.clear()
+
+    trainer = adversarial(phases, end_of_epoch_hook=hook)
+    for name, optimizer in trainer.optimizers.items():
+        optimizer.register_step_post_hook(lambda *_, name=name: stepped.add(name[:-10]))
+    trainer.train(num_epochs=4)
+    assert seen == [(PHASES[phase], *[LEARN[phase]] * 3) for phase in plan]
+    # A run that begins in the middle is in the phase of its epoch.
+    for epoch, phase in enumerate(plan, start=1):
+        trainer.train(epoch, epoch)
+        assert seen[-1] == (PHASES[phase], *[LEARN[phase]] * 3)
+
+
+@pytest.mark.parametrize("frozen", ["trunk", "embedder", "generator", "classifier"])
+@pytest.mark.filterwarnings("ignore:.*is frozen")
+def test_what_is_frozen_stays_frozen_in_every_phase(frozen):
+    modes = []
+    trainer = adversarial((1, 0), freeze_these=(frozen,), end_of_iteration_hook=lambda trainer:
+                          modes.append(trainer.models[frozen].training))
+    before = {name: weights(model) for name, model in trainer.models.items()}
+    trainer.train(num_epochs=3)
+    for name, model in trainer.models.items():
+        assert same(before[name], weights(model)) == (name == frozen), name
+    assert not any(modes) and not any(p.requires_grad for p in part(trainer, frozen).parameters())
+
+
+def test_weights_that_need_no_gradient_at_the_start_get_none_later():
+    trainer = adversarial()
+    trunk = torch.nn.Sequential(linear(3, 4), linear(4, 5, seed=1))
+    trunk[0].requires_grad_(False)
+    before = weights(trunk[0])
+    trainer = adversarial(models=trainer.models | {"trunk": trunk}, optimizers={
+        "trunk_optimizer": torch.optim.SGD(trunk.parameters(), 0.1, weight_decay=0.1)})
+    trainer.train(num_epochs=4)
+    assert same(before, weights(trunk[0])) and not trunk[0].weight.requires_grad
+    assert trunk[1].weight.requires_grad
+
+
+def test_batch_normalisation_of_idle_networks_stands_still():
+    trunk = torch.nn.Sequential(linear(3, 5), torch.nn.BatchNorm1d(5))
+    whole, counts = adversarial(), []
+    trainer = adversarial((1, 2), models=whole.models | {"trunk": trunk}, optimizers={},
+                          end_of_epoch_hook=lambda trainer: counts.append(
+                              int(trunk[1].num_batches_tracked)))
+    trainer.train(num_epochs=4)
+    assert counts == [2, 2, 2, 4]
+    frozen = adversarial(models=whole.models | {"trunk": trunk}, optimizers={},
+                         freeze_trunk_batchnorm=True, end_of_iteration_hook=lambda trainer:
+                         counts.append(trunk[1].training))
+    frozen.train(num_epochs=3)
+    assert not any(counts[4:]) and trunk[1].num_batches_tracked == 4
+
+
+def test_the_adversarial_margin_is_negated_on_a_copy():
+    original = Hinge(0.25)
+    losses = adversarial().loss_funcs | {"g_adv_loss": original}
+    given = dict(losses)
+    for _ in range(2):  # a second trainer with the same dict: the margin is not negated twice
+        trainer = adversarial(loss_funcs=losses)
+        assert trainer.loss_funcs["g_adv_loss"].margin == -0.25
+        trainer.train(2, 2)
+    assert original.margin == 0.25 and original.seen == [] and losses == given
+
+
+def test_the_adversarial_loss_of_this_project():
+    loss = TripletLoss(0.25)
+    trainer = adversarial((0, 1), loss_funcs={"metric_loss": loss, "g_adv_loss": loss,
+                                              "synth_loss": loss}, classifier=False)
+    trainer.train()
+    assert loss.margin == 0.25 and trainer.losses["g_adv_loss"] > 0
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 0, 1], [0, 0, 0, 1], [5, 5, 7, 7, 9, 3]])
+def test_every_drawn_triplet_is_valid_and_every_valid_one_is_drawn(labels):
+    trainer, possible = adversarial(each=50), set(triplets_of(labels))
+    drawn = [tuple(row) for row in trainer.draw_triplets(torch.tensor(labels)).tolist()]
+    assert set(drawn) == possible
+    counts = collections.Counter(a for a, _, _ in drawn)
+    assert set(counts.values()) == {50}  # so many of each anchor that has any
+
+
+def test_the_losses_of_synthetic_triplets_get_consecutive_rows():
+    trainer = adversarial((0, 0), each=2)
+    trainer.train()
+    embeddings, labels, (a, p, n) = trainer.loss_funcs["synth_loss"].seen[0]
+    swapped = trainer.loss_funcs["g_adv_loss"].seen[0][2]
+    assert len(embeddings) == 3 * len(a) == 3 * 2 * 8
+    assert all(torch.equal(x, y) for x, y in zip(swapped, (a, n, p)))
+    assert torch.equal(torch.stack([a, p, n], 1).flatten(), torch.arange(48))
+    assert torch.equal(labels[a], labels[p]) and (labels[a] != labels[n]).all()
+
+
+@pytest.mark.parametrize("inputs, outputs, words", [
+    (15, 4, r"gives \[24, 4\]; it must give \[24, 5\]"),
+    (15, 15, r"gives \[24, 15\]; it must give \[24, 5\]"),
+    (14, 5, r"must take \[T, 15\]"), (5, 5, r"must take \[T, 15\]")])
+def test_a_generator_of_the_wrong_size(inputs, outputs, words):
+    trainer = adversarial((0, 0), models=adversarial().models | {
+        "generator": linear(inputs, outputs)})
+    with pytest.raises(ValueError, match=f"generator {words}"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("spelling", ["g_hard_loss", "g_hard_lss"])
+def test_both_spellings_of_the_hard_losss_weight(spelling):
+    factors = dict.fromkeys(("metric_loss", "classifier_loss", "g_adv_loss", "synth_loss",
+                             "g_reg_loss"), 0) | {spelling: 2.5}
+    given = dict(factors)
+    trainer = adversarial((0, 0), loss_weights=factors)
+    trainer.train()
+    assert trainer.losses["total_loss"] == 2.5 * trainer.losses["g_hard_loss"] > 0
+    assert factors == given
+
+
+@pytest.mark.parametrize("lacking", ["metric_loss", "classifier_loss", "g_adv_loss", "synth_loss"])
+def test_adversarial_weights_need_every_loss(lacking):
+    factors = dict.fromkeys(PHASES[2] - {lacking}, 1)
+    with pytest.raises(ValueError, match=f"no key '{lacking}' in loss_weights"):
+        adversarial(loss_weights=factors)
+
+
+@pytest.mark.parametrize("lacking", ["g_hard_loss", "g_reg_loss"])
+def test_adversarial_weights_need_the_regularisers_at_construction(lacking):
+    factors = dict.fromkeys(PHASES[2] - {lacking}, 1)
+    with pytest.raises(ValueError, match=lacking):
+        adversarial(loss_weights=factors)
+
+
+def test_an_adversarial_loss_without_a_margin():
+    losses = adversarial().loss_funcs | {"g_adv_loss": MeanSquare()}
+    with pytest.raises(ValueError, match="g_adv_loss has no margin"):
+        adversarial(loss_funcs=losses)
+
+
+# ---- views of one image
+
+
+def test_augmentations_are_the_loop():
+    def step(parts, data, labels, epoch):
+        samples = torch.stack([view for row in data for view in (row, row + 1, -row)])
+        embeddings = parts["embedder"](parts["trunk"](samples))
+        return {"metric_loss": Hinge(0.5)(embeddings, torch.arange(24) // 3)}
+
+    trainer, _ = check_against_loop(views, step)
+    embeddings, labels, indices_tuple = trainer.loss_funcs["metric_loss"].seen[0]
+    assert embeddings.shape == (24, 2) and labels.tolist() == [i // 3 for i in range(24)]
+    assert indices_tuple is None
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_as_many_samples_as_items_times_transforms(count, workers):
+    trainer = views(dataset=numbered(), dataloader_num_workers=workers)
+    trainer = assemble(functools.partial(
+        UnsupervisedEmbeddingsUsingAugmentations,
+        tuple((lambda x, i=i: x + 100 * i) for i in range(count))), trainer.models,
+        trainer.loss_funcs, dataset=numbered(), dataloader_num_workers=workers)
+    data, labels = trainer.next_batch()
+    assert labels.tolist() == [i for i in range(8) for _ in range(count)]
+    expected = [row / 10 + 100 * view for row in range(8) for view in range(count)]
+    assert data[:, 0].tolist() == pytest.approx(expected)
+
+
+def test_data_and_label_setter_gives_what_the_getter_expects():
+    class Named(Dataset):
+        def __len__(self):
+            return ROWS
+
+        def __getitem__(self, i):
+            return {"image": torch.full((3,), float(i)), "label": "not used"}
+
+    trainer = assemble(functools.partial(
+        UnsupervisedEmbeddingsUsingAugmentations, [lambda x: x, lambda x: -x],
+        lambda batch: {"image": batch[0], "label": batch[1]}), {"trunk": linear()},
+        {"metric_loss": MeanSquare()}, dataset=Named(),
+        data_and_label_getter=lambda item: (item["image"], item["label"]))
+    data, labels = trainer.next_batch()
+    assert data[:4, 0].tolist() == [0, -0, 1, -1] and labels.tolist()[:4] == [0, 0, 1, 1]
+    trainer.train()
+
+
+def test_augmentations_collate_themselves():
+    with pytest.raises(ValueError, match="collate_fn"):
+        views(collate_fn=lambda items: items)
+
+
+# ---- two streams
+
+
+def stream_triplets(labels):
+    """(anchor, positive, negative) with the anchor in one stream, the others in the second."""
+    places = range(len(labels))
+    return [(a, p, n) for a in places for p in places for n in places
+            if labels[a] == labels[p] != labels[n]]
+
+
+def test_two_streams_are_the_loop_over_all_triplets():
+    def step(parts, first, second, labels, epoch):
+        anchors, others = (parts["embedder"](parts["trunk"](rows)) for rows in (first, second))
+        terms = [F.relu((anchors[a] - others[p]).square().sum()
+                        - (anchors[a] - others[n]).square().sum() + 0.5)
+                 for a, p, n in stream_triplets(labels.tolist())]
+        return {"metric_loss": sum(terms) / len(terms)}
+
+    trainer, _ = check_against_loop(two_streams, step)
+    embeddings, labels, tuples = trainer.loss_funcs["metric_loss"].seen[0]
+    assert embeddings.shape == (16, 2) and torch.equal(labels[:8], labels[8:])
+    found = {tuple(row) for row in torch.stack(tuples, 1).tolist()}
+    assert found == {(a, p + 8, n + 8) for a, p, n in stream_triplets(labels[:8].tolist())}
+
+
+@pytest.mark.parametrize("method", ["random", "semihard", "softhard", "distance",
+                                    "multisimilarity"])
+def test_two_streams_with_a_sampler_of_this_project(method):
+    trainer = two_streams(mining_funcs={"tuple_miner": samplers.Sampler(method)})
+    torch.manual_seed(0)
+    trainer.train(num_epochs=3)
+    assert len(trainer.loss_funcs["metric_loss"].seen) == 6
+    for _, labels, (a, p, n) in trainer.loss_funcs["metric_loss"].seen:
+        assert (a < 8).all() and (p >= 8).all() and (n >= 8).all() and len(a) > 0
+        assert torch.equal(labels[a], labels[p]) and (labels[a] != labels[n]).all()
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_two_streams_shift_what_a_miner_returns(pairs):
+    tuples = torch.tensor([[0, 4, 1], [3, 3, 0]]).unbind(1)
+    mined = (*tuples[:2], tuples[0], tuples[2]) if pairs else tuples
+    calls, losses = [], []
+
+    def miner(anchors, labels, others, other_labels):
+        calls.append((anchors.detach(), labels, others.detach(), other_labels))
+        return mined
+
+    def loss(embeddings, labels, indices_tuple):
+        losses.append((embeddings.detach(), indices_tuple))
+        return embeddings.sum()
+
+    two_streams(mining_funcs={"tuple_miner": miner}, loss_funcs={"metric_loss": loss}).train()
+    anchors, labels, others, other_labels = calls[0]
+    assert torch.equal(torch.cat([anchors, others]), losses[0][0])
+    assert torch.equal(labels, other_labels) and labels is not other_labels
+    moved = [[0, 3], [12, 11]] + ([[0, 3]] if pairs else []) + [[9, 8]]
+    assert [vector.tolist() for vector in losses[0][1]] == moved
+
+
+@pytest.mark.parametrize("dataset, count", [(four_classes(), 2), (four_classes(3), 4)])
+def test_two_streams_need_a_dataset_of_three_values(dataset, count):
+    with pytest.raises(ValueError, match=rf"gives {count} values.*\(anchor, positive, label\)"):
+        two_streams(dataset=dataset).train()
+
+
+def test_two_streams_take_tuple_miners_only():
+    with pytest.raises(ValueError, match="unknown key 'subset_batch_miner' in mining_funcs"):
+        two_streams(mining_funcs={"subset_batch_miner": lambda embeddings, labels: [0]})
+
+
+# ---- bad input of these trainers
+
+
+@pytest.mark.parametrize("name, argument, keys, expected", [
+    ("TrainWithClassifier", "models", ["-classifier"], "no key 'classifier'"),
+    ("TrainWithClassifier", "models", ["head"], "unknown key 'head'"),
+    ("TrainWithClassifier", "loss_funcs", ["-classifier_loss"], "no key 'classifier_loss'"),
+    ("TrainWithClassifier", "loss_funcs", ["-metric_loss"], "no key 'metric_loss'"),
+    ("TrainWithClassifier", "loss_weights", ["metric_loss"], "no key 'classifier_loss'"),
+    ("TrainWithClassifier", "optimizers", ["generator_optimizer"],
+     "unknown key 'generator_optimizer'"),
+    ("CascadedEmbeddings", "models", ["classifier_2"], "unknown key 'classifier_2'"),
+    ("CascadedEmbeddings", "models", ["classifier"], "unknown key 'classifier'"),
+    ("CascadedEmbeddings", "loss_funcs", ["-metric_loss_1"], "no key 'metric_loss_1'"),
+    ("CascadedEmbeddings", "loss_funcs", ["metric_loss"], "unknown key 'metric_loss'"),
+    ("CascadedEmbeddings", "loss_funcs", ["metric_loss_2"], "unknown key 'metric_loss_2'"),
+    ("CascadedEmbeddings", "mining_funcs", ["tuple_miner"], "unknown key 'tuple_miner'"),
+    ("CascadedEmbeddings", "mining_funcs", ["tuple_miner_2"], "unknown key 'tuple_miner_2'"),
+    ("CascadedEmbeddings", "optimizers", ["classifier_9_optimizer"],
+     "unknown key 'classifier_9_optimizer'"),
+    ("CascadedEmbeddings", "lr_schedulers", ["metric_loss_scheduler_by_epoch"],
+     "unknown key 'metric_loss_scheduler_by_epoch'"),
+    ("CascadedEmbeddings", "freeze_these", ["metric_loss"], "unknown key 'metric_loss'"),
+    ("DeepAdversarialMetricLearning", "models", ["-generator"], "no key 'generator'"),
+    ("DeepAdversarialMetricLearning", "models", ["discriminator"], "unknown key 'discriminator'"),
+    ("DeepAdversarialMetricLearning", "loss_funcs", ["-synth_loss"], "no key 'synth_loss'"),
+    ("DeepAdversarialMetricLearning", "loss_funcs", ["-g_adv_loss"], "no key 'g_adv_loss'"),
+    ("DeepAdversarialMetricLearning", "loss_funcs", ["g_hard_loss"], "unknown key 'g_hard_loss'"),
+    ("DeepAdversarialMetricLearning", "loss_weights", ["g_soft_loss"],
+     "unknown key 'g_soft_loss'"),
+    ("DeepAdversarialMetricLearning", "gradient_clippers", ["generator_clipper"],
+     "unknown key 'generator_clipper'"),
+    ("UnsupervisedEmbeddingsUsingAugmentations", "models", ["classifier"],
+     "unknown key 'classifier'"),
+    ("UnsupervisedEmbeddingsUsingAugmentations", "loss_funcs", ["-metric_loss"],
+     "no key 'metric_loss'"),
+    ("TwoStreamMetricLoss", "models", ["-trunk"], "no key 'trunk'"),
+    ("TwoStreamMetricLoss", "loss_funcs", ["synth_loss"], "unknown key 'synth_loss'"),
+])
+def test_keys_that_these_trainers_do_not_know_or_lack(name, argument, keys, expected):
+    given = getattr(EVERY_TRAINER[name](), argument)
+    if argument == "loss_weights":
+        given = dict.fromkeys(keys, 1)
+    elif argument == "freeze_these":
+        given = keys
+    else:
+        given = {key: value for key, value in given.items() if f"-{key}" not in keys} | {
+            key: linear() for key in keys if not key.startswith("-")}
+    with pytest.raises(ValueError) as error:
+        EVERY_TRAINER[name](**{"optimizers": {}, argument: given})
+    assert f"{name}: {expected} in {argument}; allowed are " in str(error.value)
+
+
+# ---- miners that return nothing, hooks that raise
+
+NOTHING = {
+    "three tensors": (torch.empty(0, dtype=torch.long),) * 3,
+    "four tensors": (torch.empty(0, dtype=torch.long),) * 4,
+    "a tensor": torch.empty(0, 3, dtype=torch.long),
+    "a list": [],
+}
+
+
+def now_and_then(nothing, something, empty=(1, 2)):
+    """A miner that returns nothing in some of its calls, counted from 0."""
+    calls = []
+
+    def miner(*arguments):
+        calls.append(1)
+        return nothing if len(calls) - 1 in empty else something
+
+    return miner
+
+
+TRIPLET = (torch.tensor([0]), torch.tensor([4]), torch.tensor([1]))
+MINERS = {"MetricLossOnly": (lambda **changes: assemble(MetricLossOnly, **(dict(
+              models={"trunk": linear()}, loss_funcs={"metric_loss": MeanSquare()}) | changes)),
+              "tuple_miner"),
+          **{name: (make, "tuple_miner_1" if name.startswith("Casc") else "tuple_miner")
+             for name, make in EVERY_TRAINER.items()}}
+
+
+@pytest.mark.parametrize("name, kind", [
+    (name, kind) for name in MINERS for kind in NOTHING  # two-stream miners return index vectors
+    if (name, kind) != ("TwoStreamMetricLoss", "a tensor")])
+def test_a_tuple_miner_that_returns_nothing_skips_the_step(name, kind):
+    make, miner = MINERS[name]
+    kept, losses, clipped = [], [], []
+
+    def hook(trainer):
+        kept.append([value for _, part in trainer.parts() for value in weights(part)])
+        losses.append(dict(trainer.losses))
+
+    phases = {"phases": (9, 0)} if name.startswith("Deep") else {}
+    trainer = make(mining_funcs={miner: now_and_then(NOTHING[kind], TRIPLET)},
+                   end_of_iteration_hook=hook, **phases,
+                   gradient_clippers={"trunk_grad_clipper": lambda: clipped.append(1)})
+    trainer.train(num_epochs=2)  # two iterations each, of which the second and the third are empty
+    assert trainer.skipped_steps == 2 and len(kept) == 4 and len(clipped) == 2
+    assert same(kept[0], kept[1]) and same(kept[1], kept[2]) and not same(kept[2], kept[3])
+    assert set(losses[0]) <= set(losses[1]) == {*trainer.loss_weights, "total_loss"}
+    assert not any(losses[1].values()) and losses[0]["total_loss"] and losses[3]["total_loss"]
+
+
+@pytest.mark.parametrize("name", [name for name in MINERS if name != "TwoStreamMetricLoss"])
+@pytest.mark.parametrize("nothing", [torch.empty(0, dtype=torch.long), [],
+                                     torch.zeros(8, dtype=torch.bool)],
+                         ids=["tensor", "list", "mask"])
+def test_a_subset_batch_miner_that_returns_nothing_skips_the_step(name, nothing):
+    make, _ = MINERS[name]
+    kept = []
+    trainer = make(
+        mining_funcs={"subset_batch_miner": now_and_then(
+            nothing if len(nothing) != 8 or not name.startswith("Uns")
+            else torch.zeros(24, dtype=torch.bool), torch.arange(8))},
+        end_of_iteration_hook=lambda trainer: kept.append(
+            [value for _, part in trainer.parts() for value in weights(part)]))
+    trainer.train(num_epochs=2)
+    assert trainer.skipped_steps == 2 and len(kept) == 4
+    assert same(kept[0], kept[1]) and same(kept[1], kept[2]) and not same(kept[2], kept[3])
+    assert all(model.training for model in trainer.models.values()) or "Deep" in name
+
+
+def test_momentum_and_decay_rest_in_a_skipped_step():
+    trunk = linear()
+    optimizer = torch.optim.Adam(trunk.parameters(), 0.1, weight_decay=0.5)
+    trainer = assemble(MetricLossOnly, {"trunk": trunk}, {"metric_loss": Hinge(5)},
+                       optimizers={"trunk_optimizer": optimizer},
+                       mining_funcs={"tuple_miner": now_and_then([], TRIPLET)})
+    trainer.train(num_epochs=2)
+    assert {int(state["step"]) for state in optimizer.state.values()} == {2}
+
+
+@pytest.mark.parametrize("make, batch", [(adversarial, 8), (two_streams, 8)])
+def test_a_batch_of_one_class_has_no_triplets_and_is_skipped(make, batch):
+    streams = 2 if make is two_streams else 1
+    one_class = TensorDataset(*torch.randn(streams, ROWS, 3), torch.zeros(ROWS, dtype=torch.long))
+    options = {"phases": (0, 9)} if make is adversarial else {}
+    trainer = make(dataset=one_class, **options)
+    trainer.train()
+    assert trainer.skipped_steps == 2 and trainer.losses["total_loss"] == 0
+
+
+@pytest.mark.parametrize("name, workers", [
+    *((name, 0) for name in MINERS), ("MetricLossOnly", 2),
+    ("UnsupervisedEmbeddingsUsingAugmentations", 2)])
+@pytest.mark.parametrize("which", ["end_of_iteration_hook", "end_of_epoch_hook"])
+def test_a_hook_that_raises_leaves_the_trainer_usable(name, which, workers):
+    make, _ = MINERS[name]
+
+    def hook(trainer):
+        if trainer.epoch == 2:
+            trainer.set_to_eval()
+            raise RuntimeError("from the hook")
+
+    broken = make(dataloader_num_workers=workers, **{which: hook})
+    torch.manual_seed(1)
+    with pytest.raises(RuntimeError, match="from the hook"):
+        broken.train(num_epochs=3)
+    setattr(broken, which, lambda trainer: None)
+    before = copy.deepcopy(dict(broken.parts()))
+    torch.manual_seed(2)
+    broken.train(3, 4)
+    assert broken.epoch == 4 and all(model.training for model in broken.models.values())
+
+    fresh = make(dataloader_num_workers=workers)  # goes on from the same weights
+    for key, part in fresh.parts():
+        part.load_state_dict(before[key].state_dict())
+    torch.manual_seed(2)
+    fresh.train(3, 4)
+    for key, part in fresh.parts():
+        assert same(weights(part), weights(broken.models.get(key) or broken.loss_funcs[key]))
