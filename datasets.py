@@ -406,10 +406,8 @@ def read_tiny_imagenet(source):
     """Tiny ImageNet: train/ trains and val/ tests, with the same 200 classes in both."""
     root = find_root(source, "tiny_imagenet", ("tiny_imagenet", "tiny-imagenet-200", ""),
                      lambda root: os.path.exists(f"{root}/val/val_annotations.txt"))
-    by_class = {os.path.basename(os.path.dirname(folder)): paths for folder, paths in
-                ((f"{root}/train/{name}/images",
-                  class_folders(f"{root}/train/{name}").get("images", []))
-                 for name in sorted(class_folders(f"{root}/train")))}
+    by_class = {name: class_folders(f"{root}/train/{name}").get("images", [])
+                for name in class_folders(f"{root}/train")}
     path = f"{root}/val/val_annotations.txt"
     rows = read_rows(path, columns=6)
     images = find_images(f"{root}/val/images", [row[0] for row in rows], path)
