@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import time
-from xml.sax.saxutils import escape
+from xml.sax import saxutils
 
 import numpy as np
 import torch
@@ -36,10 +36,13 @@ def add_arguments(parser):
                             "time. A folder that exists is never written over")
     group.add_argument("--save_path", default="./Training_Results", metavar="DIR",
                        help="where run folders go. Default %(default)s")
+    group.add_argument("--tensorboard", action="store_true",
+                       help="also write losses, learning rates and metrics for TensorBoard into "
+                            "the run's folder; needs the package tensorboard")
     group.add_argument("--resume", action="store_true",
                        help="go on with the run named by --savename after its last whole epoch; "
-                            "give the same options as before (--n_epochs, --gpu, --kernels and "
-                            "paths may change)")
+                            "give the same options as before (--n_epochs, --patience, --gpu, "
+                            "--kernels, --tensorboard, --plot_embeddings and paths may change)")
 
 
 # ---- files
@@ -211,10 +214,12 @@ class Progress:
 
     Silent when the output is not a terminal, so logs stay short. update may be called as often as
     one likes: it prints, and reads the loss from the device, twice a second at most. The rate is
-    that of the training since restart; the time left counts the pauses (evaluations) to come.
+    that of the training since restart; the time left counts the pauses to come, such as
+    evaluations, one in every epochs_per_pause.
     """
 
-    def __init__(self, num_epochs, images_per_iteration, stream=None):
+    def __init__(self, num_epochs, images_per_iteration, stream=None, epochs_per_pause=1):
+        self.epochs_per_pause = epochs_per_pause
         self.num_epochs = num_epochs
         self.images_per_iteration = images_per_iteration
         self.stream = stream or sys.stdout
@@ -232,11 +237,15 @@ class Progress:
         self.started = self.printed = now
         self.done, self.paused = 0, None
 
-    def pause(self, text):
-        """Training stops for a while, the text is shown; returns the seconds since restart."""
-        self.paused = time.monotonic()
+    def pause(self, text, counts=True):
+        """Training stops for a while, the text is shown; returns the seconds since restart.
+
+        counts: whether it is one of the pauses to come, rather than a shorter one.
+        """
+        now = time.monotonic()
+        self.paused = now if counts else None
         self.write(text)
-        return self.paused - self.started
+        return now - self.started
 
     def update(self, epoch, iteration, iterations, loss):
         """After iteration (from 0) of so many in this epoch; loss: a number or 0-dim tensor."""
@@ -247,7 +256,10 @@ class Progress:
         self.printed = now
         rate = self.done / (now - self.started)
         epochs_left = self.num_epochs - epoch + 1
-        left = (epochs_left * iterations - iteration - 1) / rate + epochs_left * self.pause_seconds
+        every = self.epochs_per_pause  # and one after the last epoch
+        pauses = (self.num_epochs // every - (epoch - 1) // every
+                  + (self.num_epochs % every > 0))
+        left = (epochs_left * iterations - iteration - 1) / rate + pauses * self.pause_seconds
         self.write(f"epoch {epoch}/{self.num_epochs}  iteration {iteration + 1}/{iterations}  "
                    f"loss {float(loss):.4f}  {rate * self.images_per_iteration:.0f} images/s  "
                    f"{duration(left)} left")
@@ -275,6 +287,12 @@ def duration(seconds):
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2",
            "#7f7f7f", "#bcbd22")
+
+
+def escape(text):
+    """Text for an SVG: markup quoted, characters that XML does not know replaced by ?."""
+    return saxutils.escape(re.sub("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?",
+                                  text))
 
 
 def save_plot(path, title, panels):
@@ -342,6 +360,41 @@ def panel(name, curves, width, height):
                      f'stroke="{colour}" stroke-width="3"/>')
         parts.append(f'<text x="{right + 38}" y="{y}">{escape(label + last)}</text>')
     return parts
+
+
+def save_scatter(path, title, points, names, size=760):
+    """Draws points [N, 2], coloured by their names, as an SVG that a browser opens.
+
+    names: a string for each point. Up to 24 names stand in a legend; a browser shows the name of
+    the point under the mouse. The axes have one scale and no numbers.
+    """
+    points = np.asarray(points, dtype=float)
+    low, high = points.min(0), points.max(0)
+    scale = (size - 40) / max((high - low).max(), 1e-12)
+    places = size / 2 + (points - (low + high) / 2) * scale * (1, -1)            # y upwards
+    groups = {}
+    for name, (x, y) in zip(names, places):
+        groups.setdefault(name, []).append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2"/>')
+    with_legend = len(groups) <= 24
+    head = 34
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{size + 220 * with_legend}" '
+             f'height="{size + head}" font-family="Helvetica, Arial, sans-serif" font-size="13">',
+             '<rect width="100%" height="100%" fill="white"/>',
+             f'<text x="20" y="22" font-weight="bold">{escape(title)}</text>',
+             f'<g transform="translate(0 {head})" fill-opacity="0.75">',
+             f'<rect x="8" y="0" width="{size - 16}" height="{size - 8}" fill="none" '
+             'stroke="#cccccc"/>']
+    for i, (name, circles) in enumerate(sorted(groups.items())):
+        # Steps of the golden angle keep neighbouring names apart in hue.
+        colour = (COLOURS[i] if len(groups) <= len(COLOURS) else
+                  f"hsl({i * 137.508 % 360:.0f}, {85 - i % 3 * 20}%, {35 + i % 4 * 9}%)")
+        parts += [f'<g fill="{colour}"><title>{escape(name)}</title>', *circles, "</g>"]
+        if with_legend:
+            parts += [f'<circle cx="{size + 16}" cy="{24 + 22 * i}" r="5" fill="{colour}"/>',
+                      f'<text x="{size + 28}" y="{28 + 22 * i}">{escape(name)}</text>']
+    parts += ["</g>", "</svg>"]
+    with written_whole(path, "w") as file:
+        file.write("\n".join(parts) + "\n")
 
 
 def ticks(low, high, whole=False, count=6):

@@ -26,6 +26,15 @@ def add_arguments(parser):
     group.add_argument("--dist_measure", action="store_true",
                        help="also log and plot the mean distance within classes over the mean "
                             "distance between the classes' centres: small is compact")
+    group.add_argument("--eval_every", type=int, default=1, metavar="N",
+                       help="evaluate after every N epochs, and after the last one. Default "
+                            "%(default)s (reference code)")
+    group.add_argument("--plot_embeddings", choices=("pca", "tsne"), default=None,
+                       help="after each evaluation that is the best so far, draw the embeddings "
+                            "of the test classes in two dimensions as embeddings_NNNN.svg: pca is "
+                            "quick and shows the directions of greatest spread, tsne takes some "
+                            "seconds and keeps neighbours together. At most 2,000 images, drawn "
+                            "with the seed. Default: no such plot")
     group.add_argument("--grad_measure", action="store_true",
                        help="also save the mean absolute gradient that the embedding layer sends "
                             "to each feature of the trunk, for every iteration, as one pickle "
@@ -56,24 +65,39 @@ def check_embeddings(queries, query_labels, gallery, gallery_labels):
                          f"embeddings {gallery.shape[1]}")
 
 
-def knn(queries, gallery=None, k=1):
+def number_compared(queries, gallery=None, own=None):
+    """How many gallery rows each query is compared with; see own_rows. [Q, D], [G, D], [Q]."""
+    if gallery is None:
+        return len(queries) - 1
+    return len(gallery) - (own is not None)
+
+
+def own_rows(queries, gallery=None, own=None):
+    """The gallery row [Q] that is the query itself and never its neighbour; None if none is.
+
+    Without a gallery the queries [Q, D] are compared with each other. own [Q] int64 says it for a
+    gallery [G, D] that holds the queries. An exact duplicate in another row is a neighbour.
+    """
+    return torch.arange(len(queries), device=queries.device) if gallery is None else own
+
+
+def knn(queries, gallery=None, k=1, own=None):
     """The k nearest gallery rows of each query, exactly, nearest first.
 
-    queries [Q, D], gallery [G, D] -> (distances [Q, k], indices [Q, k] int64). Without a gallery
-    the queries are compared with each other, each left out of its own neighbours by index, so an
-    exact duplicate counts as a neighbour. Raises ValueError for k above the number of neighbours.
+    queries [Q, D], gallery [G, D] -> (distances [Q, k], indices [Q, k] int64). gallery, own: as in
+    own_rows. Raises ValueError for k above the number of neighbours.
     """
-    available = len(queries) - 1 if gallery is None else len(gallery)
+    available = number_compared(queries, gallery, own)
     if not 1 <= k <= available:
         raise ValueError(f"k = {k} neighbours of {available}; --k_vals takes 1 to {available}")
+    own = own_rows(queries, gallery, own)
     rows64, others = centred(queries, gallery)
     distances = queries.new_empty((len(queries), k))
     indices = torch.empty((len(queries), k), dtype=torch.int64, device=queries.device)
     for rows in blocks(len(queries), len(others)):
         block = torch.cdist(rows64[rows], others)                                # [rows, G]
-        if gallery is None:
-            own = torch.arange(rows.start, rows.stop, device=block.device)
-            block[own - rows.start, own] = torch.inf
+        if own is not None:
+            block.scatter_(1, own[rows].unsqueeze(1), torch.inf)
         nearest, indices[rows] = block.topk(k, largest=False)
         distances[rows] = nearest.to(distances.dtype)
     return distances, indices
@@ -91,15 +115,16 @@ def centred(queries, gallery=None):
     return (others if gallery is None else queries.double() - centre), others
 
 
-def first_match_ranks(queries, query_labels, gallery=None, gallery_labels=None):
+def first_match_ranks(queries, query_labels, gallery=None, gallery_labels=None, own=None):
     """Rank of each query's nearest true match, [Q] int64; 0 where the gallery holds none.
 
-    queries [Q, D], query_labels [Q]; gallery [G, D] and gallery_labels [G], or None.
-    The rank is one plus the number of wrong gallery rows that are nearer; a wrong row exactly as
-    near (to within float64 rounding) counts as nearer, so ties never favour the model. One pass
-    over blocks of distances gives recall at every k: no neighbour list is made.
+    queries [Q, D], query_labels [Q]; gallery [G, D] and gallery_labels [G], or None; own [Q] as in
+    own_rows. The rank is one plus the number of wrong gallery rows that are nearer; a wrong row
+    exactly as near (to within float64 rounding) counts as nearer, so ties never favour the model.
+    One pass over blocks of distances gives recall at every k: no neighbour list is made.
     """
     other_labels = query_labels if gallery is None else gallery_labels
+    own = own_rows(queries, gallery, own)
     queries, others = centred(queries, gallery)
     sq_norms = others.square().sum(1)
     rounding = 1e-14 * (sq_norms.max() + queries.square().sum(1, keepdim=True))  # [Q, 1]
@@ -108,27 +133,28 @@ def first_match_ranks(queries, query_labels, gallery=None, gallery_labels=None):
         # |q - g|^2 without |q|^2, which is the same for a whole row.
         block = torch.addmm(sq_norms, queries[rows], others.t(), alpha=-2)       # [rows, G]
         same = query_labels[rows].unsqueeze(1) == other_labels
-        if gallery is None:
-            own = torch.arange(rows.start, rows.stop, device=block.device)
-            block[own - rows.start, own] = torch.inf
-            same[own - rows.start, own] = False
+        if own is not None:
+            block.scatter_(1, own[rows].unsqueeze(1), torch.inf)
+            same.scatter_(1, own[rows].unsqueeze(1), False)
         nearest = block.masked_fill(~same, torch.inf).amin(1, keepdim=True)
         nearer_wrong = ((block <= nearest + rounding[rows]) & ~same).sum(1)
         ranks[rows] = (nearer_wrong + 1).masked_fill(nearest.squeeze(1) == torch.inf, 0)
     return ranks
 
 
-def recall_at_k(queries, query_labels, gallery=None, gallery_labels=None, k_vals=(1, 2, 4, 8)):
+def recall_at_k(queries, query_labels, gallery=None, gallery_labels=None, k_vals=(1, 2, 4, 8),
+                own=None):
     """The share of queries with a true match among their k nearest -> {"recall@k": float}.
 
     queries [Q, D], query_labels [Q]; gallery [G, D] and gallery_labels [G], or None to compare the
-    queries with each other (self left out by index). Values in [0, 1]. Queries whose class is
-    nowhere in the gallery are left out of the mean. ValueError if that leaves none, or for a k
-    outside 1 to the number of neighbours. Jegou et al., TPAMI 2011; the literature's "R@k".
+    queries with each other; a query is left out by index, see own_rows for own [Q]. Values in
+    [0, 1]. Queries whose class is nowhere in the gallery are left out of the mean. ValueError if
+    that leaves none, or for a k outside 1 to the number of neighbours. Jegou et al., TPAMI 2011;
+    the literature's "R@k".
     """
     check_embeddings(queries, query_labels, gallery, gallery_labels)
-    check_k_vals(k_vals, len(queries) - 1 if gallery is None else len(gallery))
-    ranks = first_match_ranks(queries, query_labels, gallery, gallery_labels)
+    check_k_vals(k_vals, number_compared(queries, gallery, own))
+    ranks = first_match_ranks(queries, query_labels, gallery, gallery_labels, own)
     ranks = ranks[ranks > 0].double()
     if not len(ranks):
         raise ValueError("no query has a true match to find: each class needs two images, or one "
@@ -258,20 +284,28 @@ def distance_ratio(embeddings, labels):
 
 
 def evaluate_embeddings(queries, query_labels, gallery=None, gallery_labels=None,
-                        k_vals=(1, 2, 4, 8), seed=0):
+                        k_vals=(1, 2, 4, 8), seed=0, own=None):
     """All metrics of one evaluation set -> dict "recall@k" for each k, "nmi", "f1", in [0, 1].
 
     queries [Q, D] and query_labels [Q], compared with gallery [G, D], gallery_labels [G] or,
-    without one, with each other. k-means clusters queries and gallery together, into as many
-    clusters as they have classes, starting from the seed.
+    without one, with each other; own [Q] as in own_rows. k-means clusters queries and gallery
+    together, into as many clusters as they have classes, starting from the seed.
     """
-    metrics = recall_at_k(queries, query_labels, gallery, gallery_labels, k_vals)
-    embeddings = queries if gallery is None else torch.cat([queries, gallery])
-    labels = query_labels if gallery is None else torch.cat([query_labels, gallery_labels])
+    metrics = recall_at_k(queries, query_labels, gallery, gallery_labels, k_vals, own)
+    embeddings, labels = pooled(queries, query_labels, gallery, gallery_labels, own)
     assignments, _ = kmeans(embeddings, len(labels.unique()), seed=seed)
     metrics["nmi"] = nmi(assignments, labels)
     metrics["f1"] = f1(assignments, labels)
     return metrics
+
+
+def pooled(queries, query_labels, gallery=None, gallery_labels=None, own=None):
+    """Every image of a set once -> (embeddings [N, D], labels [N]); arguments as above."""
+    if gallery is None:
+        return queries, query_labels
+    if own is not None:  # the gallery holds the queries
+        return gallery, gallery_labels
+    return torch.cat([queries, gallery]), torch.cat([query_labels, gallery_labels])
 
 
 # ---- on a network
@@ -300,24 +334,40 @@ def embed(network, dataset, device, batch_size=112, num_workers=0):
 
 def evaluate_sets(network, sets, device, k_vals, batch_size=112, num_workers=0, seed=0,
                   dist_measure=False):
-    """Embeds each set (once) and scores it -> (metrics, [(queries, gallery or None), ...]).
+    """Embeds each set and scores it -> (metrics, [(queries, gallery or None), ...]).
 
-    sets: objects with name, queries and gallery (datasets or None), as datasets.EvaluationSet.
-    metrics: one dict, its keys preceded by the set's name where it has one. With dist_measure also
+    sets: tuples (name, queries, gallery) as datasets.EvaluationSet: a dataset of queries, and the
+    dataset, or list of datasets, that they are compared with; None: with each other. A list may
+    hold the queries too, as in ("val", val, [train, val]): each is left out of its own neighbours.
+    Labels of one set's datasets are of one numbering. Each dataset is embedded once. metrics: one
+    dict, its keys preceded by the set's name where it has one. With dist_measure also
     "dist_ratio". The second result holds the sets' embeddings, [Q, D] and [G, D].
     """
-    metrics, embedded = {}, []
+    rows, metrics, embedded, sets = {}, {}, [], list(sets)
+
+    def embed_once(dataset):
+        if id(dataset) not in rows:
+            rows[id(dataset)] = embed(network, dataset, device, batch_size, num_workers)
+        return rows[id(dataset)]
+
     for name, queries, gallery in sets:
-        query_rows, query_labels = embed(network, queries, device, batch_size, num_workers)
-        gallery_rows = gallery_labels = None
+        query_rows, query_labels = embed_once(queries)
+        gallery_rows = gallery_labels = own = None
         if gallery is not None:
-            gallery_rows, gallery_labels = embed(network, gallery, device, batch_size, num_workers)
-        scores = evaluate_embeddings(query_rows, query_labels, gallery_rows, gallery_labels,
-                                     k_vals, seed)
+            parts = gallery if isinstance(gallery, (list, tuple)) else [gallery]
+            if not parts or sum(part is queries for part in parts) > 1:
+                raise ValueError(f"the set {name!r} has a gallery of {len(parts)} datasets; it "
+                                 "must have one or more, the queries among them once at most")
+            gallery_rows, gallery_labels = map(torch.cat, zip(*map(embed_once, parts)))
+            place = 0
+            for part in parts:
+                if part is queries:
+                    own = torch.arange(place, place + len(queries), device=query_rows.device)
+                place += len(part)
+        compared = query_rows, query_labels, gallery_rows, gallery_labels
+        scores = evaluate_embeddings(*compared, k_vals, seed, own)
         if dist_measure:
-            rows = query_rows if gallery is None else torch.cat([query_rows, gallery_rows])
-            labels = query_labels if gallery is None else torch.cat([query_labels, gallery_labels])
-            scores["dist_ratio"] = distance_ratio(rows, labels)
+            scores["dist_ratio"] = distance_ratio(*pooled(*compared, own))
         metrics |= {f"{name} {key}".strip(): value for key, value in scores.items()}
         embedded.append((query_rows, gallery_rows))
     return metrics, embedded
@@ -347,3 +397,36 @@ def draw_recoveries(path, queries, gallery, query_rows, gallery_rows, seed=0, ro
             row.append((others.load(i), "hit" if hit else "miss"))
         grid.append(row)
     auxiliaries.save_image_grid(path, grid)
+
+
+def draw_embeddings(path, dataset, embeddings, method="pca", seed=0, most=2000):
+    """Draws embeddings [N, D] in two dimensions, coloured by class, to an SVG file.
+
+    dataset: ImageDataset, whose labels and class names they have. method: "pca", the two
+    directions of greatest variance, or "tsne" (van der Maaten and Hinton, JMLR 2008; perplexity
+    30), which keeps neighbours together. Of more than `most` embeddings a sample drawn with the
+    seed is shown; t-SNE takes seconds for 2,000.
+    """
+    import threadpoolctl  # scikit-learn brings it along
+    from sklearn.decomposition import PCA  # here, since they take a second to import
+    from sklearn.manifold import TSNE
+
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(embeddings))[:most])
+    points = embeddings[torch.from_numpy(chosen).to(embeddings.device)].double().cpu().numpy()
+    size = np.abs(points).max()
+    points = np.pad(points - points.mean(0), ((0, 0), (0, max(0, 2 - points.shape[1]))))
+    spread = np.abs(points).max()
+    if spread <= 1e-7 * size:  # all in one place, up to rounding
+        points, drawn = np.zeros((len(points), 2)), "all in one place"
+    elif method == "tsne" and len(points) > 4:
+        # One thread: beside another program its threads wait for each other for minutes.
+        with threadpoolctl.threadpool_limits(1):
+            points = TSNE(perplexity=min(30, (len(points) - 1) / 3),
+                          random_state=seed).fit_transform(points / spread)
+        drawn = "t-SNE"
+    else:
+        points, drawn = PCA(2, svd_solver="full").fit_transform(points), "PCA"
+    names = [dataset.class_names[dataset.labels[i]] for i in chosen]
+    count = f"{len(chosen):,}" + f" of {len(embeddings):,}" * (len(chosen) < len(embeddings))
+    auxiliaries.save_scatter(path, f"{count} test embeddings, {drawn}, coloured by class", points,
+                             names)

@@ -58,6 +58,7 @@ WRITERS = {
     "checkpoint": lambda path: auxiliaries.save_checkpoint(path, {"a": torch.zeros(5000)}),
     "csv": lambda path: auxiliaries.save_csv(path, [{"epoch": 1}]),
     "plot": lambda path: auxiliaries.save_plot(path, ["title"], [("loss", {"a": [(1, 2)]})]),
+    "scatter": lambda path: auxiliaries.save_scatter(path, "title", [(0, 0), (1, 2)], ["a", "b"]),
     "grid": lambda path: auxiliaries.save_image_grid(path, [[(Image.new("L", (9, 9)), "hit")]]),
     "options": lambda path: auxiliaries.save_options(os.path.dirname(path), {"a": 1}),
 }
@@ -390,6 +391,22 @@ def test_progress_counts_the_epochs_that_were_resumed_as_done(clock):
     assert "4 images/s" in stream.getvalue() and "4s left" in stream.getvalue()
 
 
+@pytest.mark.parametrize("epochs, every, epoch", [
+    (3, 1, 1), (3, 1, 3), (10, 5, 1), (10, 5, 6), (10, 4, 1), (10, 4, 5), (10, 4, 9), (2, 7, 1),
+    (7, 7, 1), (8, 7, 8)])
+def test_progress_counts_the_pauses_to_come(clock, epochs, every, epoch):
+    progress = auxiliaries.Progress(epochs, 10, stream := Stream(terminal=True),
+                                    epochs_per_pause=every)
+    assert progress.pause("evaluating") == 0
+    clock.now += 1000
+    progress.restart()
+    clock.now += 2
+    progress.update(epoch, 0, 5, 1.0)
+    pauses = sum(later % every == 0 or later == epochs for later in range(epoch, epochs + 1))
+    seconds = 2 * (5 * (epochs - epoch + 1) - 1) + 1000 * pauses
+    assert f" {auxiliaries.duration(seconds)} left" in stream.getvalue()
+
+
 def test_progress_reads_the_loss_twice_a_second_at_most(clock):
     read = []
 
@@ -490,6 +507,103 @@ def test_values_that_are_not_finite_are_left_out(broken, tmp_path):
 
 def test_a_plot_without_panels_is_a_file(tmp_path):
     assert "title" in texts(plot(tmp_path, []))
+
+
+# ---- points
+
+
+def scatter(tmp_path, points, names, title="title", **options):
+    """The root element of points that were saved."""
+    auxiliaries.save_scatter(str(tmp_path / "points.svg"), title, points, names, **options)
+    assert not re.search(r"\b(nan|inf)\b", (tmp_path / "points.svg").read_text())
+    return ElementTree.parse(tmp_path / "points.svg").getroot()
+
+
+def groups(root):
+    """{name: (colour, [(x, y), ...])} of the points that are drawn, in pixels."""
+    found = {}
+    for group in root.iter(f"{SVG}g"):
+        if (name := group.find(f"{SVG}title")) is not None:
+            assert name.text not in found  # one group, so one colour, for each name
+            found[name.text] = group.get("fill"), [
+                (float(circle.get("cx")), float(circle.get("cy")))
+                for circle in group.findall(f"{SVG}circle")]
+    return found
+
+
+def legend(root):
+    """{name: colour} of the legend, top to bottom."""
+    outer = next(group for group in root.iter(f"{SVG}g") if group.get("transform"))
+    shown = [(float(circle.get("cy")), circle.get("fill")) for circle in
+             outer.findall(f"{SVG}circle")]
+    assert shown == sorted(shown) and len({y for y, _ in shown}) == len(shown)
+    for y, _ in shown:
+        assert 0 < y < float(root.get("height"))
+    return dict(zip([text.text for text in outer.findall(f"{SVG}text")],
+                    [colour for _, colour in shown], strict=True))
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1, 1e6])
+@pytest.mark.parametrize("count", [2, 3, 50])
+def test_points_keep_their_places_on_one_scale(tmp_path, count, scale):
+    generator = np.random.default_rng(count)
+    points = (generator.standard_normal((count, 2)) * (1, 3) + 5) * scale
+    names = [f"class {i % 3}" for i in range(count)]
+    root = scatter(tmp_path, points, names)
+    drawn = groups(root)
+    assert list(drawn) == sorted(set(names))
+    places = np.empty((count, 2))
+    for name, (_, circles) in drawn.items():
+        places[[i for i in range(count) if names[i] == name]] = circles
+    # Pixels are an even stretch of the points, turned over since they count downwards.
+    pixels = np.ptp(places, 0).max() / np.ptp(points, 0).max()
+    expected = (points - points[0]) * pixels * (1, -1) + places[0]
+    np.testing.assert_allclose(places, expected, atol=0.3)
+    frame = next(rect for rect in root.iter(f"{SVG}rect") if rect.get("stroke"))
+    left, top, width, height = (float(frame.get(key)) for key in ("x", "y", "width", "height"))
+    assert (places > (left, top)).all() and (places < (left + width, top + height)).all()
+    assert np.ptp(places, 0).max() > 600  # the picture is filled
+
+
+@pytest.mark.parametrize("count", [1, 2, 10, 11, 24, 25, 100, 2000])
+def test_every_name_has_a_colour_and_up_to_24_stand_in_a_legend(tmp_path, count):
+    names = [f"class {i:04d}" for i in range(count)] * 2
+    random.Random(0).shuffle(names)
+    root = scatter(tmp_path, np.random.default_rng(0).random((2 * count, 2)), names)
+    drawn = groups(root)
+    assert list(drawn) == sorted(set(names))
+    assert all(len(circles) == 2 for _, circles in drawn.values())
+    colours = {name: colour for name, (colour, _) in drawn.items()}
+    assert len(set(colours.values())) == count and None not in colours.values()
+    assert legend(root) == (colours if count <= 24 else {})
+    assert (float(root.get("width")) > float(root.get("height"))) == (count <= 24)
+    assert texts(root)[0] == "title"
+
+
+@pytest.mark.parametrize("points", [
+    [(3.0, -4.0)], [(0, 0)], [(1e-3, 7)] * 5, [(1e9, 1e9)] * 2, np.zeros((4, 2), np.float32),
+    [(0.5, 0.5 + 1e-16)] * 3], ids=lambda points: str(points[:1]).replace(" ", ""))
+def test_one_point_and_points_in_one_place_stand_in_the_middle(tmp_path, points):
+    root = scatter(tmp_path, points, ["a"] * len(points), size=400)
+    assert groups(root) == {"a": (auxiliaries.COLOURS[0], [(200, 200)] * len(points))}
+
+
+@pytest.mark.parametrize("points", [[(0, 0), (4, 0)], [(0, 0), (0, 4)], [(0, 1), (2, 3), (4, 5)]])
+def test_points_on_a_line_are_drawn(tmp_path, points):
+    (_, places), = groups(scatter(tmp_path, points, ["a"] * len(points))).values()
+    assert np.abs(np.subtract(places[0], places[-1])).max() == 720
+    assert len(set(places)) == len(points)
+
+
+def test_markup_in_names_of_points_is_escaped(tmp_path):
+    names = ["a < b & \"c\" > 'd' ]]> <script/> é", "</g></svg>", "&amp;", ""]
+    root = scatter(tmp_path, np.eye(4)[:, :2], names, "<b>title</b> & more")
+    assert texts(root)[0] == "<b>title</b> & more"
+    assert {name or "" for name in groups(root)} == set(names)
+    assert {name or "" for name in legend(root)} == set(names)
+
+
+# ---- ticks
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -604,3 +718,22 @@ def test_the_message_of_a_loading_process_is_found(kind):
     (FloatingPointError("  the loss is nan\n"), "the loss is nan")])
 def test_other_messages_stay_as_they_are(error, message):
     assert auxiliaries.last_line(error) == message
+
+
+def test_names_that_xml_or_utf8_do_not_know_are_written(tmp_path):
+    names = ["a\x01b", "\udcff", "plain"]
+    auxiliaries.save_scatter(tmp_path / "plot.svg", "title \x00", [(0, 0), (1, 1), (2, 0)], names)
+    root = ElementTree.parse(tmp_path / "plot.svg").getroot()
+    titles = {title.text for title in root.iter("{http://www.w3.org/2000/svg}title")}
+    assert titles == {"a?b", "?", "plain"}
+
+
+def test_a_pause_that_does_not_count_is_not_expected_again(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(auxiliaries.time, "monotonic", lambda: now[0])
+    progress = auxiliaries.Progress(9, 1, Stream(terminal=True), epochs_per_pause=3)
+    for seconds, counts in ((50, True), (2, False)):
+        progress.pause("", counts)
+        now[0] += seconds
+        progress.restart()
+    assert progress.pause_seconds == 50

@@ -7,6 +7,8 @@ in every precision, and ties and duplicates, on which metrics differ, turn up al
 import itertools
 import math
 from collections import Counter
+from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from PIL import Image
 from sklearn.cluster import KMeans
 from sklearn.metrics import normalized_mutual_info_score
 from sklearn.metrics.cluster import pair_confusion_matrix
+from threadpoolctl import threadpool_limits
 
 import auxiliaries
 import evaluate
@@ -143,8 +146,11 @@ def test_knn_refuses_k_out_of_range(k, with_gallery, most):
 # ---- recall at k
 
 
-def brute_force_ranks(queries, query_labels, gallery=None, gallery_labels=None):
-    """For each query 1 + the number of wrong rows no farther than its nearest true match, or 0."""
+def brute_force_ranks(queries, query_labels, gallery=None, gallery_labels=None, own=None):
+    """For each query 1 + the number of wrong rows no farther than its nearest true match, or 0.
+
+    own: for each query the gallery row that is left out of its neighbours.
+    """
     others, other_labels = ((queries, query_labels) if gallery is None
                             else (gallery, gallery_labels))
     queries, others = queries.double().tolist(), others.double().tolist()
@@ -153,7 +159,7 @@ def brute_force_ranks(queries, query_labels, gallery=None, gallery_labels=None):
     for i, query in enumerate(queries):
         right, wrong = [], []
         for j, other in enumerate(others):
-            if gallery is None and j == i:
+            if j == (i if gallery is None else None if own is None else own[i]):
                 continue
             sq_distance = sum((a - b) ** 2 for a, b in zip(query, other))
             (right if other_labels[j] == query_labels[i] else wrong).append(sq_distance)
@@ -161,8 +167,9 @@ def brute_force_ranks(queries, query_labels, gallery=None, gallery_labels=None):
     return ranks
 
 
-def brute_force_recall(queries, query_labels, gallery=None, gallery_labels=None, k_vals=(1, 2, 4)):
-    ranks = brute_force_ranks(queries, query_labels, gallery, gallery_labels)
+def brute_force_recall(queries, query_labels, gallery=None, gallery_labels=None, k_vals=(1, 2, 4),
+                       own=None):
+    ranks = brute_force_ranks(queries, query_labels, gallery, gallery_labels, own)
     found = [rank for rank in ranks if rank]
     return {f"recall@{k}": sum(rank <= k for rank in found) / len(found) for k in k_vals}
 
@@ -356,6 +363,131 @@ def test_no_query_with_a_true_match(labels, gallery_labels):
     gallery_labels = None if gallery_labels is None else torch.tensor(gallery_labels)
     with pytest.raises(ValueError, match="no query has a true match"):
         evaluate.recall_at_k(unit_rows(len(labels), 3), labels, gallery, gallery_labels, (1,))
+
+
+# ---- a gallery that holds the queries
+
+
+def own_problem(problem, seed=0):
+    """(queries, labels, gallery, gallery labels) -> the same with the queries in the gallery, own.
+
+    The gallery's rows are shuffled; own says where each query lies among them.
+    """
+    queries, labels, gallery, gallery_labels = problem
+    count = len(queries) + len(gallery)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return (queries, labels, torch.cat([queries, gallery])[order],
+            torch.cat([labels, gallery_labels])[order], order.argsort()[:len(queries)])
+
+
+def test_own_by_hand():
+    # On a line: queries A at 0 and B at 1 are rows 2 and 0 of the gallery, beside A at 5 and B at
+    # 1. From A 0 both B are nearer than A 5: rank 3. From B 1 its copy is nearest: rank 1.
+    gallery, labels = torch.tensor([[1.], [5.], [0.], [1.]]), torch.tensor([1, 0, 0, 1])
+    problem = torch.tensor([[0.], [1.]]), torch.tensor([0, 1]), gallery, labels
+    own = torch.tensor([2, 0])
+    assert evaluate.first_match_ranks(*problem, own).tolist() == [3, 1]
+    assert evaluate.recall_at_k(*problem, (1, 2, 3), own) == {
+        "recall@1": 0.5, "recall@2": 0.5, "recall@3": 1.0}
+    assert evaluate.recall_at_k(*problem, (1, 4)) == {"recall@1": 1.0, "recall@4": 1.0}
+    distances, indices = evaluate.knn(problem[0], gallery, 3, own)
+    assert distances.tolist() == [[1, 1, 5], [0, 1, 4]]
+    assert set(indices[0, :2].tolist()) == {0, 3} and indices[1].tolist() == [3, 2, 1]
+
+
+@pytest.mark.parametrize("elements", BLOCK_SIZES)
+@pytest.mark.parametrize("count, others, k", [(1, 1, 1), (9, 4, 12), (40, 30, 5)])
+def test_knn_without_the_queries_themselves_equals_brute_force(monkeypatch, elements, count,
+                                                               others, k):
+    monkeypatch.setattr(evaluate, "BLOCK_ELEMENTS", elements)
+    labels = torch.zeros(count).long(), torch.zeros(others).long()
+    queries, _, gallery, _, own = own_problem(
+        (unit_rows(count, 6), labels[0], unit_rows(others, 6, seed=1), labels[1]))
+    expected = float64_distances(queries, gallery)
+    assert (expected[range(count), own] == 0).all()
+    expected[range(count), own] = np.inf
+    order = expected.argsort(1)[:, :k]
+    distances, indices = evaluate.knn(queries, gallery, k, own)
+    assert indices.tolist() == order.tolist()
+    np.testing.assert_allclose(distances, np.take_along_axis(expected, order, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("elements", BLOCK_SIZES)
+def test_copies_of_a_query_in_other_rows_are_neighbours(monkeypatch, elements):
+    monkeypatch.setattr(evaluate, "BLOCK_ELEMENTS", elements)
+    queries = unit_rows(20, 16)
+    gallery = queries.repeat(3, 1)  # query i is row i + 20; i and i + 40 are copies
+    own = torch.arange(20, 40)
+    distances, indices = evaluate.knn(queries, gallery, 2, own)
+    assert [set(row) for row in indices.tolist()] == [{i, i + 40} for i in range(20)]
+    assert distances.max() < 2e-3
+    labels = torch.cat([torch.arange(20) + 100, torch.arange(20), torch.arange(20)])
+    ranks = evaluate.first_match_ranks(queries, torch.arange(20), gallery, labels, own)
+    assert ranks.tolist() == [2] * 20  # the wrong copy is as near as the right one
+
+
+@pytest.mark.parametrize("first_seed", [0, 100, 200])
+def test_recall_without_the_queries_themselves_equals_brute_force(first_seed):
+    wrong = []
+    for seed in range(first_seed, first_seed + 100):
+        *problem, own = own_problem(whole_number_problem(seed, True), seed)
+        expected = brute_force_ranks(*problem, own=own.tolist())
+        recall = brute_force_recall(*problem, own=own.tolist())
+        if (evaluate.first_match_ranks(*problem, own).tolist() != expected
+                or evaluate.recall_at_k(*problem, k_vals=(1, 2, 4), own=own) != recall):
+            wrong.append(seed)
+    assert not wrong, f"{len(wrong)} of 100 seeds differ"
+
+
+@pytest.mark.parametrize("elements", BLOCK_SIZES)
+@pytest.mark.parametrize("seed", range(5))
+def test_recall_without_the_queries_themselves_without_ties(monkeypatch, elements, seed):
+    monkeypatch.setattr(evaluate, "BLOCK_ELEMENTS", elements)
+    generator = torch.Generator().manual_seed(seed)
+    *problem, own = own_problem((unit_rows(30, 8, seed), random_ints(6, 30, generator),
+                                 unit_rows(25, 8, seed + 1000), random_ints(5, 25, generator)))
+    assert evaluate.recall_at_k(*problem, k_vals=(1, 2, 4), own=own) == (
+        brute_force_recall(*problem, own=own.tolist()))
+
+
+def test_a_query_whose_only_true_match_is_itself_is_left_out():
+    rows, labels = unit_rows(5, 3), torch.tensor([0, 0, 1, 2, 3])
+    ranks = evaluate.first_match_ranks(rows[2:3], labels[2:3], rows, labels, torch.tensor([2]))
+    assert ranks.tolist() == [0]
+    with pytest.raises(ValueError, match="no query has a true match"):
+        evaluate.recall_at_k(rows[2:], labels[2:], rows, labels, (1,), torch.arange(2, 5))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_queries_as_their_own_gallery_are_the_queries_alone(seed):
+    queries, labels = whole_number_problem(seed, False)
+    own = torch.arange(len(queries))
+    gallery = queries.clone(), labels.clone()
+    expected = evaluate.evaluate_embeddings(queries, labels, k_vals=(1, 3), seed=seed)
+    assert evaluate.evaluate_embeddings(queries, labels, *gallery, (1, 3), seed, own) == expected
+    for ours, theirs in zip(evaluate.knn(queries, gallery[0], 3, own),
+                            evaluate.knn(queries, None, 3)):
+        assert torch.equal(ours, theirs)
+
+
+def test_own_takes_one_from_the_number_compared():
+    rows, labels = unit_rows(6, 2), torch.arange(6) % 2
+    own = torch.arange(6)
+    numbers = [evaluate.number_compared(*arguments) for arguments in (
+        (rows,), (rows, rows[:4]), (rows, rows, own))]
+    assert numbers == [5, 4, 5]
+    assert evaluate.recall_at_k(rows, labels, rows, labels, (5,), own) == {"recall@5": 1.0}
+    with pytest.raises(ValueError, match="--k_vals 6: .*1 to 5"):
+        evaluate.recall_at_k(rows, labels, rows, labels, (6,), own)
+    with pytest.raises(ValueError, match="k = 6 .* 1 to 5"):
+        evaluate.knn(rows, rows, 6, own)
+    evaluate.knn(rows, rows, 6)  # without own the query is a neighbour like any other
+
+
+def test_own_rows():
+    rows, own = unit_rows(4, 2), torch.tensor([3, 1, 0, 2])
+    assert evaluate.own_rows(rows).tolist() == [0, 1, 2, 3]
+    assert evaluate.own_rows(rows, rows) is None and evaluate.own_rows(rows, rows, own) is own
 
 
 # ---- k-means
@@ -688,6 +820,19 @@ def test_queries_and_gallery_are_clustered_together(monkeypatch):
     assert scores["nmi"] == evaluate.nmi(torch.arange(11) % 2, labels)
 
 
+def test_a_gallery_that_holds_the_queries_is_clustered_without_them_twice(monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluate, "kmeans", lambda embeddings, num_clusters, **_: (
+        seen.append((embeddings, num_clusters)), (torch.arange(len(embeddings)) % 2, None))[1])
+    gallery, labels = unit_rows(7, 4), torch.tensor([0, 0, 1, 1, 2, 7, 7])
+    scores = evaluate.evaluate_embeddings(gallery[2:5], labels[2:5], gallery, labels, (1,),
+                                          own=torch.arange(2, 5))
+    (embeddings, clusters), = seen
+    assert torch.equal(embeddings, gallery) and clusters == 4
+    assert scores["f1"] == evaluate.f1(torch.arange(7) % 2, labels)
+    assert scores["nmi"] == evaluate.nmi(torch.arange(7) % 2, labels)
+
+
 # ---- embeddings of a network
 
 
@@ -800,6 +945,87 @@ def test_evaluate_sets_puts_the_names_first_and_embeds_each_set_once():
     assert {key: metrics[f"shop {key}"] for key in expected} == expected
 
 
+class Places:
+    """A network that puts images at one of twelve places, so that many coincide; keeps count."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, images):
+        numbers = images[:, 0, 0, 0].long()
+        self.seen += numbers.tolist()
+        return torch.stack([numbers * 7 % 4, numbers * 5 % 3], 1).double()
+
+
+@pytest.mark.parametrize("gallery", [("train", "val"), ("val", "train"), ("val",),
+                                     ("train", "val", "more"), ("train", "more")], ids=str)
+@pytest.mark.parametrize("batch_size", [3, 100])
+def test_a_set_against_several_datasets_is_brute_force_over_all_of_them(gallery, batch_size):
+    generator = torch.Generator().manual_seed(0)
+    parts = {name: Numbered(random_ints(4, count, generator).tolist(), list("abcd"), offset)
+             for name, count, offset in (("train", 20, 100), ("val", 11, 0), ("more", 6, 200))}
+    network = Places()
+    metrics, embedded = evaluate.evaluate_sets(
+        network, [("val", parts["val"], [parts[name] for name in gallery])], "cpu", (1, 2, 4),
+        batch_size, dist_measure=True)
+    # Each dataset once, the queries first.
+    names = list(dict.fromkeys(("val", *gallery)))
+    assert network.seen == [parts[name].offset + i for name in names
+                            for i in range(len(parts[name]))]
+
+    others = torch.cat([Places()(parts[name].images()) for name in gallery])
+    labels = torch.tensor(sum((parts[name].labels for name in gallery), []))
+    queries, query_labels = Places()(parts["val"].images()), torch.tensor(parts["val"].labels)
+    own = None
+    if "val" in gallery:
+        start = sum(len(parts[name]) for name in gallery[:gallery.index("val")])
+        own = list(range(start, start + 11))
+    expected = brute_force_recall(queries, query_labels, others, labels, own=own)
+    assert {key: metrics[f"val {key}"] for key in expected} == expected
+    if own:  # with themselves among their neighbours they would do better
+        assert expected["recall@4"] < brute_force_recall(queries, query_labels, others, labels)[
+            "recall@4"]
+    pool = (others, labels) if own else (torch.cat([queries, others]),
+                                         torch.cat([query_labels, labels]))
+    assert metrics["val dist_ratio"] == pytest.approx(slow_distance_ratio(*pool), rel=1e-4)
+    assignments, _ = evaluate.kmeans(pool[0].float(), 4)
+    assert metrics["val f1"] == evaluate.f1(assignments, pool[1])
+    (query_rows, gallery_rows), = embedded
+    assert torch.equal(query_rows.double(), queries) and torch.equal(gallery_rows.double(), others)
+
+
+def test_datasets_of_several_sets_are_embedded_once():
+    train = Numbered([i % 3 for i in range(9)], offset=100)
+    val = Numbered([i % 3 for i in range(7)])
+    sets = [("train", train, None), ("val", val, [train, val]), ("alone", val, None),
+            ("apart", val, train)]
+    network = Places()
+    metrics, embedded = evaluate.evaluate_sets(network, sets, "cpu", (1, 2), 4)
+    assert sorted(network.seen) == [*range(7), *range(100, 109)]
+    assert len(embedded) == 4 and embedded[1][1].shape == (16, 2)
+    for one in sets:
+        alone, _ = evaluate.evaluate_sets(Places(), [one], "cpu", (1, 2), 4)
+        assert alone == {key: value for key, value in metrics.items() if key in alone}
+        assert len(alone) == 4
+
+
+def test_the_queries_as_their_own_gallery_are_a_set_without_one():
+    dataset = Numbered([i % 3 for i in range(12)])
+    scores = [evaluate.evaluate_sets(small_network(), [("", dataset, gallery)], "cpu", (1, 2),
+                                     dist_measure=True)[0] for gallery in (None, dataset,
+                                                                           [dataset])]
+    assert scores[0] == scores[1] == scores[2]
+
+
+def test_another_dataset_of_the_same_images_is_a_gallery_like_any_other():
+    val, copy = (Numbered([i % 3 for i in range(12)]) for _ in range(2))
+    train = Numbered([i % 3 for i in range(9)], offset=100)
+    metrics, embedded = evaluate.evaluate_sets(small_network(), [("", val, [train, copy])], "cpu",
+                                               (1,))
+    assert metrics["recall@1"] == 1  # every query finds its copy
+    assert embedded[0][1].shape == (21, 5)
+
+
 # ---- sample recoveries
 
 
@@ -890,3 +1116,176 @@ def test_recoveries_are_written_as_a_picture(tmp_path):
     with Image.open(path) as picture:
         assert picture.format == "PNG" and min(picture.size) > 4 * 8
     assert [file.name for file in tmp_path.iterdir()] == ["recoveries.png"]
+
+
+# ---- embeddings in two dimensions
+
+METHODS = ("pca", "tsne")
+
+
+@pytest.fixture
+def scattered(monkeypatch):
+    """What draw_embeddings hands to the picture: title, points [N, 2], names.
+
+    On one thread: t-SNE's threads wait for each other, which takes minutes on a busy machine.
+    """
+    captured = []
+
+    def save_scatter(path, title, points, names):
+        captured.append(SimpleNamespace(title=title, points=np.asarray(points), names=list(names)))
+
+    monkeypatch.setattr(auxiliaries, "save_scatter", save_scatter)
+    with threadpool_limits(1):
+        yield captured
+
+
+def stretched(count, dimensions, seed=0):
+    """Rows whose spread differs from dimension to dimension, in no order, around no origin."""
+    rows = torch.randn(count, dimensions, generator=torch.Generator().manual_seed(seed))
+    return rows * ((torch.arange(dimensions) * 3 + 1) % dimensions + 0.5) + 10
+
+
+@pytest.mark.parametrize("count, dimensions", [(5, 2), (40, 5), (4, 9), (60, 128)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_pca_shows_the_two_directions_of_greatest_spread(scattered, count, dimensions, dtype):
+    rows = stretched(count, dimensions).to(dtype)
+    before = rows.clone()
+    dataset = Numbered([i % 4 for i in range(count)])
+    evaluate.draw_embeddings("unused", dataset, rows, "pca")
+    centred = rows.double().numpy() - rows.double().numpy().mean(0)
+    _, directions = np.linalg.eigh(centred.T @ centred)  # the greatest last
+    drawn, = scattered
+    assert drawn.points.shape == (count, 2) and torch.equal(rows, before)
+    for axis in (0, 1):
+        expected = centred @ directions[:, -1 - axis]
+        sign = np.sign((expected * drawn.points[:, axis]).sum())  # a direction has no sign
+        np.testing.assert_allclose(drawn.points[:, axis], sign * expected, atol=1e-8)
+    assert drawn.names == [f"class {i % 4}" for i in range(count)]
+    assert drawn.title == f"{count} test embeddings, PCA, coloured by class"
+
+
+def test_tsne_keeps_neighbours_together(scattered):
+    rows, labels = blobs([12, 9, 15], 10, 0.02)
+    order = torch.randperm(36, generator=torch.Generator().manual_seed(1))
+    dataset = Numbered(labels[order].tolist(), ["cat", "dog", "emu"])
+    evaluate.draw_embeddings("unused", dataset, rows[order], "tsne")
+    drawn, = scattered
+    assert drawn.names == [["cat", "dog", "emu"][label] for label in labels[order]]
+    assert drawn.title == "36 test embeddings, t-SNE, coloured by class"
+    distances = np.linalg.norm(drawn.points[:, None] - drawn.points[None], axis=2)
+    np.fill_diagonal(distances, np.inf)
+    assert [drawn.names[i] for i in distances.argmin(1)] == drawn.names
+    flat = centred_pca(rows[order])
+    assert np.abs(drawn.points - flat).max() > 1  # it is not the other method
+
+
+def centred_pca(rows):
+    rows = rows.double().numpy() - rows.double().numpy().mean(0)
+    return rows @ np.linalg.svd(rows)[2][:2].T
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_drawn_embeddings_depend_on_the_seed_alone(scattered, method):
+    dataset, rows = Numbered([i % 4 for i in range(30)]), unit_rows(30, 6)
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    for seed in (1, 1, 2):
+        evaluate.draw_embeddings("unused", dataset, rows, method, seed, most=20)
+    first, again, other = scattered
+    assert first.title == again.title and first.names == again.names
+    assert np.array_equal(first.points, again.points)
+    assert not np.array_equal(first.points, other.points)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.random.get_state()[1].tolist() == states[1]
+
+
+@pytest.mark.parametrize("count, most, shown, title", [
+    (30, 20, 20, "20 of 30"), (30, 30, 30, "30"), (30, 31, 30, "30"), (30, 1, 1, "1 of 30"),
+    (2600, 1500, 1500, "1,500 of 2,600"), (2600, 2000, 2000, "2,000 of 2,600")])
+def test_of_many_embeddings_a_sample_is_drawn(scattered, count, most, shown, title):
+    # In one dimension, so the points say which rows were drawn; each is a class of its own.
+    rows, names = torch.arange(count).float().unsqueeze(1), [f"row {i}" for i in range(count)]
+    dataset = Numbered(range(count), names)
+    for seed in (3, 3, 4):
+        evaluate.draw_embeddings("unused", dataset, rows, "pca", seed, most)
+    first, again, other = scattered
+    drawn = "PCA" if shown > 1 else "all in one place"
+    assert first.title == f"{title} test embeddings, {drawn}, coloured by class"
+    numbers = np.array([int(name.split()[1]) for name in first.names])
+    assert len(numbers) == len(set(numbers)) == shown and max(numbers) < count
+    assert first.names == again.names
+    assert (first.names == other.names) == (shown == count)
+    places = first.points[:, 0] * (-1 if first.points[0, 0] > first.points[-1, 0] else 1)
+    np.testing.assert_allclose(places, numbers - numbers.mean(), atol=1e-6)
+
+
+def test_no_more_than_two_thousand_are_drawn_unless_asked_for(scattered):
+    dataset = Numbered([i % 5 for i in range(2001)])
+    evaluate.draw_embeddings("unused", dataset, unit_rows(2001, 2))
+    assert scattered[0].title.startswith("2,000 of 2,001 ") and "PCA" in scattered[0].title
+
+
+FEW = {"one": unit_rows(1, 3), "two": unit_rows(2, 3), "four": unit_rows(4, 3),
+       "five": unit_rows(5, 3), "two in one dimension": torch.tensor([[1.], [2.]]),
+       "nine in one dimension": torch.arange(9.).unsqueeze(1),
+       "equal": torch.full((9, 4), 0.1), "zero": torch.zeros(7, 4),
+       "equal in one dimension": torch.full((6, 1), 0.3),
+       "two places": torch.tensor([[0., 1.], [1., 0.]]).repeat(9, 1),
+       "all but one equal": torch.cat([torch.full((19, 3), 0.1), torch.zeros(1, 3)]),
+       "nearly equal": nearly_collapsed(20, 8, spread=1e-6)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rows", FEW.values(), ids=FEW.keys())
+@pytest.mark.filterwarnings("error")
+def test_few_or_equal_embeddings_are_drawn(scattered, method, rows):
+    evaluate.draw_embeddings("unused", Numbered([i % 2 for i in range(len(rows))]), rows, method)
+    drawn, = scattered
+    assert drawn.points.shape == (len(rows), 2) and np.isfinite(drawn.points).all()
+    if len(rows.unique(dim=0)) == 1:
+        assert (drawn.points == 0).all()
+    elif method == "pca" or len(rows) < 5:  # then the greatest distance is kept
+        assert np.ptp(drawn.points[:, 0]) == pytest.approx(
+            np.ptp(centred_pca(rows)[:, 0]), rel=1e-6)
+    else:
+        assert np.ptp(drawn.points[:, 0]) > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_drawn_embeddings_are_written_as_a_picture(method, tmp_path):
+    rows, labels = blobs([4, 6, 2], 5, 0.1)
+    dataset = Numbered(labels.tolist(), ["cat & dog", "<emu>", "fox"])
+    with threadpool_limits(1):
+        evaluate.draw_embeddings(tmp_path / "embeddings.svg", dataset, rows, method)
+    assert [file.name for file in tmp_path.iterdir()] == ["embeddings.svg"]
+    svg = "{http://www.w3.org/2000/svg}"
+    root = ElementTree.parse(tmp_path / "embeddings.svg").getroot()
+    groups = {group.find(f"{svg}title").text: len(group.findall(f"{svg}circle"))
+              for group in root.iter(f"{svg}g") if group.find(f"{svg}title") is not None}
+    assert groups == {"cat & dog": 4, "<emu>": 6, "fox": 2}
+
+
+@pytest.mark.parametrize("rows", [
+    torch.full((9, 4), 0.1, dtype=torch.float64), 1e-30 * unit_rows(30, 5),
+    torch.cat([torch.zeros(30, 3), torch.full((1, 3), 1e-30)])])
+def test_the_least_spread_is_drawn(scattered, rows):
+    evaluate.draw_embeddings("unused", Numbered([i % 2 for i in range(len(rows))]), rows, "tsne")
+    assert np.isfinite(scattered[0].points).all()
+
+
+def test_sets_may_come_from_a_generator():
+    first, second = unit_rows(6, 3), unit_rows(6, 4)[:, :3]
+    labels = torch.arange(6) % 2
+    sets = [(str(i), torch.utils.data.TensorDataset(rows, labels), None)
+            for i, rows in enumerate((first, second))]
+    listed = evaluate.evaluate_sets(lambda rows: rows, sets, "cpu", [1])
+    made = evaluate.evaluate_sets(lambda rows: rows, (
+        (name, torch.utils.data.TensorDataset(*dataset.tensors), None)
+        for name, dataset, _ in sets), "cpu", [1])
+    assert made[0] == listed[0]
+
+
+def test_a_gallery_of_nothing_or_of_the_queries_twice():
+    dataset = torch.utils.data.TensorDataset(unit_rows(6, 3), torch.arange(6) % 2)
+    for gallery in ([], [dataset, dataset]):
+        with pytest.raises(ValueError, match="gallery of . datasets"):
+            evaluate.evaluate_sets(lambda rows: rows, [("val", dataset, gallery)], "cpu", [1])
