@@ -3,17 +3,19 @@
 BaseTrainer owns the loop, the batches and everything around a step; a trainer class says how a
 batch becomes losses (calculate_loss) and which models and losses it knows. Constructor and
 dictionaries are those of the trainers of pytorch-metric-learning, so a script written for them
-runs here. Options and files are not known here: hooks are where a caller evaluates, logs and
-saves.
+runs here. Options are not known here. Hooks are where a caller evaluates, logs and saves; those
+that most callers want, Validation and TensorBoardLog, stand at the end.
 """
 
 import copy
+import functools
 import warnings
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+import auxiliaries
 from samplers import Sampler, draw_columns
 
 
@@ -33,10 +35,17 @@ def add_arguments(parser):
     group.add_argument("--n_epochs", type=int, default=None, metavar="N",
                        help="passes over the training images. Default 70 (reference runs); glyphs "
                             "20")
-    group.add_argument("--scheduler", choices=("step", "exp", "none"), default="step",
+    group.add_argument("--scheduler", choices=("step", "exp", "plateau", "none"), default="step",
                        help="step: every learning rate times --gamma after each epoch of --tau. "
-                            "exp: times --gamma after every epoch. Default %(default)s (reference "
-                            "runs)")
+                            "exp: times --gamma after every epoch. plateau: times --gamma when "
+                            "the first recall was no better in --plateau_patience evaluations. "
+                            "Default %(default)s (reference runs)")
+    group.add_argument("--plateau_patience", type=int, default=5, metavar="N",
+                       help="evaluations in a row without a better recall that --scheduler "
+                            "plateau waits for; useful 2 to 10. Default %(default)s")
+    group.add_argument("--patience", type=int, default=None, metavar="N",
+                       help="end the run after N evaluations in a row without a better first "
+                            "recall; useful 5 to 20. Default: all of --n_epochs (reference code)")
     group.add_argument("--gamma", type=float, default=0.3, metavar="G",
                        help="factor of the scheduler, above 0, at most 1. Default %(default)s "
                             "(reference runs)")
@@ -88,6 +97,8 @@ class NothingMined(Exception):
 
 def not_empty(indices):
     """Returns a miner's indices, a tensor or a tuple of tensors; NothingMined if none."""
+    if indices is None:
+        raise NothingMined
     parts = indices if isinstance(indices, (tuple, list)) else (indices,)
     if all(hasattr(part, "__len__") and not len(part) for part in parts):
         raise NothingMined
@@ -128,7 +139,8 @@ class BaseTrainer:
     required_losses = ("metric_loss",)
     regularisers = ()  # losses without a function in loss_funcs
     miner_names = ("subset_batch_miner", "tuple_miner")
-    collate = None  # the default collate_fn: torch's own
+
+    STATE_GROUPS = ("models", "loss_funcs", "optimizers", "lr_schedulers")
 
     def __init__(self, models, optimizers, batch_size, loss_funcs, dataset, mining_funcs=None,
                  iterations_per_epoch=None, data_device=None, dtype=None, loss_weights=None,
@@ -147,7 +159,6 @@ class BaseTrainer:
         self.dtype = dtype
         self.loss_weights = self.complete_loss_weights(loss_weights)
         self.sampler = sampler
-        self.collate_fn = collate_fn or self.collate
         self.lr_schedulers = lr_schedulers or {}
         self.gradient_clippers = gradient_clippers or {}
         self.freeze_these = freeze_these
@@ -155,15 +166,17 @@ class BaseTrainer:
         self.label_hierarchy_level = label_hierarchy_level
         self.dataloader_num_workers = dataloader_num_workers
         self.data_and_label_getter = data_and_label_getter or (lambda item: item)
+        self.collate_fn = collate_fn or self.default_collate()
         self.dataset_labels = dataset_labels
         self.set_min_label_to_zero = set_min_label_to_zero
         self.end_of_iteration_hook = end_of_iteration_hook or (lambda trainer: None)
         self.end_of_epoch_hook = end_of_epoch_hook or (lambda trainer: None)
         self.losses = {}
+        self.stepped_schedulers = set()
         self.unchecked_losses = []
         self.skipped_steps = 0
         self.idle = ()  # models that do not learn at present
-        self.epoch = self.iteration = 0
+        self.epoch = self.iteration = self.last_epoch = 0
         self.check_keys()
         self.label_ranks = self.rank_labels()
         self.loader = self.make_loader()
@@ -178,7 +191,7 @@ class BaseTrainer:
 
     def train(self, start_epoch=1, num_epochs=1):
         """Trains from epoch start_epoch to epoch num_epochs, both included and counted from 1."""
-        self.batches, self.passes = None, start_epoch - 1
+        self.batches, self.passes, self.last_epoch = None, start_epoch - 1, num_epochs
         for self.epoch in range(start_epoch, num_epochs + 1):
             self.set_to_train()
             for self.iteration in range(self.iterations_per_epoch):
@@ -259,9 +272,18 @@ class BaseTrainer:
                                      "learning rate (--lr) is too high")
 
     def step_schedulers(self, suffix, *value):
-        """Steps the schedulers whose key ends in the suffix."""
+        """Steps the schedulers whose key ends in the suffix, those of networks at rest too."""
         for name, scheduler in self.lr_schedulers.items():
-            if name.endswith(suffix):
+            if not name.endswith(suffix):
+                continue
+            if name in self.stepped_schedulers:
+                scheduler.step(*value)
+                continue
+            self.stepped_schedulers.add(name)
+            # At its first step torch warns of an optimizer that has not stepped: its network
+            # rests, or the first batches were skipped. The schedule counts them all the same.
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
                 scheduler.step(*value)
 
     def step_lr_plateau_schedulers(self, value):
@@ -272,7 +294,43 @@ class BaseTrainer:
         """Iterations since the first epoch."""
         return self.iteration + self.iterations_per_epoch * (self.epoch - 1)
 
+    def state_dict(self):
+        """Epoch and the states of all models, losses, optimizers and schedulers, for a file."""
+        return {"epoch": self.epoch,
+                **{group: {name: part.state_dict() for name, part in getattr(self, group).items()
+                           if hasattr(part, "state_dict")} for group in self.STATE_GROUPS}}
+
+    def load_state_dict(self, state):
+        """Takes back what state_dict gave; ValueError names what the state lacks or misfits.
+
+        After an error the trainer is in part the old one and in part the new one.
+        """
+        for group in self.STATE_GROUPS:
+            parts = {name: part for name, part in getattr(self, group).items()
+                     if hasattr(part, "state_dict")}
+            try:
+                saved = state[group]
+                differing = sorted(saved.keys() ^ parts.keys())
+                epoch = int(state["epoch"])
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise ValueError(f"not the state of a trainer: {group} or epoch is missing"
+                                 ) from error
+            if differing:
+                raise ValueError(f"the saved {group} are {', '.join(saved) or 'none'}, the "
+                                 f"trainer's {', '.join(parts) or 'none'}")
+            for name, part in parts.items():
+                try:
+                    part.load_state_dict(saved[name])
+                except Exception as error:  # each kind of part has its own errors
+                    raise ValueError(f"the saved {name} of {group} does not fit: {error}"
+                                     ) from error
+        self.epoch = epoch
+
     # Batches
+
+    def default_collate(self):
+        """What makes a batch of items without a collate_fn; None: torch's own way."""
+        return None
 
     def make_loader(self):
         """torch's DataLoader over the dataset.
@@ -337,7 +395,7 @@ class BaseTrainer:
         self.set_to_eval()
         indices = self.mining_funcs["subset_batch_miner"](self.compute_embeddings(data), labels)
         self.set_to_train()
-        if not len(labels[indices]):
+        if not len(labels[not_empty(indices)]):  # none where a mask is False everywhere
             raise NothingMined
         return data[indices], labels[indices]
 
@@ -472,7 +530,8 @@ class CascadedEmbeddings(BaseTrainer):
     (optional), "classifier_0": ... and so on (optional)}; loss_funcs: {"metric_loss_0": ..., for
     each section, "classifier_loss_0": ... for each classifier}; mining_funcs: {"tuple_miner_0":
     ... (optional)}. Departs from the paper: which tuples are hard in a section is its own miner's
-    decision, not that of the sections before; all sections share one trunk's features.
+    decision, not that of the sections before; all sections share one trunk's features. A section
+    whose miner returns nothing rests for that step; the step is skipped where all do.
     """
 
     def __init__(self, embedding_sizes, *args, **kwargs):
@@ -495,15 +554,21 @@ class CascadedEmbeddings(BaseTrainer):
             raise ValueError(f"embedding_sizes {self.embedding_sizes} sum to "
                              f"{sum(self.embedding_sizes)}, the embedding has "
                              f"{embeddings.shape[1]}")
-        losses = {}
+        losses, resting = {}, 0
         for i, section in enumerate(embeddings.split(self.embedding_sizes, dim=1)):
-            indices_tuple = self.mine_tuples(section, labels, f"tuple_miner_{i}")
-            losses[f"metric_loss_{i}"] = self.loss_funcs[f"metric_loss_{i}"](section, labels,
-                                                                             indices_tuple)
+            try:
+                indices_tuple = self.mine_tuples(section, labels, f"tuple_miner_{i}")
+                losses[f"metric_loss_{i}"] = self.loss_funcs[f"metric_loss_{i}"](
+                    section, labels, indices_tuple)
+            except NothingMined:
+                losses[f"metric_loss_{i}"] = section[:0].sum()  # zero, in the graph
+                resting += 1
             if f"classifier_{i}" in self.models:
                 logits = self.models[f"classifier_{i}"](section)
                 losses[f"classifier_loss_{i}"] = self.loss_funcs[f"classifier_loss_{i}"](
                     logits, labels)
+        if resting == len(self.embedding_sizes):
+            raise NothingMined
         return losses
 
 
@@ -551,10 +616,19 @@ class DeepAdversarialMetricLearning(BaseTrainer):
                          for name, model in self.models.items()}
 
     def complete_loss_weights(self, weights):
-        if weights is None:
+        if not weights:
             return dict.fromkeys((*self.loss_funcs, *self.regularisers), 1)
         return {name.replace("g_hard_lss", "g_hard_loss"): weight
                 for name, weight in weights.items()}
+
+    def train(self, start_epoch=1, num_epochs=1):
+        """As BaseTrainer.train; afterwards all that could learn before can learn again."""
+        try:
+            super().train(start_epoch, num_epochs)
+        finally:
+            for name, weights in self.learning.items():
+                for weight in weights:
+                    weight.requires_grad_(name not in self.freeze_these)
 
     def set_to_train(self):
         """Also: which networks learn, and which losses count, in this epoch's phase."""
@@ -645,12 +719,18 @@ class UnsupervisedEmbeddingsUsingAugmentations(MetricLossOnly):
         self.data_and_label_setter = data_and_label_setter or (lambda batch: batch)
         super().__init__(*args, **kwargs)
 
-    def collate(self, items):
-        """Items of the dataset -> all their views [B x N, ...] and the items' places [B x N]."""
-        data = [self.data_and_label_getter(item)[0] for item in items]
-        samples = torch.stack([transform(x) for x in data for transform in self.transforms])
-        labels = torch.arange(len(data)).repeat_interleave(len(self.transforms))
-        return self.data_and_label_setter((samples, labels))
+    def default_collate(self):
+        # Not a method of the trainer: the loader would hold the trainer, which holds the loader.
+        return functools.partial(collate_views, transforms=self.transforms,
+                                 getter=self.data_and_label_getter,
+                                 setter=self.data_and_label_setter)
+
+
+def collate_views(items, transforms, getter, setter):
+    """Items of a dataset -> all their views [B x N, ...] and the items' places [B x N]."""
+    data = [getter(item)[0] for item in items]
+    samples = torch.stack([transform(x) for x in data for transform in transforms])
+    return setter((samples, torch.arange(len(data)).repeat_interleave(len(transforms))))
 
 
 class TwoStreamMetricLoss(BaseTrainer):
@@ -658,7 +738,8 @@ class TwoStreamMetricLoss(BaseTrainer):
 
     dataset: items (anchor, positive, label). models, loss_funcs: as MetricLossOnly. mining_funcs:
     {"tuple_miner": callable(anchors [B, D], labels [B], others [B, D], labels [B]) -> (a, p, n) or
-    (a1, p, a2, n), a an index of anchors, p and n of others}; without one, all triplets.
+    (a1, p, a2, n), a an index of anchors, p and n of others, or the same as [T, 3] or [T, 4]};
+    without one, all triplets.
     """
 
     miner_names = ("tuple_miner",)
@@ -680,17 +761,144 @@ class TwoStreamMetricLoss(BaseTrainer):
         else:
             same = labels.unsqueeze(1) == labels
             tuples = (same.unsqueeze(2) & ~same.unsqueeze(1)).nonzero(as_tuple=True)
-        shift = len(anchors)  # others stand behind the anchors below
-        if len(tuples) == 3:
-            a, p, n = not_empty(tuples)
-            tuples = a, p + shift, n + shift
-        else:
-            a1, p, a2, n = not_empty(tuples)
-            tuples = a1, p + shift, a2, n + shift
+        if isinstance(not_empty(tuples), (torch.Tensor, np.ndarray)):
+            tuples = torch.as_tensor(tuples).unbind(1)
+        if len(tuples) not in (3, 4):
+            raise ValueError("TwoStreamMetricLoss: the tuple_miner must return (a, p, n), (a1, p, "
+                             f"a2, n), [T, 3] or [T, 4]; it gave {len(tuples)} parts")
+        tuples = [torch.as_tensor(part, device=labels.device) for part in tuples]
+        for i in (1, 2) if len(tuples) == 3 else (1, 3):
+            tuples[i] = tuples[i] + len(anchors)  # others stand behind the anchors below
         return {"metric_loss": self.loss_funcs["metric_loss"](
-            torch.cat([anchors, others]), torch.cat([labels, labels]), tuples)}
+            torch.cat([anchors, others]), torch.cat([labels, labels]), tuple(tuples))}
 
 
 TRAINERS = {trainer.__name__: trainer for trainer in (
     MetricLossOnly, TrainWithClassifier, CascadedEmbeddings, DeepAdversarialMetricLearning,
     UnsupervisedEmbeddingsUsingAugmentations, TwoStreamMetricLoss)}
+
+
+# ---- hooks
+
+
+class Validation:
+    """An end_of_epoch_hook that measures, keeps the best weights and ends training in time.
+
+    measure: callable(trainer) -> {metric: number}; it finds models and losses in eval mode, and
+    without gradients. metric: the one that counts, the first if None; greater is better. every:
+    epochs from one measurement to the next; the last epoch is always measured. patience:
+    measurements in a row without a better value after which training ends; None: never.
+    checkpoint: file that holds state(trainer), a dict, of the best epoch. The schedulers by
+    plateau are stepped with the metric.
+
+    rows lists what was measured, {"epoch": ..., metric: ...}; all that this hook decides follows
+    from them. Epoch 0, the untrained network if a caller measures it, is best only while alone.
+    """
+
+    def __init__(self, measure, metric=None, every=1, patience=None, checkpoint=None,
+                 state=lambda trainer: trainer.state_dict()):
+        if every < 1 or patience is not None and patience < 1:
+            raise ValueError(f"every {every}, patience {patience}: both are 1 or more")
+        self.measure = measure
+        self.metric = metric
+        self.every = every
+        self.patience = patience
+        self.checkpoint = checkpoint
+        self.state = state
+        self.rows = []
+
+    def __call__(self, trainer):
+        """Measures if it is time; returns False, which ends the training, if patience is over."""
+        if not self.is_due(trainer):
+            return None
+        trainer.set_to_eval()
+        with torch.no_grad():
+            metrics = self.measure(trainer)
+        name = self.name() if self.rows else self.metric or next(iter(metrics), None)
+        if name not in metrics or "epoch" in metrics:
+            raise ValueError(f"Validation: measure must give {name or 'a metric'}, and none named "
+                             f"epoch; it gives {', '.join(metrics) or 'nothing'}")
+        self.rows.append({"epoch": trainer.epoch, **metrics})
+        if trainer.epoch:
+            trainer.step_lr_plateau_schedulers(metrics[name])
+        if self.checkpoint and self.best() is self.rows[-1]:
+            auxiliaries.save_checkpoint(self.checkpoint, self.state(trainer))
+        return False if self.is_over() else None
+
+    def is_due(self, trainer):
+        """Whether this epoch is one to measure."""
+        return trainer.epoch % self.every == 0 or trainer.epoch == trainer.last_epoch
+
+    def name(self):
+        """The name of the metric that counts; there must be a row."""
+        return self.metric or next(key for key in self.rows[0] if key != "epoch")
+
+    def value(self, row):
+        """The metric that counts, of a row; the least there is where it is not a number."""
+        value = row[self.name()]
+        return value if value == value else -float("inf")
+
+    def best(self):
+        """The row with the greatest metric, the first of equals; there must be a row."""
+        trained = [row for row in self.rows if row["epoch"]]
+        return max(trained or self.rows, key=self.value)
+
+    def is_over(self):
+        """Whether the last `patience` measurements are no better than one before them."""
+        if self.patience is None or not self.rows:
+            return False
+        best = self.best()
+        place = next(i for i, row in enumerate(self.rows) if row is best)
+        return len(self.rows) - 1 - place >= self.patience
+
+
+class TensorBoardLog:
+    """Hooks that write losses, learning rates and a Validation's metrics for TensorBoard.
+
+    folder: where the event file goes. validation: the Validation whose metrics are written too.
+    Losses stand at every iteration, the rest at epochs; they are written once an epoch, so no
+    iteration waits for them. ValueError where the package tensorboard is not installed.
+    """
+
+    def __init__(self, folder, validation=None):
+        self.writer = self.event_writer()(folder)
+        self.validation = validation
+        self.losses = []
+
+    @staticmethod
+    def event_writer():
+        """The class that writes event files; ValueError where its package is not installed."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError("--tensorboard needs a package that is not installed: pip install "
+                             "tensorboard, or leave the flag out") from error
+        return SummaryWriter
+
+    def after_iteration(self, trainer):
+        """An end_of_iteration_hook: keeps the losses until the epoch's end."""
+        self.losses.append((trainer.get_global_iteration(), trainer.losses))
+
+    def after_epoch(self, trainer):
+        """An end_of_epoch_hook, to be called after the Validation: writes everything."""
+        for iteration, losses in self.losses:
+            for name, loss in losses.items():
+                self.writer.add_scalar(f"loss/{name}", float(loss), iteration)
+        self.losses = []
+        for name, optimizer in trainer.optimizers.items():
+            self.writer.add_scalar(f"learning_rate/{name.removesuffix('_optimizer')}",
+                                   optimizer.param_groups[0]["lr"], trainer.epoch)
+        measured = self.validation.rows[-1] if self.validation and self.validation.rows else {}
+        if measured.get("epoch") == trainer.epoch:
+            for name, value in measured.items():
+                if name != "epoch":
+                    self.writer.add_scalar(f"metric/{name}", value, trainer.epoch)
+        self.writer.flush()
+
+
+def in_turn(*hooks):
+    """One hook that calls several: hook(trainer); False, which ends the training, if any was."""
+    def hook(trainer):
+        returned = [each(trainer) for each in hooks]
+        return False if any(value is False for value in returned) else None
+    return hook

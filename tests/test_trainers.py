@@ -9,8 +9,12 @@ import collections
 import copy
 import functools
 import inspect
+import random
 import re
+import sys
 import warnings
+import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,11 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, TensorDataset
 
+import auxiliaries
 import samplers
 from losses import TripletLoss
 from trainers import (TRAINERS, BaseTrainer, CascadedEmbeddings, DeepAdversarialMetricLearning,
-                      MetricLossOnly, TrainWithClassifier, TwoStreamMetricLoss,
-                      UnsupervisedEmbeddingsUsingAugmentations)
+                      MetricLossOnly, TensorBoardLog, TrainWithClassifier, TwoStreamMetricLoss,
+                      UnsupervisedEmbeddingsUsingAugmentations, Validation, in_turn)
 
 ROWS, BATCH, BATCHES = 16, 4, 4
 
@@ -747,6 +752,41 @@ def test_plateau_schedulers_alone_take_the_metric():
     assert by_epoch.last_epoch == 0
 
 
+class Steps:
+    """A scheduler that keeps what it was stepped with, and warns if asked to."""
+
+    def __init__(self, warning=None):
+        self.values, self.warning = [], warning
+
+    def step(self, *value):
+        self.values.append(value)
+        if self.warning:
+            warnings.warn(self.warning, stacklevel=2)
+
+
+def test_other_warnings_of_schedulers_are_heard():
+    trainer = make_trainer(lr_schedulers={"trunk_scheduler_by_epoch": Steps("rate is zero")})
+    with pytest.warns(UserWarning, match="rate is zero") as caught:
+        trainer.train(num_epochs=2)
+    assert len(caught) == 2
+
+
+@pytest.mark.parametrize("when, steps", [("iteration", 8), ("epoch", 2)])
+def test_schedules_begin_before_the_first_step_without_a_warning(when, steps):
+    trunk = linear()
+    optimizer = sgd(trunk)
+    trainer = make_trainer(
+        models={"trunk": trunk}, optimizers={"trunk_optimizer": optimizer},
+        mining_funcs={"tuple_miner": lambda embeddings, labels: []},  # every step is skipped
+        lr_schedulers={f"trunk_scheduler_by_{when}": torch.optim.lr_scheduler.StepLR(
+            optimizer, 1, gamma=0.5)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.train(num_epochs=2)
+    assert trainer.skipped_steps == 8
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 2 ** steps)
+
+
 def test_gradient_clippers_are_called_between_backward_and_step():
     trainer = all_parts()
     trunk, embedder = trainer.models.values()
@@ -1168,6 +1208,16 @@ def test_constructors_begin_with_their_own_arguments(trainer, first):
         assert parameters == list(inspect.signature(BaseTrainer).parameters.values())
 
 
+@pytest.mark.parametrize("make", [make_trainer, two_losses, *EVERY_TRAINER.values()])
+def test_no_loss_weights_at_all_are_weights_of_one(make):
+    trainer = make(loss_weights={})
+    assert trainer.loss_weights == make().loss_weights
+    assert trainer.loss_weights == dict.fromkeys((*trainer.loss_funcs, *trainer.regularisers), 1)
+    trainer.train()
+    assert trainer.losses["total_loss"] == sum(
+        loss for name, loss in trainer.losses.items() if name != "total_loss") != 0
+
+
 # ---- a classifier behind the embedding
 
 
@@ -1345,6 +1395,20 @@ def test_phases_say_which_losses_count_and_which_networks_learn(phases, plan):
         assert seen[-1] == (PHASES[phase], *[LEARN[phase]] * 3)
 
 
+@pytest.mark.parametrize("phases", [(9, 0), (0, 9), (1, 1)])
+def test_schedules_of_networks_at_rest_go_on_without_a_warning(phases):
+    trainer = adversarial(phases)
+    trainer.lr_schedulers = {
+        f"{name.removesuffix('optimizer')}scheduler_by_epoch": torch.optim.lr_scheduler.StepLR(
+            optimizer, 1, gamma=0.5) for name, optimizer in trainer.optimizers.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.train(num_epochs=3)
+    assert len(trainer.optimizers) == 4
+    for optimizer in trainer.optimizers.values():
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 2 ** 3)
+
+
 @pytest.mark.parametrize("frozen", ["trunk", "embedder", "generator", "classifier"])
 @pytest.mark.filterwarnings("ignore:.*is frozen")
 def test_what_is_frozen_stays_frozen_in_every_phase(frozen):
@@ -1368,6 +1432,30 @@ def test_weights_that_need_no_gradient_at_the_start_get_none_later():
     trainer.train(num_epochs=4)
     assert same(before, weights(trunk[0])) and not trunk[0].weight.requires_grad
     assert trunk[1].weight.requires_grad
+
+
+@pytest.mark.parametrize("last", [1, 2, 3])
+@pytest.mark.parametrize("frozen", [(), ("classifier",), ("trunk", "embedder")])
+@pytest.mark.filterwarnings("ignore:.*is frozen")
+def test_after_adversarial_training_all_that_could_learn_can_learn_again(last, frozen):
+    def can_learn(trainer):
+        return {(name, key) for name, model in trainer.models.items()
+                for key, weight in model.named_parameters() if weight.requires_grad}
+
+    trunk = torch.nn.Sequential(linear(3, 4), linear(4, 5, seed=1))
+    trunk[0].requires_grad_(False)
+    during = []
+
+    def hook(trainer):  # ends training in each of the three phases
+        during.append(can_learn(trainer))
+        return trainer.epoch != last
+
+    trainer = adversarial(models=adversarial().models | {"trunk": trunk}, freeze_these=frozen,
+                          end_of_epoch_hook=hook)
+    before = {key for key in can_learn(trainer) if key[0] not in frozen}
+    trainer.train(num_epochs=5)
+    assert during == [{key for key in before if key[0] in LEARN[phase]} for phase in range(last)]
+    assert can_learn(trainer) == before
 
 
 def test_batch_normalisation_of_idle_networks_stands_still():
@@ -1577,6 +1665,25 @@ def test_two_streams_shift_what_a_miner_returns(pairs):
     assert [vector.tolist() for vector in losses[0][1]] == moved
 
 
+@pytest.mark.parametrize("columns", [3, 4])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_two_streams_take_a_tensor_with_a_row_for_each_tuple(columns, count):
+    mined = torch.randint(0, 8, (count, columns), generator=torch.Generator().manual_seed(count))
+    given = []
+
+    def loss(embeddings, labels, indices_tuple):
+        given.append(indices_tuple)
+        return embeddings.sum()
+
+    two_streams(mining_funcs={"tuple_miner": lambda *arguments: mined},
+                loss_funcs={"metric_loss": loss}).train()
+    others = (1, 2) if columns == 3 else (1, 3)  # these columns lie in the second stream
+    assert len(given) == 2
+    for indices_tuple in given:
+        assert [vector.tolist() for vector in indices_tuple] == [
+            [row[i] + 8 * (i in others) for row in mined.tolist()] for i in range(columns)]
+
+
 @pytest.mark.parametrize("dataset, count", [(four_classes(), 2), (four_classes(3), 4)])
 def test_two_streams_need_a_dataset_of_three_values(dataset, count):
     with pytest.raises(ValueError, match=rf"gives {count} values.*\(anchor, positive, label\)"):
@@ -1648,6 +1755,7 @@ NOTHING = {
     "four tensors": (torch.empty(0, dtype=torch.long),) * 4,
     "a tensor": torch.empty(0, 3, dtype=torch.long),
     "a list": [],
+    "None": None,
 }
 
 
@@ -1666,13 +1774,12 @@ TRIPLET = (torch.tensor([0]), torch.tensor([4]), torch.tensor([1]))
 MINERS = {"MetricLossOnly": (lambda **changes: assemble(MetricLossOnly, **(dict(
               models={"trunk": linear()}, loss_funcs={"metric_loss": MeanSquare()}) | changes)),
               "tuple_miner"),
-          **{name: (make, "tuple_miner_1" if name.startswith("Casc") else "tuple_miner")
-             for name, make in EVERY_TRAINER.items()}}
+          **{name: (make, "tuple_miner") for name, make in EVERY_TRAINER.items()},
+          "CascadedEmbeddings": (lambda **changes: cascaded((), (5,), **changes), "tuple_miner_0")}
 
 
 @pytest.mark.parametrize("name, kind", [
-    (name, kind) for name in MINERS for kind in NOTHING  # two-stream miners return index vectors
-    if (name, kind) != ("TwoStreamMetricLoss", "a tensor")])
+    (name, kind) for name in MINERS for kind in NOTHING])
 def test_a_tuple_miner_that_returns_nothing_skips_the_step(name, kind):
     make, miner = MINERS[name]
     kept, losses, clipped = [], [], []
@@ -1709,6 +1816,75 @@ def test_a_subset_batch_miner_that_returns_nothing_skips_the_step(name, nothing)
     assert trainer.skipped_steps == 2 and len(kept) == 4
     assert same(kept[0], kept[1]) and same(kept[1], kept[2]) and not same(kept[2], kept[3])
     assert all(model.training for model in trainer.models.values()) or "Deep" in name
+
+
+@pytest.mark.parametrize("kind", NOTHING)
+@pytest.mark.parametrize("resting", [0, 1])
+@pytest.mark.parametrize("classifiers", [(), (0, 1)])
+def test_a_section_whose_miner_returns_nothing_rests_alone(kind, resting, classifiers):
+    mined, losses = torch.tensor([[0, 4, 1], [5, 1, 7]]), []
+    miners = {f"tuple_miner_{resting}": now_and_then(NOTHING[kind], mined.unbind(1)),
+              f"tuple_miner_{1 - resting}": lambda embeddings, labels: mined.unbind(1)}
+    trainer = cascaded(classifiers, mining_funcs=miners,
+                       end_of_iteration_hook=lambda trainer: losses.append(
+                           {name: loss.item() for name, loss in trainer.losses.items()}))
+    parts = copy.deepcopy(dict(trainer.parts()))
+    optimizers = [sgd(part) for part in parts.values() if list(part.parameters())]
+    trainer.train(num_epochs=2)
+    assert trainer.skipped_steps == 0 and len(losses) == 4
+
+    batches = list(DataLoader(four_classes(), 8)) * 2
+    for step, (data, labels) in enumerate(batches):  # the second and the third are empty
+        embeddings, values = parts["embedder"](parts["trunk"](data)), {}
+        for i, rows in enumerate((embeddings[:, :2], embeddings[:, 2:])):
+            terms = [F.relu((rows[a] - rows[p]).square().sum() - (rows[a] - rows[n]).square().sum()
+                            + 0.3 + i) for a, p, n in mined.tolist()]
+            rests = i == resting and step in (1, 2)
+            values[f"metric_loss_{i}"] = torch.zeros(()) if rests else sum(terms) / len(terms)
+            if i in classifiers:
+                values[f"classifier_loss_{i}"] = F.cross_entropy(parts[f"classifier_{i}"](rows),
+                                                                 labels)
+        values["total_loss"] = sum(values.values())
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        values["total_loss"].backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        expected = {name: value.item() for name, value in values.items()}
+        assert losses[step] == pytest.approx(expected, abs=1e-6)
+    for name, part in trainer.parts():
+        torch.testing.assert_close(weights(part), weights(parts[name]), rtol=0, atol=1e-6)
+
+
+def test_the_weights_of_a_resting_sections_loss_rest_too():
+    losses = {"metric_loss_0": Hinge(5), "metric_loss_1": MeanSquare()}
+    optimizer = torch.optim.Adam(losses["metric_loss_1"].parameters(), 0.1, weight_decay=0.5)
+    scales = []
+    trainer = cascaded((), loss_funcs=losses,
+                       optimizers={"metric_loss_1_optimizer": optimizer},
+                       mining_funcs={"tuple_miner_1": now_and_then([], TRIPLET)},
+                       end_of_iteration_hook=lambda trainer: scales.append(
+                           losses["metric_loss_1"].scale.item()))
+    trainer.train(num_epochs=2)
+    assert scales[0] == scales[1] == scales[2] != scales[3]
+    assert {int(state["step"]) for state in optimizer.state.values()} == {2}
+
+
+@pytest.mark.parametrize("classifiers", [(), (0, 1)])
+def test_a_step_is_skipped_where_all_sections_rest(classifiers):
+    kept, losses = [], []
+
+    def hook(trainer):
+        kept.append([value for _, part in trainer.parts() for value in weights(part)])
+        losses.append(trainer.losses)
+
+    trainer = cascaded(classifiers, end_of_iteration_hook=hook, mining_funcs={
+        "tuple_miner_0": now_and_then(None, TRIPLET, empty=(1, 2)),
+        "tuple_miner_1": now_and_then([], TRIPLET, empty=(2, 3))})
+    trainer.train(num_epochs=2)
+    assert trainer.skipped_steps == 1
+    assert [same(a, b) for a, b in zip(kept, kept[1:])] == [False, True, False]
+    assert not any(losses[2].values()) and set(losses[2]) == set(losses[0])
 
 
 def test_momentum_and_decay_rest_in_a_skipped_step():
@@ -1760,3 +1936,624 @@ def test_a_hook_that_raises_leaves_the_trainer_usable(name, which, workers):
     fresh.train(3, 4)
     for key, part in fresh.parts():
         assert same(weights(part), weights(broken.models.get(key) or broken.loss_funcs[key]))
+
+
+# ---- saving and going on
+
+MAKE = EVERY_TRAINER | {"MetricLossOnly": MINERS["MetricLossOnly"][0]}
+
+
+def scheduled(make):
+    """A trainer with Adam, a schedule by epoch and, for the trunk, one by plateau."""
+    trainer = make(end_of_epoch_hook=lambda trainer: trainer.step_lr_plateau_schedulers(
+        -trainer.epoch))
+    schedulers = torch.optim.lr_scheduler
+    trainer.optimizers = {f"{name}_optimizer": torch.optim.Adam(part.parameters(), 0.01)
+                          for name, part in trainer.parts() if list(part.parameters())}
+    trainer.lr_schedulers = {
+        f"{name.removesuffix('optimizer')}scheduler_by_epoch": schedulers.ExponentialLR(
+            optimizer, 0.9) for name, optimizer in trainer.optimizers.items()}
+    trainer.lr_schedulers["trunk_scheduler_by_plateau"] = schedulers.ReduceLROnPlateau(
+        trainer.optimizers["trunk_optimizer"], "max", 0.5, patience=1)
+    return trainer
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_a_trainer_goes_on_from_a_file_as_if_it_had_never_stopped(name, tmp_path):
+    whole = scheduled(MAKE[name])
+    torch.manual_seed(1)
+    whole.train(1, 2)
+    auxiliaries.save_checkpoint(tmp_path / "state", whole.state_dict())
+    torch.manual_seed(2)
+    whole.train(3, 4)
+
+    fresh = scheduled(MAKE[name])
+    with torch.no_grad():
+        for _, part in fresh.parts():
+            for weight in part.parameters():
+                weight.add_(torch.randn_like(weight))
+    keys = ["epoch", "models", "loss_funcs", "optimizers", "lr_schedulers"]
+    state = auxiliaries.load_checkpoint(tmp_path / "state", keys)  # weights only, no code
+    assert list(state) == keys
+    fresh.load_state_dict(state)
+    assert fresh.epoch == 2
+    torch.manual_seed(2)
+    fresh.train(fresh.epoch + 1, 4)
+    assert fresh.losses == whole.losses
+    for name, part in whole.parts():
+        assert same(weights(part), weights(dict(fresh.parts())[name]))
+    rates = [[optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers.values()]
+             for trainer in (whole, fresh)]
+    # every epoch times 0.9; the metric falls from epoch 2 on, so epoch 3 halves the trunk's rate
+    assert rates[0] == rates[1]
+    assert rates[0][0] == pytest.approx(0.01 * 0.9 ** 4 / 2) and rates[0][0] < rates[0][1]
+
+
+def test_the_state_is_that_of_every_part_that_has_one():
+    trainer = all_parts()
+    trainer.train(num_epochs=2)
+    state = trainer.state_dict()
+    assert state["epoch"] == 2 and state["lr_schedulers"] == {}
+    assert list(state["models"]) == ["trunk", "embedder"]
+    assert list(state["loss_funcs"]) == ["metric_loss"]
+    assert state["loss_funcs"]["metric_loss"]["scale"] == trainer.loss_funcs["metric_loss"].scale
+    assert list(state["optimizers"]) == list(trainer.optimizers)
+    plain = make_trainer(loss_funcs={"metric_loss": lambda embeddings, *_: embeddings.sum()})
+    assert plain.state_dict()["loss_funcs"] == {}
+    plain.load_state_dict(plain.state_dict())
+    assert plain.epoch == 0
+
+
+@pytest.mark.parametrize("group, name, foreign", [
+    ("models", "trunk", linear(3, 7).state_dict()),
+    ("models", "embedder", {}),
+    ("models", "embedder", linear(2, 2).state_dict() | {"third": torch.zeros(1)}),
+    ("loss_funcs", "metric_loss", linear().state_dict()),
+    ("optimizers", "embedder_optimizer", {"state": {}, "param_groups": []}),
+    ("optimizers", "trunk_optimizer", sgd(torch.nn.Sequential(linear(), linear())).state_dict()),
+    ("models", "trunk", None), ("optimizers", "metric_loss_optimizer", None),
+    ("lr_schedulers", "trunk_scheduler_by_epoch", None)])
+def test_a_foreign_state_is_refused_by_the_name_of_the_part(group, name, foreign):
+    trainer = all_parts()
+    trainer.lr_schedulers["trunk_scheduler_by_epoch"] = torch.optim.lr_scheduler.StepLR(
+        trainer.optimizers["trunk_optimizer"], 1)
+    state = trainer.state_dict()
+    trainer.load_state_dict(state)
+    if foreign is None:  # the part is not in the state
+        del state[group][name]
+    else:
+        state[group][name] = foreign
+    words = (f"the saved {group} are (?!.*{name}.*, the trainer's).*{name}" if foreign is None
+             else f"the saved {name} of {group} does not fit: ")
+    with pytest.raises(ValueError, match=words):
+        trainer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("change", [
+    lambda state: None, lambda state: [], lambda state: {}, lambda state: state | {"models": None},
+    lambda state: {key: value for key, value in state.items() if key != "epoch"},
+    lambda state: state | {"epoch": "two"}, lambda state: state | {"models": {"trunk": None}},
+    lambda state: state | {"optimizers": dict.fromkeys(state["optimizers"])},
+    lambda state: state | {"models": state["models"] | {"classifier": {}}}])
+def test_what_is_no_state_of_this_trainer_is_refused(change):
+    trainer = all_parts()
+    state = trainer.state_dict()
+    with pytest.raises(ValueError, match="not the state of a trainer|the saved"):
+        trainer.load_state_dict(change(state))
+    trainer.load_state_dict(state)
+
+
+def test_hooks_can_tell_the_last_epoch():
+    lasts = []
+    trainer = make_trainer(end_of_epoch_hook=lambda trainer: lasts.append(trainer.last_epoch))
+    assert trainer.last_epoch == 0
+    trainer.train(num_epochs=2)
+    trainer.train(3, 5)
+    assert lasts == [2, 2, 5, 5, 5]
+
+
+# ---- validation
+
+
+def measuring(values, **options):
+    """A Validation that measures the given values in turn, as its first metric."""
+    values = iter(values)
+    return Validation(lambda trainer: {"recall@1": next(values), "nmi": 0.5}, **options)
+
+
+def stand_in(epoch=0, last_epoch=0):
+    """As much of a trainer as a Validation needs."""
+    return SimpleNamespace(epoch=epoch, last_epoch=last_epoch, set_to_eval=lambda: None,
+                           step_lr_plateau_schedulers=lambda value: None)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 7])
+@pytest.mark.parametrize("first, last", [(1, 1), (1, 6), (1, 7), (4, 9), (3, 2)])
+def test_validation_measures_every_so_many_epochs_and_after_the_last(every, first, last):
+    validation = measuring([0.5] * 9, every=every)
+    trainer = make_trainer(end_of_epoch_hook=validation, iterations_per_epoch=1)
+    trainer.train(first, last)
+    expected = [epoch for epoch in range(first, last + 1) if epoch % every == 0 or epoch == last]
+    assert [row["epoch"] for row in validation.rows] == expected
+    assert trainer.epoch == (last if first <= last else 0)
+
+
+def test_validation_of_a_run_that_is_taken_further():
+    validation = measuring([0.1] * 9, every=3)
+    trainer = make_trainer(end_of_epoch_hook=validation, iterations_per_epoch=1)
+    trainer.train(1, 4)
+    trainer.train(5, 8)
+    assert [row["epoch"] for row in validation.rows] == [3, 4, 6, 8]
+
+
+@pytest.mark.filterwarnings("ignore:.*is frozen")
+def test_validation_finds_eval_mode_and_no_gradients_and_train_mode_comes_back():
+    trunk = torch.nn.Sequential(linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Dropout(0.5),
+                                linear(4, 2))
+    embedder, modes = linear(2, 2), []
+
+    class Loss(MeanSquare):
+        def forward(self, embeddings, labels, indices_tuple=None):
+            modes.append([torch.is_grad_enabled(), *(module.training for module in
+                                                     (trunk, trunk[1], trunk[2], embedder, self))])
+            return super().forward(embeddings, labels)
+
+    def measure(trainer):
+        modes.append([torch.is_grad_enabled(),
+                      *(module.training for _, part in trainer.parts() for module in
+                        part.modules())])
+        embeddings = trainer.compute_embeddings(trainer.dataset[:4][0])
+        assert not embeddings.requires_grad
+        torch.testing.assert_close(embeddings, trainer.compute_embeddings(
+            trainer.dataset[:4][0]))  # no dropout
+        return {"nmi": 0.5}
+
+    trainer = make_trainer(models={"trunk": trunk, "embedder": embedder},
+                           optimizers={"trunk_optimizer": sgd(trunk)}, iterations_per_epoch=1,
+                           loss_funcs={"metric_loss": Loss()}, freeze_these=("embedder",),
+                           end_of_epoch_hook=Validation(measure))
+    trainer.train(num_epochs=3)
+    training = [True, True, True, True, False, True]  # the embedder is frozen
+    assert modes == [training, [False] * 8] * 3
+    assert torch.is_grad_enabled()
+
+
+def test_validation_does_not_change_the_training():
+    results = []
+    for hook in (None, Validation(lambda trainer: {
+            "mean": trainer.compute_embeddings(trainer.dataset[:][0]).mean().item()})):
+        trunk = torch.nn.Sequential(linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Dropout(0.5))
+        trainer = make_trainer(models={"trunk": trunk}, sampler=None, end_of_epoch_hook=hook,
+                               optimizers={"trunk_optimizer": sgd(trunk)})
+        torch.manual_seed(3)
+        trainer.train(num_epochs=3)
+        results.append((seen(trainer), weights(trunk), list(trunk.buffers())))
+    assert results[0][0] == results[1][0]
+    assert same(results[0][1], results[1][1]) and same(results[0][2], results[1][2])
+
+
+@pytest.mark.parametrize("metric, name, epoch", [
+    (None, "recall@1", 2), ("recall@1", "recall@1", 2), ("nmi", "nmi", 3)])
+def test_validation_keeps_rows_and_knows_the_metric_that_counts(metric, name, epoch):
+    measured = [{"recall@1": 0.1, "nmi": 0.4}, {"recall@1": 0.9, "nmi": 0.2},
+                {"recall@1": 0.3, "nmi": 0.6}]
+    given = iter(measured)
+    validation = Validation(lambda trainer: next(given), metric)
+    make_trainer(end_of_epoch_hook=validation).train(num_epochs=3)
+    assert validation.rows == [{"epoch": i, **metrics} for i, metrics in enumerate(measured, 1)]
+    assert validation.name() == name and validation.best()["epoch"] == epoch
+    assert validation.value(validation.rows[0]) == measured[0][name]
+
+
+@pytest.mark.parametrize("values, best", [
+    ({1: 0.3}, 1), ({1: 0.3, 2: 0.5, 3: 0.4}, 2), ({1: 0.1, 2: 0.5, 3: 0.5}, 2),
+    ({2: 0.5, 4: 0.5, 5: 0.5}, 2), ({1: -3, 2: -2, 3: -5}, 2), ({1: 0, 2: 0}, 1),
+    ({0: 0.9}, 0), ({0: 0.9, 1: 0.1}, 1), ({0: 0.9, 1: 0.1, 2: 0.2, 3: 0.2}, 2),
+    ({0: 0.2, 3: 0.2}, 3)], ids=str)
+def test_the_best_row_is_the_first_of_equals_and_epoch_0_only_alone(values, best):
+    validation = measuring([])
+    validation.rows = [{"epoch": epoch, "recall@1": value} for epoch, value in values.items()]
+    assert validation.best() == {"epoch": best, "recall@1": values[best]}
+
+
+def end_by_hand(values, patience):
+    """The number of values after which so many in a row were no gain; None if they never are."""
+    best, waited = float("-inf"), 0
+    for count, value in enumerate(values, 1):
+        best, waited = (value, 0) if value > best else (best, waited + 1)
+        if waited == patience:
+            return count
+    return None
+
+
+@pytest.mark.parametrize("untrained", [False, True])
+@pytest.mark.parametrize("patience", [None, 1, 2, 3, 5])
+def test_patience_ends_exactly_on_time(patience, untrained):
+    generator = random.Random(patience or 0)
+    early = 0
+    for _ in range(300):
+        values = [generator.randrange(6) for _ in range(12)]
+        end = end_by_hand(values, patience)
+        validation = measuring(([9] if untrained else []) + values, patience=patience)
+        if untrained:  # however good the untrained network is, it does not count
+            assert validation(stand_in()) is None and not validation.is_over()
+        cut = generator.randrange(1, 13)
+        for epoch in range(1, (end or 12) + 1):
+            if epoch == cut:  # a run that goes on with the rows of another decides the same
+                rows = validation.rows
+                validation = measuring(values[epoch - 1:], patience=patience)
+                validation.rows = rows
+            returned = False if epoch == end else None
+            assert validation(stand_in(epoch, 12)) is returned, (values, epoch)
+            assert validation.is_over() == (epoch == end)
+        early += end is not None
+    assert (early > 0) == (patience is not None)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("every, patience", [(1, 2), (2, 1), (3, 2)])
+def test_patience_ends_the_training(seed, every, patience):
+    generator = random.Random(seed)
+    epochs = [epoch for epoch in range(1, 21) if epoch % every == 0 or epoch == 20]
+    values = [generator.random() for _ in epochs]
+    last = epochs[(end_by_hand(values, patience) or len(epochs)) - 1]
+    validation = measuring(values, every=every, patience=patience)
+    trainer = make_trainer(end_of_epoch_hook=validation, iterations_per_epoch=1)
+    trainer.train(num_epochs=20)
+    assert trainer.epoch == last == validation.rows[-1]["epoch"]
+    assert len(seen(trainer)) == last
+
+
+def test_validation_steps_plateau_schedulers_once_with_the_metric_that_counts():
+    schedulers = {f"trunk_scheduler_by_{when}": Steps() for when in ("epoch", "plateau")}
+    values = [0.7, 0.2, 0.4, 0.3]
+    validation = measuring(values, every=2)
+    trainer = make_trainer(lr_schedulers=schedulers, end_of_epoch_hook=validation)
+    validation(trainer)  # epoch 0, the untrained network: nothing has been learned yet
+    assert [row["epoch"] for row in validation.rows] == [0]
+    assert schedulers["trunk_scheduler_by_plateau"].values == []
+    trainer.train(num_epochs=5)
+    assert schedulers["trunk_scheduler_by_plateau"].values == [(value,) for value in values[1:]]
+    assert schedulers["trunk_scheduler_by_epoch"].values == [()] * 5
+
+
+def test_a_plateau_of_the_metric_lowers_the_rate():
+    trunk, rates = linear(), []
+    optimizer = sgd(trunk)
+    validation = measuring([0.5, 0.6, 0.6, 0.7, 0.1])
+    trainer = make_trainer(
+        models={"trunk": trunk}, optimizers={"trunk_optimizer": optimizer},
+        lr_schedulers={"trunk_scheduler_by_plateau": torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, "max", 0.1, patience=0)},
+        end_of_epoch_hook=in_turn(validation, lambda trainer: rates.append(
+            optimizer.param_groups[0]["lr"])))
+    trainer.train(num_epochs=5)
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001])
+
+
+def test_the_checkpoint_holds_the_best_epoch_and_training_goes_on_from_there(tmp_path):
+    kept, path, values = [], tmp_path / "best", [0.2, 0.7, 0.7, 0.3]
+
+    def make(values, **options):
+        trainer = scheduled(MAKE["MetricLossOnly"])
+        trainer.end_of_epoch_hook = in_turn(
+            measuring(values, **options),
+            lambda trainer: kept.append(copy.deepcopy(trainer.state_dict())))
+        return trainer
+
+    torch.manual_seed(0)
+    make(values, checkpoint=path).train(num_epochs=4)
+    state = torch.load(path, weights_only=True)
+    assert state["epoch"] == 2
+    assert state["lr_schedulers"]["trunk_scheduler_by_plateau"]["best"] == 0.7  # stepped already
+    fresh = make(values[2:])
+    fresh.load_state_dict(state)
+    assert same(weights(fresh.models["trunk"]), kept[1]["models"]["trunk"].values())
+    assert not same(weights(fresh.models["trunk"]), kept[2]["models"]["trunk"].values())
+    fresh.train(fresh.epoch + 1, 4)
+    assert [state["epoch"] for state in kept] == [1, 2, 3, 4, 3, 4]
+    for first, second in zip(kept[2:4], kept[4:]):
+        assert same(first["models"]["trunk"].values(), second["models"]["trunk"].values())
+        assert first["optimizers"]["trunk_optimizer"]["param_groups"] == (
+            second["optimizers"]["trunk_optimizer"]["param_groups"])
+    assert [file.name for file in tmp_path.iterdir()] == ["best"]
+
+
+@pytest.mark.parametrize("untrained", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_at_any_time_the_checkpoint_is_that_of_the_best_epoch_so_far(seed, untrained, tmp_path):
+    generator, path = random.Random(seed), tmp_path / "best"
+    values = [generator.randrange(5) for _ in range(9)]
+    epochs = range(0 if untrained else 1, 9)
+    validation = measuring(values, checkpoint=path,
+                           state=lambda trainer: {"epoch": trainer.epoch, "mine": "kept"})
+    for count, epoch in enumerate(epochs, 1):
+        validation(stand_in(epoch))
+        so_far = list(zip(epochs, values[:count]))
+        best = max(so_far[untrained:] or so_far, key=lambda pair: (pair[1], -pair[0]))[0]
+        assert torch.load(path, weights_only=True) == {"epoch": best, "mine": "kept"}
+
+
+def test_without_a_checkpoint_no_state_is_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    validation = measuring([0.1, 0.2], state=None)
+    make_trainer(end_of_epoch_hook=validation).train(num_epochs=2)
+    assert len(validation.rows) == 2 and not list(tmp_path.iterdir())
+
+
+def test_a_measure_that_raises_leaves_the_last_checkpoint(tmp_path):
+    path, contents = tmp_path / "best", []
+
+    def measure(trainer):
+        if trainer.epoch == 3:
+            raise RuntimeError("from measure")
+        return {"nmi": trainer.epoch}
+
+    validation = Validation(measure, checkpoint=path)
+    trainer = make_trainer(end_of_epoch_hook=in_turn(
+        validation, lambda trainer: contents.append(path.read_bytes())))
+    with pytest.raises(RuntimeError, match="from measure"):
+        trainer.train(num_epochs=4)
+    assert path.read_bytes() == contents[1] != contents[0]
+    assert torch.load(path, weights_only=True)["epoch"] == 2
+    assert [row["epoch"] for row in validation.rows] == [1, 2] and torch.is_grad_enabled()
+    assert [file.name for file in tmp_path.iterdir()] == ["best"]
+
+
+@pytest.mark.parametrize("metrics, metric, words", [
+    ({"nmi": 0.5, "f1": 0.2}, "recall@1", "must give recall@1, .* gives nmi, f1$"),
+    ({}, "nmi", "must give nmi"), ({}, None, "must give a metric, .* gives nothing$"),
+    ({"nmi": 0.5, "epoch": 3}, None, "none named epoch")])
+def test_a_metric_that_is_not_measured(metrics, metric, words, tmp_path):
+    validation = Validation(lambda trainer: metrics, metric, checkpoint=tmp_path / "best")
+    with pytest.raises(ValueError, match=words):
+        make_trainer(end_of_epoch_hook=validation).train()
+    assert validation.rows == [] and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [{"every": 0}, {"every": -1}, {"patience": 0},
+                                     {"patience": -2, "every": 3}])
+def test_every_and_patience_are_one_or_more(options):
+    with pytest.raises(ValueError, match="1 or more") as error:
+        measuring([], **options)
+    assert all(str(value) in str(error.value) for value in options.values())
+
+
+# ---- several hooks, TensorBoard
+
+
+@pytest.mark.parametrize("values, returned", [
+    ([], None), ([None, None], None), ([False], False), ([None, False, None], False),
+    ([False, None], False), ([0, np.False_, "", torch.tensor(False)], None), ([True, 0], None),
+    ([False, False], False)])
+def test_hooks_in_turn_are_all_called_and_end_training_if_one_does(values, returned):
+    calls = []
+
+    def hook(i):
+        def call(trainer):
+            calls.append((i, trainer))
+            return values[i]
+        return call
+
+    assert in_turn(*map(hook, range(len(values))))("trainer") is returned
+    assert calls == [(i, "trainer") for i in range(len(values))]
+
+
+def test_hooks_in_turn_of_a_trainer():
+    calls = []
+    both = in_turn(lambda trainer: trainer.epoch < 2, lambda trainer: calls.append(trainer.epoch))
+    make_trainer(end_of_epoch_hook=both).train(num_epochs=5)
+    assert calls == [1, 2]
+
+
+class Writer:
+    """Stands in for torch's SummaryWriter: keeps what is written."""
+
+    def __init__(self, folder):
+        self.folder, self.scalars, self.flushed = folder, [], 0
+
+    def add_scalar(self, tag, value, step):
+        self.scalars.append((tag, value, step))
+
+    def flush(self):
+        self.flushed = len(self.scalars)
+
+
+@pytest.fixture
+def writer(monkeypatch):
+    """torch.utils.tensorboard with the stand-in, whether tensorboard is installed or not."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard",
+                        SimpleNamespace(SummaryWriter=Writer))
+
+
+def logged(folder, trainer, validation=None, **train):
+    """Trains with a TensorBoardLog -> (the log, the losses of each iteration by name)."""
+    log, losses = TensorBoardLog(folder, validation), []
+    trainer.end_of_iteration_hook = in_turn(
+        log.after_iteration, lambda trainer: losses.append(
+            {name: loss.item() for name, loss in trainer.losses.items()}))
+    trainer.end_of_epoch_hook = in_turn(*[validation] * bool(validation), log.after_epoch)
+    trainer.train(**train)
+    return log, losses
+
+
+@pytest.mark.usefixtures("writer")
+def test_tensorboard_gets_losses_by_iteration_and_the_rest_by_epoch():
+    trainer = all_parts()
+    trainer.lr_schedulers["embedder_scheduler_by_epoch"] = torch.optim.lr_scheduler.StepLR(
+        trainer.optimizers["embedder_optimizer"], 1, gamma=0.5)
+    log, losses = logged("a folder", trainer, measuring([0.25, 0.75], every=2), num_epochs=4)
+    expected = []
+    for epoch in (1, 2, 3, 4):
+        first = (epoch - 1) * BATCHES
+        expected += [(f"loss/{name}", value, i) for i in range(first, first + BATCHES)
+                     for name, value in losses[i].items()]
+        expected += [(f"learning_rate/{name}", rate, epoch) for name, rate in
+                     (("trunk", 0.1), ("embedder", 0.1 / 2 ** epoch), ("metric_loss", 0.1))]
+        if epoch in (2, 4):
+            expected += [("metric/recall@1", 0.25 if epoch == 2 else 0.75, epoch),
+                         ("metric/nmi", 0.5, epoch)]
+    assert log.writer.folder == "a folder" and len(losses) == 4 * BATCHES
+    assert log.writer.scalars == expected
+    assert {type(value) for _, value, _ in log.writer.scalars} == {float}
+    assert set(losses[0]) == {"metric_loss", "total_loss"}
+
+
+@pytest.mark.usefixtures("writer")
+def test_tensorboard_is_written_once_an_epoch():
+    log, counts = TensorBoardLog("a folder"), []
+    trainer = make_trainer(
+        end_of_iteration_hook=in_turn(log.after_iteration, lambda trainer: counts.append(
+            len(log.writer.scalars))),
+        end_of_epoch_hook=in_turn(log.after_epoch, lambda trainer: counts.append(
+            (len(log.writer.scalars), log.writer.flushed))))
+    trainer.train(num_epochs=2)
+    epoch = 2 * BATCHES + 1  # two losses an iteration, one learning rate
+    assert counts == [0] * 4 + [(epoch, epoch)] + [epoch] * 4 + [(2 * epoch, 2 * epoch)]
+
+
+@pytest.mark.usefixtures("writer")
+def test_tensorboard_before_training_and_of_skipped_steps():
+    validation = measuring([0.5, 0.75])
+    log = TensorBoardLog("a folder", validation)
+    trainer = make_trainer(mining_funcs={"tuple_miner": now_and_then([], None, range(9))},
+                           end_of_iteration_hook=log.after_iteration,
+                           end_of_epoch_hook=in_turn(validation, log.after_epoch))
+    log.after_epoch(trainer)  # nothing has been measured
+    trainer.end_of_epoch_hook(trainer)
+    before = [("learning_rate/trunk", 0.1, 0)] * 2
+    assert log.writer.scalars == [*before, ("metric/recall@1", 0.5, 0), ("metric/nmi", 0.5, 0)]
+    trainer.train()
+    assert log.writer.scalars[4:] == [
+        *((f"loss/{name}", 0.0, i) for i in range(BATCHES) for name in ("metric_loss",
+                                                                        "total_loss")),
+        ("learning_rate/trunk", 0.1, 1), ("metric/recall@1", 0.75, 1), ("metric/nmi", 0.5, 1)]
+
+
+@pytest.mark.parametrize("missing", ["tensorboard", "torch.utils.tensorboard"])
+def test_tensorboard_that_is_not_installed_is_named(missing, monkeypatch, tmp_path):
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)  # imports as if it were not there
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        TensorBoardLog(tmp_path / "log")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_tensorboard_reads_is_what_happened(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _, losses = logged(str(tmp_path), make_trainer(), measuring([0.25, 0.75]), num_epochs=2)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    expected = {
+        "loss/metric_loss": [(i, values["metric_loss"]) for i, values in enumerate(losses)],
+        "loss/total_loss": [(i, values["total_loss"]) for i, values in enumerate(losses)],
+        "learning_rate/trunk": [(1, 0.1), (2, 0.1)],
+        "metric/recall@1": [(1, 0.25), (2, 0.75)], "metric/nmi": [(1, 0.5), (2, 0.5)]}
+    assert set(events.Tags()["scalars"]) == set(expected)
+    for tag, points in expected.items():
+        read = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert read == [(step, pytest.approx(value, rel=1e-6)) for step, value in points], tag
+
+
+def test_a_first_metric_that_is_not_a_number_is_not_the_best(tmp_path):
+    values = iter([float("nan"), 0.5, 0.9, float("nan")])
+    validation = Validation(lambda trainer: {"nmi": next(values)}, patience=2,
+                            checkpoint=tmp_path / "best")
+    make_trainer(end_of_epoch_hook=validation).train(num_epochs=4)
+    assert len(validation.rows) == 4 and validation.best()["nmi"] == 0.9
+    assert torch.load(tmp_path / "best", weights_only=True)["epoch"] == 3
+
+
+def test_a_second_training_does_not_write_over_a_better_checkpoint(tmp_path):
+    values = iter([0.1, 0.9, 0.1, 0.2])
+    saved = []
+    validation = Validation(lambda trainer: {"nmi": next(values)}, checkpoint=tmp_path / "best",
+                            state=lambda trainer: saved.append(len(validation.rows)) or {})
+    trainer = make_trainer(end_of_epoch_hook=validation)
+    trainer.train(num_epochs=2)
+    trainer.train(num_epochs=2)
+    assert saved == [1, 2]
+
+
+def test_validation_saves_what_a_subclass_says_its_state_is(tmp_path):
+    class Counting(MetricLossOnly):
+        def state_dict(self):
+            return super().state_dict() | {"counted": 7}
+
+    validation = Validation(lambda trainer: {"nmi": 1.0}, checkpoint=tmp_path / "best")
+    make_trainer(Counting, end_of_epoch_hook=validation).train()
+    assert torch.load(tmp_path / "best", weights_only=True)["counted"] == 7
+
+
+def test_schedulers_do_not_repeat_the_warnings_of_others():
+    class Warning(MeanSquare):
+        def forward(self, *arguments):
+            warnings.warn("once is enough")
+            return super().forward(*arguments)
+
+    trainer = make_trainer(loss_funcs={"metric_loss": Warning()})
+    trainer.lr_schedulers["trunk_scheduler_by_iteration"] = torch.optim.lr_scheduler.StepLR(
+        trainer.optimizers["trunk_optimizer"], 1)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.resetwarnings()
+        warnings.simplefilter("default")
+        trainer.train(num_epochs=3)
+    assert 1 <= len([w for w in heard if "once is enough" in str(w.message)]) <= 2
+
+
+def test_a_subset_batch_miner_that_returns_none_skips_the_step():
+    trainer = make_trainer(mining_funcs={"subset_batch_miner": now_and_then(None, [0, 1])})
+    trainer.train(num_epochs=2)
+    assert trainer.skipped_steps == 2
+
+
+def test_gradients_come_back_when_a_hook_of_adversarial_training_raises():
+    def hook(trainer):
+        raise RuntimeError("from the hook")
+
+    trainer = adversarial((0, 2), end_of_epoch_hook=hook)
+    with pytest.raises(RuntimeError, match="from the hook"):
+        trainer.train(num_epochs=2)
+    assert all(weight.requires_grad for model in trainer.models.values()
+               for weight in model.parameters())
+
+
+def test_a_resting_section_is_zero_in_half_precision():
+    huge = torch.nn.Linear(3, 5)
+    huge.weight.data.fill_(6e4)
+    trainer = assemble(functools.partial(CascadedEmbeddings, (2, 3)), {"trunk": huge},
+                       {"metric_loss_0": MeanSquare(), "metric_loss_1": MeanSquare()},
+                       mining_funcs={"tuple_miner_1": lambda *_: None})
+    losses = trainer.calculate_loss(torch.full((8, 3), 3e38), torch.arange(8) % 4)
+    assert losses["metric_loss_1"] == 0 and losses["metric_loss_1"].requires_grad
+
+
+@pytest.mark.parametrize("tuples, accepted", [
+    (np.array([[0, 1, 2], [3, 0, 1]]), True), (([0, 3], [1, 0], [2, 1]), True),
+    (torch.tensor([[0, 1], [3, 0], [1, 2]]), False), (([0], [1]), False)])
+def test_what_a_two_stream_miner_may_return(tuples, accepted):
+    seen = []
+
+    class Recording(MeanSquare):
+        def forward(self, embeddings, labels, indices_tuple):
+            seen.append([part.tolist() for part in indices_tuple])
+            return super().forward(embeddings, labels, indices_tuple)
+
+    trainer = two_streams(loss_funcs={"metric_loss": Recording()}, iterations_per_epoch=1,
+                          mining_funcs={"tuple_miner": lambda *_: tuples})
+    if accepted:
+        trainer.train()
+        assert seen == [[[0, 3], [1 + 8, 0 + 8], [2 + 8, 1 + 8]]]
+    else:
+        with pytest.raises(ValueError, match="the tuple_miner must return"):
+            trainer.train()
+
+
+def test_an_augmenting_trainer_with_loading_processes_ends_at_once():
+    trainer = views(dataloader_num_workers=1)
+    trainer.train()
+    gone = weakref.ref(trainer)
+    del trainer
+    assert gone() is None  # no cycle that waits for the garbage collector
