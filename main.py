@@ -14,6 +14,7 @@ import sys
 import time
 
 import torch
+from torch.optim import lr_scheduler
 
 import auxiliaries
 import datasets
@@ -25,7 +26,8 @@ import trainers
 
 # Options that may differ between a run and its resumption: they do not change what is computed
 # (that the data is the same is checked by its fingerprint).
-MAY_CHANGE = {"resume", "n_epochs", "gpu", "kernels", "source_path", "save_path", "savename"}
+MAY_CHANGE = {"resume", "n_epochs", "patience", "gpu", "kernels", "source_path", "save_path",
+              "savename", "tensorboard", "plot_embeddings"}
 TWO_VIEWS = ("UnsupervisedEmbeddingsUsingAugmentations", "TwoStreamMetricLoss")
 
 
@@ -129,8 +131,9 @@ def wrong_value(opt):
                         ("beta_lr", 0), ("proxy_lr", 0), ("loss_lr", 0),
                         ("classifier_weight", 0), ("classifier_lr", 0), ("g_lr", 0),
                         ("metric_alone_epochs", 0), ("g_alone_epochs", 0),
-                        ("g_triplets_per_anchor", 1)):
-        if getattr(opt, name) < least:
+                        ("g_triplets_per_anchor", 1), ("eval_every", 1), ("patience", 1),
+                        ("plateau_patience", 1)):
+        if getattr(opt, name) is not None and getattr(opt, name) < least:
             return f"--{name} {getattr(opt, name)}: the least value is {least}"
     if opt.image_size > 2048:
         return f"--image_size {opt.image_size}: 2048 pixels is the most"
@@ -138,6 +141,8 @@ def wrong_value(opt):
         return f"--tau {min(opt.tau)}: epochs are counted from 1"
     if not 0 < opt.gamma <= 1:
         return f"--gamma {opt.gamma}: the scheduler's factor is above 0 and at most 1"
+    if opt.gamma == 1 and opt.scheduler == "plateau":
+        return "--gamma 1.0: --scheduler plateau needs a factor below 1"
     fewest, most = samples_per_class_bounds(opt)
     if not fewest <= opt.samples_per_class <= most:
         allowed = f"{fewest} only" if most == fewest else f"{fewest} or more"
@@ -212,7 +217,7 @@ def two_views(item):
 
 
 def make_optimizers(groups, opt):
-    """Adam for each parameter group, with its scheduler by epoch.
+    """Adam for each parameter group, with its scheduler.
 
     Returns (optimizers, lr_schedulers), dicts as the trainers take them.
     """
@@ -220,106 +225,137 @@ def make_optimizers(groups, opt):
                   for name, group in groups.items()}
     schedulers = {}
     for name, optimizer in zip(groups, optimizers.values()):
+        key = f"{name}_scheduler_by_{'plateau' if opt.scheduler == 'plateau' else 'epoch'}"
         if opt.scheduler == "step":
-            scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, opt.tau, opt.gamma)
+            schedulers[key] = lr_scheduler.MultiStepLR(optimizer, opt.tau, opt.gamma)
         elif opt.scheduler == "exp":
-            scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, opt.gamma)
-        else:
-            continue
-        schedulers[f"{name}_scheduler_by_epoch"] = scheduler
+            schedulers[key] = lr_scheduler.ExponentialLR(optimizer, opt.gamma)
+        elif opt.scheduler == "plateau":  # its patience is how many it lets pass
+            schedulers[key] = lr_scheduler.ReduceLROnPlateau(
+                optimizer, "max", opt.gamma, opt.plateau_patience - 1, threshold=0)
     return optimizers, schedulers
 
 
 class Run:
     """A run's memory and its files: what the trainer's hooks do after an iteration and an epoch.
 
-    folder: where the files go. title: the plot's first words. options: dict, saved with every
-    checkpoint. data: the data's fingerprint. measure: callable(trainer) -> (metrics, embeddings).
-    draw_neighbours: callable(path, embeddings). progress: an auxiliaries.Progress. keep_gradients:
-    save the embedding layer's mean absolute gradients.
+    opt: the final options, saved with every checkpoint. folder: where the files go. data: the
+    data's fingerprint. evaluation_sets: what is measured, datasets.EvaluationSet. device: where.
     """
 
-    STATE_KEYS = ("epoch", "options", "data", "models", "losses", "optimizers", "lr_schedulers",
-                  "random_state", "train_rows", "val_rows")
+    STATE_KEYS = (*trainers.BaseTrainer.STATE_GROUPS, "epoch", "options", "data", "random_state",
+                  "train_rows", "val_rows")
 
-    def __init__(self, folder, title, options, data, measure, draw_neighbours, progress,
-                 keep_gradients=False):
+    def __init__(self, opt, folder, data, evaluation_sets, device):
+        self.opt = opt
         self.folder = folder
-        self.title = title
-        self.options = options
         self.data = data
-        self.measure = measure
-        self.draw_neighbours = draw_neighbours
-        self.progress = progress
-        self.keep_gradients = keep_gradients
-        self.train_rows, self.val_rows = [], []  # the rows of the two CSV files
+        self.evaluation_sets = evaluation_sets
+        self.device = device
+        self.validation = trainers.Validation(
+            self.measure, every=opt.eval_every, patience=opt.patience,
+            checkpoint=self.path("checkpoint.pth.tar"), state=self.state)
+        self.log = (trainers.TensorBoardLog(self.path("tensorboard"), self.validation)
+                    if opt.tensorboard else None)
+        self.progress = auxiliaries.Progress(opt.n_epochs, opt.bs, epochs_per_pause=opt.eval_every)
+        self.train_rows = []  # of log_train_Base.csv; those of log_val_Base.csv are validation's
         self.loss_sums, self.gradients = {}, []  # of the epoch that is under way
+        self.embedded = None  # the evaluation sets' embeddings, of the last evaluation
+
+    def measure(self, trainer):
+        """The metrics of the network as it is."""
+        opt = self.opt
+        metrics, self.embedded = evaluate.evaluate_sets(
+            trainer.compute_embeddings, self.evaluation_sets, self.device, opt.k_vals, opt.bs,
+            opt.kernels, opt.seed, opt.dist_measure)
+        return metrics
 
     def after_iteration(self, trainer):
         """Adds up the losses, collects gradients if asked for, moves the progress line."""
         for name, loss in trainer.losses.items():
             self.loss_sums[name] = self.loss_sums.get(name, 0) + loss
         gradient = trainer.models["embedder"].linear.weight.grad                 # [D, F]
-        if self.keep_gradients and gradient is not None:
+        if self.opt.grad_measure and gradient is not None:
             self.gradients.append(gradient.abs().mean(0))
+        if self.log:
+            self.log.after_iteration(trainer)
         self.progress.update(trainer.epoch, trainer.iteration, trainer.iterations_per_epoch,
                              trainer.losses["total_loss"])
 
     def after_epoch(self, trainer):
-        """Evaluates, logs, draws, saves; epoch 0 is the untrained network."""
-        seconds = self.progress.pause(f"epoch {trainer.epoch}: evaluating")
-        trainer.set_to_eval()
-        metrics, embedded = self.measure(trainer)
-        self.val_rows.append({"epoch": trainer.epoch, **metrics})
+        """Evaluates, logs, draws, saves; epoch 0 is the untrained network.
+
+        Returns False, which ends the training, when --patience is over.
+        """
+        due = self.validation.is_due(trainer)
+        seconds = self.progress.pause(f"epoch {trainer.epoch}: " + ("evaluating" if due else
+                                                                    "saving"), counts=due)
         if trainer.epoch:
             iterations = trainer.iterations_per_epoch
             means = {name: float(total) / iterations for name, total in self.loss_sums.items()}
-            rate = trainer.optimizers["trunk_optimizer"].param_groups[0]["lr"]
-            self.train_rows.append({"epoch": trainer.epoch, **means, "next_lr": rate})
-        self.save(trainer, embedded)
+            self.train_rows.append({"epoch": trainer.epoch, **means, "next_lr": next_lr(trainer)})
+        more = self.validation(trainer)
+        if trainer.epoch:  # a scheduler by plateau has had its say
+            self.train_rows[-1]["next_lr"] = next_lr(trainer)
+        self.save(trainer)
         self.progress.write("")
-        self.report(trainer, metrics, seconds)
+        self.report(trainer, seconds)
         self.loss_sums, self.gradients = {}, []
         self.progress.restart()
+        return more
 
-    def report(self, trainer, metrics, seconds):
+    def report(self, trainer, seconds):
         """Prints the epoch in one line; seconds: what the training took."""
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        row = self.validation.rows[-1]
+        shown = "".join(f"  {name} {value:.4f}" for name, value in row.items()
+                        if name != "epoch" and row["epoch"] == trainer.epoch)
         if not trainer.epoch:
-            print(f"untrained  {shown}", flush=True)
+            print(f"untrained{shown}", flush=True)
             return
         images = trainer.iterations_per_epoch * trainer.batch_size
         skipped = f", {trainer.skipped_steps} steps skipped" if trainer.skipped_steps else ""
-        print(f"epoch {trainer.epoch}/{self.options['n_epochs']}  loss "
-              f"{self.train_rows[-1]['total_loss']:.4f}  {shown}  "
+        print(f"epoch {trainer.epoch}/{self.opt.n_epochs}  loss "
+              f"{self.train_rows[-1]['total_loss']:.4f}{shown}  "
               f"{auxiliaries.duration(seconds)}, {images / seconds:.0f} images/s{skipped}",
               flush=True)
 
-    def selection(self):
-        """(epoch, value, name) of the best epoch by the first recall; epoch 0 only if alone."""
-        name = next(key for key in self.val_rows[0] if key != "epoch")
-        rows = self.val_rows[1:] or self.val_rows
-        best = max(rows, key=lambda row: row[name])
-        return best["epoch"], best[name], name
+    def summary(self):
+        """The run's result in one line, and why it ended early if it did."""
+        best, name = self.validation.best(), self.validation.name()
+        first, last = self.validation.rows[0], self.validation.rows[-1]
+        early = (f"; ended after epoch {last['epoch']}, --patience {self.opt.patience}"
+                 if self.validation.is_over() and last["epoch"] < self.opt.n_epochs else "")
+        return (f"best {name} {best[name]:.4f} in epoch {best['epoch']} (untrained "
+                f"{first[name]:.4f}){early}")
 
-    def save(self, trainer, embedded):
-        """Writes every file of the run folder; those of the best epoch only if it is this one."""
+    def state(self, trainer):
+        """All that the run needs to go on, for a checkpoint."""
+        return {**trainer.state_dict(), "options": vars(self.opt), "data": self.data,
+                "random_state": auxiliaries.random_state(), "train_rows": self.train_rows,
+                "val_rows": self.validation.rows}
+
+    def save(self, trainer):
+        """Writes the files of the run folder; those of the best epoch only if it is this one.
+
+        The best epoch's checkpoint is validation's to write.
+        """
         if self.gradients:
             auxiliaries.save_pickle(self.path(f"gradients_{trainer.epoch:04d}.pkl"),
                                     torch.stack(self.gradients).cpu().numpy())
         auxiliaries.save_csv(self.path("log_train_Base.csv"), self.train_rows)
-        auxiliaries.save_csv(self.path("log_val_Base.csv"), self.val_rows)
+        auxiliaries.save_csv(self.path("log_val_Base.csv"), self.validation.rows)
         self.draw()
-        state = {"epoch": trainer.epoch, "options": self.options, "data": self.data,
-                 "models": states(trainer.models), "losses": states(trainer.loss_funcs),
-                 "optimizers": states(trainer.optimizers),
-                 "lr_schedulers": states(trainer.lr_schedulers),
-                 "random_state": auxiliaries.random_state(),
-                 "train_rows": self.train_rows, "val_rows": self.val_rows}
-        if self.selection()[0] == trainer.epoch:
-            auxiliaries.save_checkpoint(self.path("checkpoint.pth.tar"), state)
-            self.draw_neighbours(self.path("sample_recoveries.png"), embedded)
-        auxiliaries.save_checkpoint(self.path("last.pth.tar"), state)
+        if self.validation.best()["epoch"] == trainer.epoch:
+            _, queries, gallery = self.evaluation_sets[0]
+            evaluate.draw_recoveries(self.path("sample_recoveries.png"), queries, gallery,
+                                     *self.embedded[0], seed=self.opt.seed)
+            if self.opt.plot_embeddings:
+                evaluate.draw_embeddings(self.path(f"embeddings_{trainer.epoch:04d}.svg"), queries,
+                                         self.embedded[0][0], self.opt.plot_embeddings,
+                                         self.opt.seed)
+        if self.log:
+            self.log.after_epoch(trainer)
+        auxiliaries.save_checkpoint(self.path("last.pth.tar"), self.state(trainer))
 
     def draw(self):
         """Writes InfoPlot_Base.svg: losses and metrics over the epochs, the best values on top."""
@@ -329,14 +365,14 @@ class Run:
             return {name: [(row["epoch"], row[name]) for row in rows if name in row]
                     for name in names}
 
-        losses_shown, metrics = curves(self.train_rows), curves(self.val_rows)
+        val_rows = self.validation.rows
+        losses_shown, metrics = curves(self.train_rows), curves(val_rows)
         if len(losses_shown) == 2:
             losses_shown.pop("metric_loss", None)  # alone, it is the total loss
-        epoch, value, name = self.selection()
-        rows = self.val_rows[1:] or self.val_rows
-        best = {name: (min if name.endswith("dist_ratio") else max)(row[name] for row in rows)
-                for name in metrics}
-        title = [f"{self.title}: best {name} {value:.4f} in epoch {epoch}",
+        best = {name: (min if name.endswith("dist_ratio") else max)(
+            row[name] for row in val_rows[1:] or val_rows) for name in metrics}
+        title = [f"{self.opt.dataset}, {self.opt.arch}, {self.opt.loss} / {self.opt.sampling}: "
+                 f"{self.summary()}",
                  "best of each metric over the epochs: "
                  + ", ".join(f"{name} {value:.4f}" for name, value in best.items())]
         auxiliaries.save_plot(self.path("InfoPlot_Base.svg"), title,
@@ -347,12 +383,12 @@ class Run:
         return os.path.join(self.folder, name)
 
     def restore(self, trainer, state):
-        """Puts a checkpoint's state back into the trainer and this run; returns the next epoch.
+        """Puts a checkpoint's state back into the trainer and this run.
 
         Raises ValueError where the options, the data or the code are not those of the checkpoint.
         """
         changed = [f"--{name} (was {state['options'].get(name)}, is {value})"
-                   for name, value in self.options.items()
+                   for name, value in vars(self.opt).items()
                    if name not in MAY_CHANGE and state["options"].get(name) != value]
         if changed:
             raise ValueError(f"--resume with other options than the run in {self.folder}: "
@@ -360,35 +396,31 @@ class Run:
         if state["data"] != self.data:
             raise ValueError(f"--resume with other data than the run in {self.folder}: the images "
                              "or classes below --source_path are not the same")
-        for group, parts in (("models", trainer.models), ("losses", trainer.loss_funcs),
-                             ("optimizers", trainer.optimizers),
-                             ("lr_schedulers", trainer.lr_schedulers)):
-            for name, part in parts.items():
-                try:
-                    part.load_state_dict(state[group][name])
-                except (RuntimeError, KeyError, ValueError) as error:
-                    raise ValueError(f"--resume: the checkpoint's {name} does not fit ({error}); "
-                                     "was the code changed?") from error
-        self.train_rows, self.val_rows = state["train_rows"], state["val_rows"]
+        try:
+            trainer.load_state_dict(state)
+        except ValueError as error:
+            raise ValueError(f"--resume: {error}; was the code changed?") from error
+        self.train_rows, self.validation.rows = state["train_rows"], state["val_rows"]
         auxiliaries.restore_random_state(state["random_state"])
-        return state["epoch"] + 1
 
 
-def states(parts):
-    """{name: object with state_dict()} -> {name: its state}."""
-    return {name: part.state_dict() for name, part in parts.items()}
+def next_lr(trainer):
+    """The trunk's learning rate from here on."""
+    return trainer.optimizers["trunk_optimizer"].param_groups[0]["lr"]
 
 
 def train(opt):
     """One run with final options -> its folder."""
     netlib.check_arch(opt.arch)
+    if opt.tensorboard:
+        trainers.TensorBoardLog.event_writer()  # missing? say so before there is a folder
     device = auxiliaries.select_device(opt.gpu)
     auxiliaries.seed_everything(opt.seed)
 
     views = 2 if opt.trainer in TWO_VIEWS else 1
     train_set, evaluation_sets, found = datasets.dataset_select(opt, views)
     for _, queries, gallery in evaluation_sets:
-        evaluate.check_k_vals(opt.k_vals, len(queries) - 1 if gallery is None else len(gallery))
+        evaluate.check_k_vals(opt.k_vals, evaluate.number_compared(queries, gallery))
     batch_sampler = samplers.batch_sampler_select(train_set.labels, opt)
 
     # Without labels a class is a place in the batch.
@@ -402,34 +434,29 @@ def train(opt):
     folder = auxiliaries.make_run_folder(opt.save_path, opt.dataset, opt.savename, opt.resume)
     last = os.path.join(folder, "last.pth.tar")
     state = auxiliaries.load_checkpoint(last, Run.STATE_KEYS) if os.path.exists(last) else None
-    queries, gallery = evaluation_sets[0][1:]
-    run = Run(folder, title=f"{opt.dataset}, {opt.arch}, {opt.loss} / {opt.sampling}",
-              options=vars(opt), data=datasets.fingerprint(found.splits),
-              measure=lambda trainer: evaluate.evaluate_sets(
-                  trainer.compute_embeddings, evaluation_sets, device, opt.k_vals, opt.bs,
-                  opt.kernels, opt.seed, opt.dist_measure),
-              draw_neighbours=lambda path, embedded: evaluate.draw_recoveries(
-                  path, queries, gallery, *embedded[0], seed=opt.seed),
-              progress=auxiliaries.Progress(opt.n_epochs, opt.bs), keep_gradients=opt.grad_measure)
+    run = Run(opt, folder, datasets.fingerprint(found.splits), evaluation_sets, device)
     trainer = trainers.TRAINERS[opt.trainer](
         models=models, optimizers=optimizers, batch_size=opt.bs, loss_funcs=loss_funcs,
         dataset=train_set, data_device=device, sampler=batch_sampler, lr_schedulers=lr_schedulers,
         freeze_trunk_batchnorm=opt.batchnorm == "frozen", dataloader_num_workers=opt.kernels,
         end_of_iteration_hook=run.after_iteration, end_of_epoch_hook=run.after_epoch, **arguments)
-    first_epoch = run.restore(trainer, state) if state else 1
+    if state:
+        run.restore(trainer, state)
     print_header(opt, device, found, evaluation_sets, trainer)
     auxiliaries.save_options(folder, vars(opt))
     if not state:
         run.after_epoch(trainer)
-    elif first_epoch > opt.n_epochs:
-        print(f"the run has {first_epoch - 1} epochs already; --n_epochs takes it further")
+    elif trainer.epoch >= opt.n_epochs:
+        print(f"the run has {trainer.epoch} epochs already; --n_epochs takes it further")
+    elif run.validation.is_over():
+        print(f"the run ended after epoch {trainer.epoch}; a larger --patience takes it further")
     else:
-        print(f"resumed after epoch {first_epoch - 1}")
+        print(f"resumed after epoch {trainer.epoch}")
     run.progress.restart()
-    trainer.train(first_epoch, opt.n_epochs)
+    if not run.validation.is_over():
+        trainer.train(trainer.epoch + 1, opt.n_epochs)
 
-    epoch, value, name = run.selection()
-    print(f"best {name} {value:.4f} in epoch {epoch} (untrained {run.val_rows[0][name]:.4f})")
+    print(run.summary())
     print(f"files in {folder}")
     return folder
 

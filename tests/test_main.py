@@ -1,6 +1,7 @@
 """The program as a whole: every loss and sampling, every flag, resumption, bad input."""
 
 import argparse
+import ast
 import csv
 import inspect
 import io
@@ -11,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -196,7 +198,7 @@ def test_every_trainer_leaves_every_file_and_a_column_for_each_loss(small, train
     shown = LOSS_COLUMNS[trainer] if len(LOSS_COLUMNS[trainer]) > 1 else []
     assert all(name in picture for name in ["total_loss", *shown])
     saved = state(folder, "last.pth.tar")
-    learned = set(saved["models"]) | {name for name, values in saved["losses"].items() if values}
+    learned = set(saved["models"]) | {name for name, part in saved["loss_funcs"].items() if part}
     assert {f"{name}_optimizer" for name in learned} == set(saved["optimizers"])
 
 
@@ -207,7 +209,7 @@ def test_all_that_a_trainer_adds_learns(small, trainer):
     main.main([*small, "--trainer", trainer, "--n_epochs", "0"])
     folder = main.main([*small, "--trainer", trainer, "--savename", "on"])
     before, after = (state(Path(folder).parent / name, "last.pth.tar") for name in ("run", "on"))
-    for group in ("models", "losses"):
+    for group in ("models", "loss_funcs"):
         for name, values in before[group].items():
             for key, value in values.items():
                 assert not torch.equal(value, after[group][name][key]), (name, key)
@@ -281,7 +283,7 @@ def test_tiny_imagenet_with_arcface_and_multisimilarity(small, tmp_path, capsys)
     assert [row["epoch"] for row in rows(folder, "log_val_Base.csv")] == ["0", "1", "2"]
     assert float(rows(folder, "log_train_Base.csv")[0]["metric_loss"]) > 0
     saved = state(folder, "last.pth.tar")
-    assert saved["losses"]["metric_loss"]["weight"].shape == (4, 8)
+    assert saved["loss_funcs"]["metric_loss"]["weight"].shape == (4, 8)
     assert saved["options"]["mining_epsilon"] == 0.1
     assert (saved["options"]["arcface_scale"], saved["options"]["arcface_margin"]) == (64, 0.5)
 
@@ -302,6 +304,125 @@ def test_the_number_of_loading_processes_never_changes_the_numbers(small):
 
 
 # ---- resumption
+
+
+# ---- hooks: evaluation now and then, patience, plateau, TensorBoard, plots of the embeddings
+
+
+def test_evaluation_every_so_many_epochs_and_after_the_last(small):
+    folder = main.main([*small, "--n_epochs", "5", "--eval_every", "2"])
+    assert [row["epoch"] for row in rows(folder, "log_val_Base.csv")] == ["0", "2", "4", "5"]
+    assert [row["epoch"] for row in rows(folder, "log_train_Base.csv")] == list("12345")
+    assert state(folder, "last.pth.tar")["epoch"] == 5
+    assert state(folder)["epoch"] in (2, 4, 5)
+
+
+def test_evaluating_less_often_changes_no_weight(small):
+    often = state(main.main([*small, "--n_epochs", "3"]), "last.pth.tar")
+    rarely = state(main.main([*small, "--n_epochs", "3", "--eval_every", "3", "--savename", "b"]),
+                   "last.pth.tar")
+    for key, value in often["models"]["trunk"].items():
+        assert torch.equal(value, rarely["models"]["trunk"][key])
+
+
+FLAT = ["--lr", "0", "--beta_lr", "0", "--batchnorm", "frozen"]  # the metric never changes
+
+
+def test_patience_ends_the_run_and_more_of_it_takes_it_further(small, capsys):
+    options = [*small, *FLAT, "--n_epochs", "9"]
+    folder = main.main([*options, "--patience", "2"])
+    assert [row["epoch"] for row in rows(folder, "log_val_Base.csv")] == ["0", "1", "2", "3"]
+    assert "ended after epoch 3, --patience 2" in capsys.readouterr().out
+    main.main([*options, "--patience", "2", "--resume"])
+    assert "a larger --patience takes it further" in capsys.readouterr().out
+    main.main([*options, "--patience", "4", "--resume"])
+    assert rows(folder, "log_val_Base.csv")[-1]["epoch"] == "5"
+    capsys.readouterr()
+    whole = main.main([*options, "--patience", "4", "--savename", "whole"])
+    for name in ("log_val_Base.csv", "log_train_Base.csv"):
+        assert rows(folder, name) == rows(whole, name)
+
+
+def test_a_plateau_lowers_every_rate(small):
+    folder = main.main([*small, *FLAT, "--n_epochs", "5", "--scheduler", "plateau", "--gamma",
+                        "0.5", "--plateau_patience", "2", "--decay", "0", "--classifier_lr", "0",
+                        "--lr", "1e-30"])
+    rates = [float(row["next_lr"]) for row in rows(folder, "log_train_Base.csv")]
+    assert rates == pytest.approx([1e-30, 1e-30, 5e-31, 5e-31, 2.5e-31])
+    saved = state(folder, "last.pth.tar")["optimizers"]
+    assert saved["embedder_optimizer"]["param_groups"][0]["lr"] == pytest.approx(2.5e-31)
+
+
+def test_a_plateau_resumes_to_the_same_rates(small, monkeypatch):
+    options = [*small, *FLAT, "--n_epochs", "4", "--scheduler", "plateau", "--plateau_patience",
+               "1"]
+    whole = main.main(options)
+    stopped = [*options, "--savename", "stopped"]
+    stop_in(3, monkeypatch)
+    with pytest.raises(SystemExit):
+        main.main(stopped)
+    monkeypatch.undo()
+    folder = main.main([*stopped, "--resume"])
+    assert rows(folder, "log_train_Base.csv") == rows(whole, "log_train_Base.csv")
+
+
+def test_tensorboard_gets_every_loss_rate_and_metric(small, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard",
+                        types.SimpleNamespace(SummaryWriter=EventFolder))
+    folder = main.main([*small, "--n_epochs", "2", "--tensorboard"])
+    with open(Path(folder) / "tensorboard" / "events.csv") as file:
+        events = list(csv.reader(file))
+    iterations = len([tag for tag, _, _ in events if tag == "loss/total_loss"])
+    means = [float(row["total_loss"]) for row in rows(folder, "log_train_Base.csv")]
+    values = [float(value) for tag, value, _ in events if tag == "loss/total_loss"]
+    assert iterations % 2 == 0
+    assert means == pytest.approx([np.mean(values[:iterations // 2]),
+                                   np.mean(values[iterations // 2:])])
+    recalls = {step: value for tag, value, step in events if tag == "metric/recall@1"}
+    assert recalls == {row["epoch"]: row["recall@1"] for row in rows(folder, "log_val_Base.csv")}
+    assert {"learning_rate/trunk", "learning_rate/embedder", "learning_rate/metric_loss"} <= {
+        tag for tag, _, _ in events}
+
+
+def test_without_the_package_tensorboard_the_flag_is_an_error(small, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert "pip install tensorboard" in error_of([*small, "--tensorboard"], capsys)
+    assert not os.path.exists(small[small.index("--save_path") + 1])
+
+
+@pytest.mark.parametrize("method", ["pca", "tsne"])
+def test_embeddings_are_drawn_after_each_best_evaluation(small, method):
+    folder = main.main([*small, "--n_epochs", "3", "--plot_embeddings", method])
+    recalls = [float(row["recall@1"]) for row in rows(folder, "log_val_Base.csv")]
+    expected = [0] + [epoch for epoch in (1, 2, 3)
+                      if all(recalls[epoch] > value for value in recalls[1:epoch])]
+    drawn = sorted(name for name in os.listdir(folder) if name.startswith("embeddings_"))
+    assert drawn == [f"embeddings_{epoch:04d}.svg" for epoch in expected]
+    picture = ElementTree.parse(Path(folder) / drawn[-1]).getroot()
+    space = "{http://www.w3.org/2000/svg}"
+    groups = [group for group in picture.iter(f"{space}g")
+              if group.find(f"{space}title") is not None]
+    assert [len(group.findall(f"{space}circle")) for group in groups] == [6] * 4
+
+
+def test_a_hook_that_raises_leaves_the_last_checkpoint_whole(small, monkeypatch):
+    options = [*small, "--n_epochs", "3"]
+    whole = main.main(options)
+    measure = main.Run.measure
+
+    def failing(run, trainer):
+        if trainer.epoch == 2:
+            raise RuntimeError("from the hook")
+        return measure(run, trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(main.Run, "measure", failing)
+        with pytest.raises(RuntimeError, match="from the hook"):
+            main.main([*options, "--savename", "broken"])
+    folder = Path(whole).parent / "broken"
+    assert state(folder)["epoch"] == state(folder, "last.pth.tar")["epoch"] == 1
+    main.main([*options, "--savename", "broken", "--resume"])
+    assert rows(folder, "log_val_Base.csv") == rows(whole, "log_val_Base.csv")
 
 
 def stop_in(epoch, monkeypatch):
@@ -333,8 +454,8 @@ def test_a_run_stopped_inside_an_epoch_resumes_to_the_same_numbers(small, monkey
         for part in ("trunk", "embedder"):
             for key, value in first["models"][part].items():
                 assert torch.equal(value, second["models"][part][key])
-        for key, value in first["losses"]["metric_loss"].items():
-            assert torch.equal(value, second["losses"]["metric_loss"][key])
+        for key, value in first["loss_funcs"]["metric_loss"].items():
+            assert torch.equal(value, second["loss_funcs"]["metric_loss"][key])
 
 
 @pytest.mark.parametrize("trainer", ["DeepAdversarialMetricLearning",
@@ -352,7 +473,7 @@ def test_other_trainers_resume_to_the_same_numbers(small, monkeypatch, trainer):
     for name in ("log_train_Base.csv", "log_val_Base.csv", "InfoPlot_Base.svg"):
         assert (Path(whole) / name).read_bytes() == (Path(resumed) / name).read_bytes()
     first, second = state(whole, "last.pth.tar"), state(resumed, "last.pth.tar")
-    for group in ("models", "losses"):
+    for group in ("models", "loss_funcs"):
         for name, values in first[group].items():
             for key, value in values.items():
                 assert torch.equal(value, second[group][name][key]), (name, key)
@@ -439,6 +560,9 @@ CONTEXT = {
     "not_pretrained": ["--arch", "resnet18", "--image_size", "32"],
     "arch": ["--not_pretrained", "--image_size", "32"],
     "mining_epsilon": ["--sampling", "multisimilarity"],
+    "plateau_patience": ["--n_epochs", "4", "--scheduler", "plateau", "--lr", "0"],
+    "patience": ["--n_epochs", "3", "--lr", "0"],
+    "eval_every": ["--n_epochs", "2"],
     "classifier_weight": ["--trainer", "TrainWithClassifier"],
     "classifier_lr": ["--trainer", "TrainWithClassifier"],
     "embedding_sizes": ["--trainer", "CascadedEmbeddings"],
@@ -447,7 +571,8 @@ CONTEXT = {
 }
 VALUES = {"bs": "12", "samples_per_class": "2", "k_vals": "3", "tau": "1", "arch": "resnet18",
           "distance_cutoff": "0.6", "gamma": "0.5", "loss": "triplet", "dataset": "glyphs",
-          "embedding_sizes": "5 3", "g_weights": "1 2 1 1"}
+          "embedding_sizes": "5 3", "g_weights": "1 2 1 1", "patience": "1",
+          "plateau_patience": "1"}
 
 
 def context_of(flag):
@@ -475,7 +600,7 @@ def trace(options, capsys, monkeypatch):
     printed = capsys.readouterr().out
     printed = re.sub(r"^options .*$|\d+(s|m \d+s), \d+ images/s$", "", printed, flags=re.M)
     last = state(folder, "last.pth.tar")
-    tensors = [value.double().sum().item() for group in ("models", "losses")
+    tensors = [value.double().sum().item() for group in ("models", "loss_funcs")
                for part in last[group].values() for value in part.values()]
     groups = [{key: value for key, value in group.items() if key != "params"}
               for optimizer in last["optimizers"].values() for group in optimizer["param_groups"]]
@@ -489,6 +614,21 @@ def renamed(trace):
     return trace.replace("glyphs/run\\n", "glyphs/again\\n")
 
 
+class EventFolder:
+    """The part of torch.utils.tensorboard.SummaryWriter that a run uses; tags go to a file."""
+
+    def __init__(self, folder):
+        os.makedirs(folder)
+        self.path = Path(folder) / "events.csv"
+
+    def add_scalar(self, tag, value, step):
+        with open(self.path, "a") as file:
+            file.write(f"{tag},{value},{step}\n")
+
+    def flush(self):
+        """Nothing is held back."""
+
+
 FLAGS = [action for action in main.build_parser()._actions if action.dest != "help"]
 
 
@@ -500,6 +640,9 @@ def test_every_flag_changes_the_run(action, small, tree, tmp_path, capsys, monke
     monkeypatch.setattr("torchvision.models._api.WeightsEnum.get_state_dict",
                         lambda weights, *args, **kwargs: imagenet)
     base = [*small, *context_of(action.dest)]
+    if action.dest == "tensorboard":  # a stand-in for the package, which need not be installed
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard",
+                            types.SimpleNamespace(SummaryWriter=EventFolder))
     if action.dest == "resume":
         capsys.readouterr()
         main.main(base)
@@ -775,3 +918,16 @@ def test_every_name_of_a_table_stands_in_the_readme():
     text = (ROOT / "README.md").read_text()
     for name in (*losses.LOSSES, *samplers.METHODS, *datasets.READERS, *trainers.TRAINERS):
         assert name in text, name
+
+
+def test_the_readmes_library_script_runs_as_printed(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    scripts = [text for text in blocks if "trainers.MetricLossOnly(" in text]
+    assert len(scripts) == 1 and len(scripts[0].splitlines()) <= 25
+    done = subprocess.run([sys.executable, "-c", scripts[0]], cwd=tmp_path, text=True, timeout=300,
+                          capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    best = ast.literal_eval(done.stdout)
+    assert best["recall@1"] > 0.5  # 0.33 untrained
+    saved = state(tmp_path, "best.pth.tar")
+    assert saved["epoch"] == best["epoch"] and {"trunk", "embedder"} == set(saved["models"])
