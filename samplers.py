@@ -329,6 +329,7 @@ class ClassBalancedBatchSampler(torch.utils.data.BatchSampler):
 
     def __iter__(self):
         generator = np.random.default_rng([self.seed, self.epoch])
+        self.epoch += 1  # for a loop that never calls set_epoch
         # The images, class after class, shuffled within each class.
         order = np.lexsort((generator.random(len(self.labels)), self.labels))
         first = np.cumsum(self.counts) - self.counts
@@ -375,6 +376,7 @@ class ShuffledBatchSampler(torch.utils.data.BatchSampler):
 
     def __iter__(self):
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_images)
+        self.epoch += 1  # for a loop that never calls set_epoch
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             yield order[start:start + self.batch_size].tolist()
 

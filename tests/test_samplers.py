@@ -752,6 +752,8 @@ def test_balanced_batches_depend_on_labels_seed_and_epoch_alone():
     first = ClassBalancedBatchSampler(labels, 12, 3, seed=5)
     first.set_epoch(4)
     expected = list(first)
+    assert list(first) != expected  # a loop that never calls set_epoch goes on by itself
+    first.set_epoch(4)
     assert list(first) == expected
     first.set_epoch(5)
     assert list(first) != expected
@@ -914,5 +916,6 @@ def test_data_loader_gives_the_same_batches_with_any_number_of_workers(make):
         for epoch in (0, 1):
             sampler.set_epoch(epoch)
             seen.append([images.tolist() for images, in loader])
+            sampler.set_epoch(epoch)
             assert seen[-1] == list(sampler)
     assert seen[:2] == seen[2:] and seen[0] != seen[1]
