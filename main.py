@@ -9,6 +9,7 @@ sampling. python main.py --dataset glyphs needs no data and no GPU.
 
 import argparse
 import math
+import operator
 import os
 import sys
 import time
@@ -63,7 +64,10 @@ def samples_per_class_bounds(opt):
     if opt.trainer == "UnsupervisedEmbeddingsUsingAugmentations":
         return 1, 1  # its positives are the two views of an image, its batches are shuffled
     loss_class = losses.LOSSES[opt.loss][0]
-    return loss_class.min_samples_per_class, loss_class.max_samples_per_class
+    positives = (opt.trainer == "DeepAdversarialMetricLearning"
+                 or opt.sampling not in (None, "none"))  # both draw positives from the batch
+    return (max(loss_class.min_samples_per_class, 2 if positives else 1),
+            loss_class.max_samples_per_class)
 
 
 def contradiction(opt):
@@ -83,6 +87,10 @@ def contradiction(opt):
     if opt.trainer == "TwoStreamMetricLoss" and opt.loss not in ("triplet", "marginloss"):
         return (f"--trainer {opt.trainer} needs a loss of triplets, triplet or marginloss; --loss "
                 f"{opt.loss} is not")
+    fewest, most = samples_per_class_bounds(opt)
+    if fewest > most:
+        return (f"--trainer {opt.trainer} needs {fewest} images of a class in a batch; --loss "
+                f"{opt.loss} takes {most} only")
     if opt.trainer == "DeepAdversarialMetricLearning" and not loss_class.unit_norm:
         return (f"--trainer {opt.trainer} needs unit-norm embeddings for its triplet losses; "
                 f"--loss {opt.loss} wants raw ones")
@@ -115,7 +123,7 @@ def fill_defaults(opt):
     default("classifier_lr", 10 * opt.lr)
     default("g_lr", opt.lr)
     third = opt.embed_dim // 3
-    default("embedding_sizes", [opt.embed_dim - 2 * third, third, third])
+    default("embedding_sizes", [opt.embed_dim - 2 * third, third, third][:3 if third else 1])
     default("kernels", 0 if glyphs else min(8, os.cpu_count() or 1))
     default("savename", time.strftime("%Y-%m-%d_%H-%M-%S"))
 
@@ -135,6 +143,8 @@ def wrong_value(opt):
                         ("plateau_patience", 1)):
         if getattr(opt, name) is not None and getattr(opt, name) < least:
             return f"--{name} {getattr(opt, name)}: the least value is {least}"
+    if min(opt.g_weights) < 0:
+        return f"--g_weights {' '.join(map(str, opt.g_weights))}: the least value is 0"
     if opt.image_size > 2048:
         return f"--image_size {opt.image_size}: 2048 pixels is the most"
     if min(opt.tau) < 1:
@@ -204,7 +214,7 @@ def make_parts(opt, num_classes):
                      "g_triplets_per_anchor": opt.g_triplets_per_anchor}
     elif opt.trainer == "UnsupervisedEmbeddingsUsingAugmentations":
         # The dataset gives both views; the trainer's transforms pick one each.
-        arguments = {"transforms": [lambda views: views[0], lambda views: views[1]],
+        arguments = {"transforms": [operator.itemgetter(0), operator.itemgetter(1)],
                      "data_and_label_getter": two_views}
     elif opt.trainer == "TwoStreamMetricLoss":
         arguments["mining_funcs"] = {"tuple_miner": loss_funcs["metric_loss"].sampler}
@@ -244,7 +254,7 @@ class Run:
     """
 
     STATE_KEYS = (*trainers.BaseTrainer.STATE_GROUPS, "epoch", "options", "data", "random_state",
-                  "train_rows", "val_rows")
+                  "train_rows", "validation_rows")
 
     def __init__(self, opt, folder, data, evaluation_sets, device):
         self.opt = opt
@@ -332,7 +342,7 @@ class Run:
         """All that the run needs to go on, for a checkpoint."""
         return {**trainer.state_dict(), "options": vars(self.opt), "data": self.data,
                 "random_state": auxiliaries.random_state(), "train_rows": self.train_rows,
-                "val_rows": self.validation.rows}
+                "validation_rows": self.validation.rows}
 
     def save(self, trainer):
         """Writes the files of the run folder; those of the best epoch only if it is this one.
@@ -400,7 +410,7 @@ class Run:
             trainer.load_state_dict(state)
         except ValueError as error:
             raise ValueError(f"--resume: {error}; was the code changed?") from error
-        self.train_rows, self.validation.rows = state["train_rows"], state["val_rows"]
+        self.train_rows, self.validation.rows = state["train_rows"], state["validation_rows"]
         auxiliaries.restore_random_state(state["random_state"])
 
 

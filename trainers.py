@@ -9,6 +9,7 @@ that most callers want, Validation and TensorBoardLog, stand at the end.
 
 import copy
 import functools
+import math
 import warnings
 
 import numpy as np
@@ -91,6 +92,18 @@ def add_arguments(parser):
                               "Default 1 each")
 
 
+def described(item):
+    """A batch's type and, of a tuple or list, the types in it, for an error message."""
+    parts = f" of {', '.join(type(part).__name__ for part in item)}" * isinstance(
+        item, (tuple, list))
+    return type(item).__name__ + parts
+
+
+def identity(item):
+    """The default data_and_label_getter and data_and_label_setter."""
+    return item
+
+
 class NothingMined(Exception):
     """A miner returned no index for a batch; the trainer skips the step."""
 
@@ -154,7 +167,7 @@ class BaseTrainer:
         self.loss_funcs = loss_funcs
         self.dataset = dataset
         self.mining_funcs = mining_funcs or {}
-        self.iterations_per_epoch = iterations_per_epoch
+        self.iterations_per_epoch = iterations_per_epoch or None
         self.data_device = data_device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = dtype
         self.loss_weights = self.complete_loss_weights(loss_weights)
@@ -165,14 +178,14 @@ class BaseTrainer:
         self.freeze_trunk_batchnorm = freeze_trunk_batchnorm
         self.label_hierarchy_level = label_hierarchy_level
         self.dataloader_num_workers = dataloader_num_workers
-        self.data_and_label_getter = data_and_label_getter or (lambda item: item)
+        self.data_and_label_getter = data_and_label_getter or identity
         self.collate_fn = collate_fn or self.default_collate()
         self.dataset_labels = dataset_labels
         self.set_min_label_to_zero = set_min_label_to_zero
         self.end_of_iteration_hook = end_of_iteration_hook or (lambda trainer: None)
         self.end_of_epoch_hook = end_of_epoch_hook or (lambda trainer: None)
         self.losses = {}
-        self.stepped_schedulers = set()
+        self.stepped_schedulers, self.all_weights = set(), None
         self.unchecked_losses = []
         self.skipped_steps = 0
         self.idle = ()  # models that do not learn at present
@@ -180,8 +193,14 @@ class BaseTrainer:
         self.check_keys()
         self.label_ranks = self.rank_labels()
         self.loader = self.make_loader()
+        if (self.iterations_per_epoch or 0) < 0:
+            raise ValueError(f"iterations_per_epoch {iterations_per_epoch}: the least value is 1")
         if self.iterations_per_epoch is None:
-            self.iterations_per_epoch = len(self.loader)
+            try:
+                self.iterations_per_epoch = len(self.loader)
+            except TypeError as error:
+                raise ValueError("the sampler or dataset has no length; iterations_per_epoch says "
+                                 f"how long an epoch is ({error})") from error
             if not self.iterations_per_epoch:
                 raise ValueError(f"there is no whole batch: a batch of {batch_size} from a "
                                  f"dataset of {len(dataset)}, or from a sampler that gives less")
@@ -209,11 +228,8 @@ class BaseTrainer:
         Where a miner returns nothing the step is skipped, counted in skipped_steps, and its losses
         are zero.
         """
-        for _, part in self.parts():
-            if isinstance(part, torch.nn.Module):
-                part.zero_grad(set_to_none=True)
-        for optimizer in self.optimizers.values():  # weights of a loss that is a plain function
-            optimizer.zero_grad(set_to_none=True)
+        for weight in self.weights():
+            weight.grad = None
         try:
             data, labels = self.next_batch()
             self.losses = self.calculate_loss(data, labels)
@@ -221,13 +237,17 @@ class BaseTrainer:
             self.skipped_steps += 1
             self.losses = {name: torch.zeros(()) for name in (*self.loss_weights, "total_loss")}
             return
-        total = sum(self.loss_weights[name] * loss for name, loss in self.losses.items())
+        total = self.weighted_sum(self.losses)
         self.losses = {name: loss.detach() for name, loss in self.losses.items()}
         self.losses["total_loss"] = total.detach()
-        self.unchecked_losses.append(total.detach())
-        if total.device.type == "cpu" or len(self.unchecked_losses) >= 20:
+        self.unchecked_losses.append(self.losses["total_loss"])
+        if len(self.unchecked_losses) >= (20 if total.is_cuda else 1):
             self.check_losses()
         if not total.requires_grad:
+            # Zero is some losses' answer to a batch without tuples.
+            if total == 0 and any(weight.requires_grad for weight in self.weights()):
+                self.skipped_steps += 1
+                return
             raise ValueError("there is nothing to learn: the loss depends on no weight that is "
                              "not frozen (freeze_these: "
                              f"{', '.join(self.freeze_these) or 'none'})")
@@ -237,6 +257,28 @@ class BaseTrainer:
         for name, optimizer in self.optimizers.items():
             if name.removesuffix("_optimizer") not in (*self.freeze_these, *self.idle):
                 optimizer.step()
+
+    def weighted_sum(self, losses):
+        """{loss name: scalar} -> the scalar to minimise; ValueError for what is no scalar."""
+        for name, loss in losses.items():
+            if not torch.is_tensor(loss) or loss.numel() != 1:
+                gave = list(loss.shape) if torch.is_tensor(loss) else type(loss).__name__
+                raise ValueError(f"{name} must give a scalar tensor; it gave {gave}")
+        weighted = [loss if self.loss_weights[name] == 1 else self.loss_weights[name] * loss
+                    for name, loss in losses.items()]
+        total = weighted[0] if len(weighted) == 1 else sum(weighted[1:], weighted[0])
+        return total if total.dim() == 0 else total.squeeze()
+
+    def weights(self):
+        """All parameters: of models and losses, and whatever else the optimizers hold."""
+        if self.all_weights is None:
+            modules = [part for _, part in self.parts() if isinstance(part, torch.nn.Module)]
+            held = [group["params"] for optimizer in self.optimizers.values()
+                    for group in optimizer.param_groups]
+            self.all_weights = list(dict.fromkeys(
+                weight for weights in (*(module.parameters() for module in modules), *held)
+                for weight in weights))
+        return self.all_weights
 
     def calculate_loss(self, data, labels):
         """data [B, ...], labels [B] -> {loss name: scalar}; each trainer's own."""
@@ -262,14 +304,13 @@ class BaseTrainer:
         New: since the last check. On a GPU a look at a loss makes the host wait, so the trainer
         looks every 20 iterations.
         """
-        losses, self.unchecked_losses = self.unchecked_losses, []
-        values = torch.stack(losses).cpu() if losses else torch.zeros(0)
-        wrong = (~torch.isfinite(values)).nonzero().flatten().tolist()
-        if wrong:
-            iteration = self.iteration - (len(losses) - 1) + wrong[0]
-            raise FloatingPointError(f"the loss is {values[wrong[0]].item()} in epoch "
-                                     f"{self.epoch}, iteration {iteration + 1}; often the "
-                                     "learning rate (--lr) is too high")
+        values = torch.stack(self.unchecked_losses).tolist() if self.unchecked_losses else []
+        self.unchecked_losses = []
+        for iteration, value in enumerate(values, self.iteration + 2 - len(values)):
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the loss is {value} in epoch {self.epoch}, iteration "
+                                         f"{iteration}; often the learning rate (--lr) is too "
+                                         "high")
 
     def step_schedulers(self, suffix, *value):
         """Steps the schedulers whose key ends in the suffix, those of networks at rest too."""
@@ -386,7 +427,11 @@ class BaseTrainer:
 
     def unpack(self, item):
         """An item of the loader -> (data on the device, labels as they are)."""
-        data, labels = self.data_and_label_getter(item)
+        item = self.data_and_label_getter(item)
+        if not isinstance(item, (tuple, list)) or len(item) != 2 or not torch.is_tensor(item[0]):
+            raise ValueError("a batch must be (data, labels), data a tensor; it is "
+                             f"{described(item)}. A data_and_label_getter can take it apart")
+        data, labels = item
         return data.to(self.data_device, self.dtype, non_blocking=True), labels
 
     @torch.no_grad()
@@ -401,20 +446,26 @@ class BaseTrainer:
 
     def process_labels(self, labels):
         """Labels of the loader -> LongTensor [B]: one hierarchy level, ranks if asked for."""
-        if isinstance(labels, (list, tuple)) and np.ndim(labels[0]) > 0:
-            labels = labels[self.label_hierarchy_level]  # collated level by level
-        labels = labels if torch.is_tensor(labels) else np.asarray(labels)
-        if labels.ndim == 2:
-            labels = labels[:, self.label_hierarchy_level]
+        level = self.label_hierarchy_level
+        try:
+            if isinstance(labels, (list, tuple)) and np.ndim(labels[0]) > 0:
+                labels = labels[level]  # collated level by level
+            labels = labels if torch.is_tensor(labels) else np.asarray(labels)
+            if labels.ndim == 2:
+                labels = labels[:, level]
+        except IndexError as error:
+            raise ValueError(f"label_hierarchy_level {level}: the labels have no such level; they "
+                             "are counted from 0") from error
         if self.label_ranks is not None:
             labels = np.asarray(labels.cpu() if torch.is_tensor(labels) else labels)
             ranks = np.searchsorted(self.label_ranks, labels).clip(max=len(self.label_ranks) - 1)
             unknown = labels[self.label_ranks[ranks] != labels]
             if len(unknown):
-                raise ValueError(f"label {unknown[0]!r} is not among dataset_labels")
+                raise ValueError(f"label {unknown[0].item()!r} is not among dataset_labels")
             labels = ranks
-        elif not torch.is_tensor(labels) and labels.dtype.kind not in "iub":
-            raise ValueError(f"labels such as {labels[0]!r} are not integers; "
+        elif (labels.is_floating_point() if torch.is_tensor(labels)
+              else labels.dtype.kind not in "iub"):
+            raise ValueError(f"labels such as {labels[0].item()!r} are not integers; "
                              "set_min_label_to_zero with dataset_labels turns strings into "
                              "numbers")
         return torch.as_tensor(labels).long()
@@ -437,6 +488,7 @@ class BaseTrainer:
 
     def set_to_train(self):
         """Train mode for all that learns; eval mode and no gradients for what is frozen."""
+        self.all_weights = None  # looked for anew: a hook may have changed the networks
         for name, part in self.parts():
             if not isinstance(part, torch.nn.Module):
                 continue
@@ -469,6 +521,9 @@ class BaseTrainer:
         names = (*self.model_names, *self.loss_names)
         schedulers = [f"{name}_scheduler_by_{when}" for name in names
                       for when in ("iteration", "epoch", "plateau")]
+        if isinstance(self.freeze_these, str):
+            raise ValueError(f"freeze_these {self.freeze_these!r} is one string; it must be a "
+                             "list of names")
         for argument, given, allowed, required in (
                 ("models", self.models, self.model_names, self.required_models),
                 ("loss_funcs", self.loss_funcs, self.loss_names, self.required_losses),
@@ -486,6 +541,16 @@ class BaseTrainer:
                 what = f"unknown key {unknown[0]!r}" if unknown else f"no key {missing[0]!r}"
                 raise ValueError(f"{type(self).__name__}: {what} in {argument}; allowed are "
                                  f"{', '.join(allowed)}")
+        for argument in ("models", "loss_funcs", "mining_funcs", "gradient_clippers"):
+            for name, value in getattr(self, argument).items():
+                if not callable(value):
+                    raise ValueError(f"{type(self).__name__}: {name} in {argument} is "
+                                     f"{value!r}; it must be callable")
+        for name, scheduler in self.lr_schedulers.items():
+            by_plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+            if by_plateau and not name.endswith("_by_plateau"):
+                raise ValueError(f"{type(self).__name__}: {name} in lr_schedulers is a "
+                                 "ReduceLROnPlateau; its key must end in _scheduler_by_plateau")
         for name in self.freeze_these:
             if f"{name}_optimizer" in self.optimizers:
                 warnings.warn(f"{name} is frozen: its optimizer will not be stepped", stacklevel=3)
@@ -507,7 +572,8 @@ class TrainWithClassifier(BaseTrainer):
     """A metric loss on the embeddings and a classification loss on a classifier behind them.
 
     models: {"trunk": ..., "classifier": ..., "embedder": ... (optional)}; loss_funcs:
-    {"metric_loss": ..., "classifier_loss": callable(logits [B, C], labels [B])}.
+    {"metric_loss": ..., "classifier_loss": callable(logits [B, C], labels [B])}. No one paper's
+    method: a common way to keep a metric loss from collapsing.
     """
 
     model_names = ("trunk", "embedder", "classifier")
@@ -529,13 +595,17 @@ class CascadedEmbeddings(BaseTrainer):
     length of each section; they sum to the embedding's. models: {"trunk": ..., "embedder": ...
     (optional), "classifier_0": ... and so on (optional)}; loss_funcs: {"metric_loss_0": ..., for
     each section, "classifier_loss_0": ... for each classifier}; mining_funcs: {"tuple_miner_0":
-    ... (optional)}. Departs from the paper: which tuples are hard in a section is its own miner's
-    decision, not that of the sections before; all sections share one trunk's features. A section
-    whose miner returns nothing rests for that step; the step is skipped where all do.
+    ... (optional)}. A miner with set_idx_externally(tuples, labels) and reset_idx(), as
+    pytorch-metric-learning's HDCMiner, is handed the tuples of the section before and so sees the
+    harder ones of them: the paper's cascade. Any other miner decides for its section alone. A
+    section whose miner returns nothing rests for that step; the step is skipped where all do.
+    Departs from the paper: all sections share one trunk's features.
     """
 
     def __init__(self, embedding_sizes, *args, **kwargs):
         self.embedding_sizes = list(embedding_sizes)
+        if not self.embedding_sizes or min(self.embedding_sizes) < 1:
+            raise ValueError(f"embedding_sizes {self.embedding_sizes}: each must be 1 or more")
         sections = range(len(self.embedding_sizes))
         self.model_names = ("trunk", "embedder", *(f"classifier_{i}" for i in sections))
         self.required_losses = tuple(f"metric_loss_{i}" for i in sections)
@@ -554,8 +624,11 @@ class CascadedEmbeddings(BaseTrainer):
             raise ValueError(f"embedding_sizes {self.embedding_sizes} sum to "
                              f"{sum(self.embedding_sizes)}, the embedding has "
                              f"{embeddings.shape[1]}")
-        losses, resting = {}, 0
+        losses, resting, indices_tuple = {}, 0, None
         for i, section in enumerate(embeddings.split(self.embedding_sizes, dim=1)):
+            miner = self.mining_funcs.get(f"tuple_miner_{i}")
+            if hasattr(miner, "set_idx_externally"):
+                miner.set_idx_externally(indices_tuple, labels)
             try:
                 indices_tuple = self.mine_tuples(section, labels, f"tuple_miner_{i}")
                 losses[f"metric_loss_{i}"] = self.loss_funcs[f"metric_loss_{i}"](
@@ -563,6 +636,8 @@ class CascadedEmbeddings(BaseTrainer):
             except NothingMined:
                 losses[f"metric_loss_{i}"] = section[:0].sum()  # zero, in the graph
                 resting += 1
+            if hasattr(miner, "reset_idx"):
+                miner.reset_idx()
             if f"classifier_{i}" in self.models:
                 logits = self.models[f"classifier_{i}"](section)
                 losses[f"classifier_loss_{i}"] = self.loss_funcs[f"classifier_loss_{i}"](
@@ -586,8 +661,9 @@ class DeepAdversarialMetricLearning(BaseTrainer):
     "g_hard_lss" is understood too. g_adv_loss is copied, its margin negated: with positive and
     negative exchanged, max(0, d_an - d_ap - margin) pulls the synthetic negative to the anchor.
 
-    Departs from the paper, as the library that these trainers follow does: where all learn, one
-    backward pass serves all losses, so the generator's losses reach trunk and embedder as well;
+    Departs from the paper, as the library that these trainers follow does: metric_loss on the
+    batch's own tuples is kept beside synth_loss; where all learn, one backward pass serves all
+    losses, so the generator's losses reach trunk and embedder as well;
     g_hard_loss and g_reg_loss are mean squared differences of normalised features.
     """
 
@@ -606,10 +682,12 @@ class DeepAdversarialMetricLearning(BaseTrainer):
         if ("classifier" in self.models) != ("classifier_loss" in self.loss_funcs):
             raise ValueError("DeepAdversarialMetricLearning: a classifier in models and a "
                              "classifier_loss in loss_funcs go together; one of them is missing")
-        if not hasattr(self.loss_funcs["g_adv_loss"], "margin"):
-            raise ValueError("DeepAdversarialMetricLearning: g_adv_loss has no margin; it must be "
-                             "a triplet loss")
-        adversarial = copy.deepcopy(self.loss_funcs["g_adv_loss"])
+        adversarial = self.loss_funcs["g_adv_loss"]
+        weights = adversarial.parameters() if isinstance(adversarial, torch.nn.Module) else []
+        if not hasattr(adversarial, "margin") or list(weights):
+            raise ValueError("DeepAdversarialMetricLearning: g_adv_loss must be a triplet loss, "
+                             "with an attribute margin and no weights of its own")
+        adversarial = copy.deepcopy(adversarial)
         adversarial.margin = -adversarial.margin
         self.loss_funcs = {**self.loss_funcs, "g_adv_loss": adversarial}
         self.learning = {name: [p for p in model.parameters() if p.requires_grad]
@@ -692,6 +770,8 @@ class DeepAdversarialMetricLearning(BaseTrainer):
         size = triplets.shape[1] // 3
         try:
             synthetic = self.models["generator"](triplets)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise ValueError(f"the generator must take [T, {3 * size}], three times the trunk's "
                              f"features: {error}") from error
@@ -709,6 +789,8 @@ class UnsupervisedEmbeddingsUsingAugmentations(MetricLossOnly):
     B x N samples, whose label is the item's place in the batch. data_and_label_setter: callable(
     (samples, labels)) -> what data_and_label_getter expects of the loader. models, loss_funcs: as
     MetricLossOnly. data_and_label_getter is applied to each item of the dataset as well.
+    Departs from the paper: any metric loss on any number of views takes the place of its softmax
+    over the batch's instances.
     """
 
     def __init__(self, transforms, data_and_label_setter=None, *args, **kwargs):
@@ -716,8 +798,13 @@ class UnsupervisedEmbeddingsUsingAugmentations(MetricLossOnly):
             raise ValueError("UnsupervisedEmbeddingsUsingAugmentations collates the views itself; "
                              "leave out collate_fn")
         self.transforms = list(transforms)
-        self.data_and_label_setter = data_and_label_setter or (lambda batch: batch)
+        self.data_and_label_setter = data_and_label_setter or identity
+        if not self.transforms:
+            raise ValueError("UnsupervisedEmbeddingsUsingAugmentations needs a transform or more")
         super().__init__(*args, **kwargs)
+        if self.set_min_label_to_zero:
+            raise ValueError("UnsupervisedEmbeddingsUsingAugmentations makes its own labels; "
+                             "leave out set_min_label_to_zero")
 
     def default_collate(self):
         # Not a method of the trainer: the loader would hold the trainer, which holds the loader.
@@ -734,7 +821,7 @@ def collate_views(items, transforms, getter, setter):
 
 
 class TwoStreamMetricLoss(BaseTrainer):
-    """Anchors from one stream, positives and negatives from the other.
+    """Anchors from one stream, positives and negatives from the other: sketch and photograph.
 
     dataset: items (anchor, positive, label). models, loss_funcs: as MetricLossOnly. mining_funcs:
     {"tuple_miner": callable(anchors [B, D], labels [B], others [B, D], labels [B]) -> (a, p, n) or
@@ -786,17 +873,20 @@ class Validation:
 
     measure: callable(trainer) -> {metric: number}; it finds models and losses in eval mode, and
     without gradients. metric: the one that counts, the first if None; greater is better. every:
-    epochs from one measurement to the next; the last epoch is always measured. patience:
-    measurements in a row without a better value after which training ends; None: never.
-    checkpoint: file that holds state(trainer), a dict, of the best epoch. The schedulers by
-    plateau are stepped with the metric.
+    epochs from one measurement to the next. The last epoch is measured in any case; where it is
+    not one of every, it counts neither for patience nor for the schedulers, so that a training
+    that goes on from there goes on as if it had not stopped. Epochs in which the trunk rests are
+    left out. patience: measurements in a row without a better value after which training ends;
+    None: never. The schedulers by plateau are stepped with the metric. checkpoint: file that holds
+    state(trainer), a dict, of the best epoch, and the rows as "validation_rows".
 
     rows lists what was measured, {"epoch": ..., metric: ...}; all that this hook decides follows
-    from them. Epoch 0, the untrained network if a caller measures it, is best only while alone.
+    from them, so a Validation that goes on where another ended takes its rows. Epoch 0, the
+    untrained network if a caller measures it, is best only while alone.
     """
 
     def __init__(self, measure, metric=None, every=1, patience=None, checkpoint=None,
-                 state=lambda trainer: trainer.state_dict()):
+                 state=lambda trainer: trainer.state_dict(), rows=()):
         if every < 1 or patience is not None and patience < 1:
             raise ValueError(f"every {every}, patience {patience}: both are 1 or more")
         self.measure = measure
@@ -805,7 +895,7 @@ class Validation:
         self.patience = patience
         self.checkpoint = checkpoint
         self.state = state
-        self.rows = []
+        self.rows = list(rows)
 
     def __call__(self, trainer):
         """Measures if it is time; returns False, which ends the training, if patience is over."""
@@ -814,20 +904,26 @@ class Validation:
         trainer.set_to_eval()
         with torch.no_grad():
             metrics = self.measure(trainer)
+        if not isinstance(metrics, dict):
+            raise ValueError("Validation: measure must give a dict {metric: number}; it gives a "
+                             f"{type(metrics).__name__}")
         name = self.name() if self.rows else self.metric or next(iter(metrics), None)
         if name not in metrics or "epoch" in metrics:
             raise ValueError(f"Validation: measure must give {name or 'a metric'}, and none named "
                              f"epoch; it gives {', '.join(metrics) or 'nothing'}")
         self.rows.append({"epoch": trainer.epoch, **metrics})
-        if trainer.epoch:
+        if trainer.epoch and trainer.epoch % self.every == 0:
             trainer.step_lr_plateau_schedulers(metrics[name])
         if self.checkpoint and self.best() is self.rows[-1]:
-            auxiliaries.save_checkpoint(self.checkpoint, self.state(trainer))
+            auxiliaries.save_checkpoint(self.checkpoint, {**self.state(trainer),
+                                                          "validation_rows": self.rows})
         return False if self.is_over() else None
 
     def is_due(self, trainer):
         """Whether this epoch is one to measure."""
-        return trainer.epoch % self.every == 0 or trainer.epoch == trainer.last_epoch
+        if trainer.epoch == getattr(trainer, "last_epoch", None):
+            return True
+        return trainer.epoch % self.every == 0 and "trunk" not in getattr(trainer, "idle", ())
 
     def name(self):
         """The name of the metric that counts; there must be a row."""
@@ -838,18 +934,20 @@ class Validation:
         value = row[self.name()]
         return value if value == value else -float("inf")
 
-    def best(self):
-        """The row with the greatest metric, the first of equals; there must be a row."""
-        trained = [row for row in self.rows if row["epoch"]]
-        return max(trained or self.rows, key=self.value)
+    def best(self, rows=None):
+        """The row with the greatest metric, of all rows by default, the first of equals."""
+        rows = self.rows if rows is None else rows
+        trained = [row for row in rows if row["epoch"]]
+        return max(trained or rows, key=self.value)
 
     def is_over(self):
         """Whether the last `patience` measurements are no better than one before them."""
-        if self.patience is None or not self.rows:
+        rows = [row for row in self.rows if row["epoch"] % self.every == 0]
+        if self.patience is None or not rows:
             return False
-        best = self.best()
-        place = next(i for i, row in enumerate(self.rows) if row is best)
-        return len(self.rows) - 1 - place >= self.patience
+        best = self.best(rows)
+        place = next(i for i, row in enumerate(rows) if row is best)
+        return len(rows) - 1 - place >= self.patience
 
 
 class TensorBoardLog:

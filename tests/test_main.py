@@ -228,10 +228,17 @@ def test_trainers_of_two_views_run_on_glyphs(trainer, tmp_path):
                                      "DeepAdversarialMetricLearning"])
 def test_other_losses_under_the_trainers_of_classes(small, trainer, loss, capsys):
     options = [*small, "--trainer", trainer, "--loss", loss]
-    if trainer.startswith("Deep") and loss == "npair":
-        assert "unit-norm" in error_of(options, capsys)
+    if trainer.startswith("Deep") and loss in ("npair", "proxynca"):
+        words = {"npair": "unit-norm", "proxynca": "needs 2 images of a class"}[loss]
+        assert words in error_of(options, capsys)
         return
     assert np.isfinite(float(rows(main.main(options), "log_train_Base.csv")[0]["total_loss"]))
+
+
+def test_a_cascade_of_few_dimensions_has_one_section(small):
+    folder = main.main([*small, "--trainer", "CascadedEmbeddings", "--embed_dim", "2"])
+    assert list(rows(folder, "log_train_Base.csv")[0]) == ["epoch", "metric_loss_0", "total_loss",
+                                                           "next_lr"]
 
 
 def test_the_phases_of_adversarial_training_in_the_files(small):
@@ -364,6 +371,26 @@ def test_a_plateau_resumes_to_the_same_rates(small, monkeypatch):
     monkeypatch.undo()
     folder = main.main([*stopped, "--resume"])
     assert rows(folder, "log_train_Base.csv") == rows(whole, "log_train_Base.csv")
+
+
+@pytest.mark.parametrize("extra", [["--scheduler", "plateau", "--plateau_patience", "1"],
+                                   ["--patience", "2"]])
+def test_going_on_after_a_last_epoch_off_the_schedule_is_the_unbroken_run(small, extra):
+    options = [*small, *FLAT, "--lr", "1e-9", "--eval_every", "2", *extra]
+    whole = main.main([*options, "--n_epochs", "8"])
+    broken = [*options, "--savename", "broken"]
+    main.main([*broken, "--n_epochs", "3"])
+    folder = main.main([*broken, "--n_epochs", "8", "--resume"])
+    assert rows(folder, "log_train_Base.csv") == rows(whole, "log_train_Base.csv")
+    assert [row for row in rows(folder, "log_val_Base.csv") if row["epoch"] != "3"] == rows(
+        whole, "log_val_Base.csv")
+
+
+def test_patience_waits_while_only_the_generator_learns(small):
+    folder = main.main([*small, "--trainer", "DeepAdversarialMetricLearning", "--n_epochs", "6",
+                        "--metric_alone_epochs", "1", "--g_alone_epochs", "3", "--patience", "2"])
+    measured = [row["epoch"] for row in rows(folder, "log_val_Base.csv")]
+    assert measured[:3] == ["0", "1", "5"]
 
 
 def test_tensorboard_gets_every_loss_rate_and_metric(small, monkeypatch):
@@ -807,8 +834,16 @@ def test_progress_line_on_a_terminal_only(small, monkeypatch, capsys):
      ["--embedding_sizes 4 3", "--embed_dim 8"]),
     (["--trainer", "CascadedEmbeddings", "--embedding_sizes", "8", "0"],
      ["--embedding_sizes 8 0"]),
-    (["--trainer", "CascadedEmbeddings", "--embed_dim", "2"],
-     ["--embedding_sizes", "--embed_dim 2"]),
+    (["--trainer", "DeepAdversarialMetricLearning", "--loss", "proxynca"],
+     ["DeepAdversarialMetricLearning needs 2 images of a class", "proxynca takes 1 only"]),
+    (["--trainer", "DeepAdversarialMetricLearning", "--loss", "arcface", "--samples_per_class",
+      "1"], ["--samples_per_class 1"]),
+    (["--loss", "arcface", "--sampling", "multisimilarity", "--samples_per_class", "1"],
+     ["--samples_per_class 1"]),
+    (["--g_weights", "1", "1", "-1", "1"], ["--g_weights 1.0 1.0 -1.0 1.0"]),
+    (["--scheduler", "plateau", "--gamma", "1"], ["--gamma 1.0", "plateau"]),
+    *[([f"--{name}", "0"], [f"--{name} 0: the least value is 1"])
+      for name in ("patience", "eval_every", "plateau_patience")],
     *[(["--trainer", "TwoStreamMetricLoss", "--loss", name],
        ["--trainer TwoStreamMetricLoss", f"--loss {name}", "triplet or marginloss"])
       for name in ("npair", "proxynca", "crossentropy", "arcface")],

@@ -9,6 +9,7 @@ import collections
 import copy
 import functools
 import inspect
+import pickle
 import random
 import re
 import sys
@@ -975,7 +976,6 @@ def test_every_epoch_begins_in_train_mode():
      "metric_loss_scheduler_by_plateau"),
     ("gradient_clippers", {"trunk_clipper": None}, "trunk_clipper", "trunk_grad_clipper"),
     ("freeze_these", ("body",), "body", "trunk, embedder, metric_loss"),
-    ("freeze_these", "trunk", "t", "trunk, embedder, metric_loss"),
 ])
 def test_unknown_and_missing_keys_are_named_with_the_allowed_ones(argument, given, key, allowed):
     with pytest.raises(ValueError) as error:
@@ -1550,7 +1550,7 @@ def test_adversarial_weights_need_the_regularisers_at_construction(lacking):
 
 def test_an_adversarial_loss_without_a_margin():
     losses = adversarial().loss_funcs | {"g_adv_loss": MeanSquare()}
-    with pytest.raises(ValueError, match="g_adv_loss has no margin"):
+    with pytest.raises(ValueError, match="g_adv_loss must be a triplet loss"):
         adversarial(loss_funcs=losses)
 
 
@@ -2213,7 +2213,9 @@ def test_validation_steps_plateau_schedulers_once_with_the_metric_that_counts():
     assert [row["epoch"] for row in validation.rows] == [0]
     assert schedulers["trunk_scheduler_by_plateau"].values == []
     trainer.train(num_epochs=5)
-    assert schedulers["trunk_scheduler_by_plateau"].values == [(value,) for value in values[1:]]
+    # The last epoch is measured, but off the schedule: it is not for the schedulers.
+    assert [row["epoch"] for row in validation.rows] == [0, 2, 4, 5]
+    assert schedulers["trunk_scheduler_by_plateau"].values == [(value,) for value in values[1:3]]
     assert schedulers["trunk_scheduler_by_epoch"].values == [()] * 5
 
 
@@ -2271,7 +2273,10 @@ def test_at_any_time_the_checkpoint_is_that_of_the_best_epoch_so_far(seed, untra
         validation(stand_in(epoch))
         so_far = list(zip(epochs, values[:count]))
         best = max(so_far[untrained:] or so_far, key=lambda pair: (pair[1], -pair[0]))[0]
-        assert torch.load(path, weights_only=True) == {"epoch": best, "mine": "kept"}
+        saved = torch.load(path, weights_only=True)
+        rows = saved.pop("validation_rows")
+        assert saved == {"epoch": best, "mine": "kept"}
+        assert [row["epoch"] for row in rows] == list(epochs[:epochs.index(best) + 1])
 
 
 def test_without_a_checkpoint_no_state_is_taken(tmp_path, monkeypatch):
@@ -2557,3 +2562,158 @@ def test_an_augmenting_trainer_with_loading_processes_ends_at_once():
     gone = weakref.ref(trainer)
     del trainer
     assert gone() is None  # no cycle that waits for the garbage collector
+
+
+def test_a_last_epoch_off_the_schedule_does_not_count_for_patience():
+    values = [0.5, 0.4, 0.3, 0.2, 0.1]
+    broken = measuring(values[:2], every=2, patience=2)
+    make_trainer(end_of_epoch_hook=broken).train(num_epochs=3)
+    assert [row["epoch"] for row in broken.rows] == [2, 3] and not broken.is_over()
+    on = measuring(values[2:], every=2, patience=2, rows=broken.rows)
+    trainer = make_trainer(end_of_epoch_hook=on)
+    trainer.train(4, 20)
+    assert [row["epoch"] for row in on.rows] == [2, 3, 4, 6] and trainer.epoch == 6
+
+
+def test_rows_of_a_checkpoint_keep_it_from_being_written_over(tmp_path):
+    first = measuring([0.9], checkpoint=tmp_path / "best")
+    make_trainer(end_of_epoch_hook=first).train()
+    rows = torch.load(tmp_path / "best", weights_only=True)["validation_rows"]
+    on = measuring([0.1], checkpoint=tmp_path / "best", rows=rows)
+    make_trainer(end_of_epoch_hook=on).train(2, 2)
+    assert torch.load(tmp_path / "best", weights_only=True)["epoch"] == 1
+    assert len(on.rows) == 2 and len(rows) == 1
+
+
+def test_epochs_in_which_the_trunk_rests_are_not_measured():
+    validation = measuring([0.1, 0.1, 0.2, 0.3], patience=2)
+    trainer = adversarial((1, 3), end_of_epoch_hook=validation)
+    trainer.train(num_epochs=6)
+    assert [row["epoch"] for row in validation.rows] == [1, 5, 6]
+
+
+class Handed:
+    """A miner that keeps to the tuples that it is handed, and halves them."""
+
+    def __init__(self, names, name):
+        self.names, self.name, self.handed = names, name, None
+
+    def set_idx_externally(self, tuples, labels):
+        self.handed = tuples
+
+    def reset_idx(self):
+        self.names.append((self.name, self.handed is not None))
+        self.handed = None
+
+    def __call__(self, embeddings, labels):
+        tuples = triplets_of(labels) if self.handed is None else list(zip(*self.handed))
+        return tuple(torch.tensor(part) for part in zip(*tuples[:len(tuples) // 2]))
+
+
+def test_a_miner_of_cascades_is_handed_the_tuples_of_the_section_before():
+    names, counts = [], []
+
+    class Counting(MeanSquare):
+        def forward(self, embeddings, labels, indices_tuple):
+            counts.append(len(indices_tuple[0]))
+            return super().forward(embeddings, labels, indices_tuple)
+
+    trainer = assemble(functools.partial(CascadedEmbeddings, (1, 2, 2)),
+                       {"trunk": linear(3, 5)}, {f"metric_loss_{i}": Counting() for i in range(3)},
+                       mining_funcs={f"tuple_miner_{i}": Handed(names, i) for i in range(3)},
+                       iterations_per_epoch=1)
+    trainer.train()
+    assert names == [(0, False), (1, True), (2, True)]
+    assert counts[1] == counts[0] // 2 and counts[2] == counts[1] // 2 > 0
+
+
+@pytest.mark.parametrize("loss, words", [
+    (lambda *_: 0.5, "metric_loss must give a scalar tensor; it gave float"),
+    (lambda embeddings, *_: embeddings.sum(1), r"it gave \[8\]")])
+def test_a_loss_must_give_a_scalar_tensor(loss, words):
+    with pytest.raises(ValueError, match=words):
+        make_trainer(loss_funcs={"metric_loss": loss}, batch_size=8).train()
+
+
+def test_a_zero_without_a_graph_skips_the_step_and_other_numbers_are_errors():
+    values = iter([torch.zeros(()), torch.ones(())])
+    trainer = make_trainer(loss_funcs={"metric_loss": lambda *_: next(values)})
+    with pytest.raises(ValueError, match="nothing to learn"):
+        trainer.train()
+    assert trainer.skipped_steps == 1
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"iterations_per_epoch": -1}, "iterations_per_epoch -1"),
+    ({"models": {"trunk": None}}, "trunk in models is None"),
+    ({"gradient_clippers": {"trunk_grad_clipper": 3}}, "trunk_grad_clipper in gradient_clippers"),
+    ({"freeze_these": "trunk"}, "'trunk' is one string"),
+    ({"lr_schedulers": {"trunk_scheduler_by_epoch": torch.optim.lr_scheduler.ReduceLROnPlateau(
+        sgd(linear()))}}, "must end in _scheduler_by_plateau"),
+    ({"sampler": (i for i in range(8))}, "iterations_per_epoch says")])
+def test_arguments_that_cannot_be_meant(changes, words):
+    with pytest.raises(ValueError, match=words):
+        make_trainer(**changes)
+
+
+def test_no_iterations_per_epoch_is_one_pass():
+    assert make_trainer(iterations_per_epoch=0).iterations_per_epoch == len(make_trainer().loader)
+
+
+def test_sizes_and_transforms_there_must_be():
+    for sizes in ((4, 0), ()):
+        with pytest.raises(ValueError, match="embedding_sizes"):
+            CascadedEmbeddings(sizes, {}, {}, 4, {}, four_classes())
+    with pytest.raises(ValueError, match="a transform or more"):
+        assemble(functools.partial(UnsupervisedEmbeddingsUsingAugmentations, []),
+                 {"trunk": linear()}, {"metric_loss": MeanSquare()})
+    with pytest.raises(ValueError, match="makes its own labels"):
+        views(dataset_labels=[0, 1, 2, 3], set_min_label_to_zero=True)
+
+
+@pytest.mark.parametrize("rows, words", [
+    ([{"data": torch.zeros(3), "label": 1}] * 8, "it is dict"),
+    ([(torch.zeros(3), torch.zeros(3), 1)] * 8, "tuple of Tensor, Tensor, Tensor|list of Tensor")])
+def test_batches_that_are_not_data_and_labels(rows, words):
+    with pytest.raises(ValueError, match=words):
+        make_trainer(dataset=rows, batch_size=4, sampler=None).train()
+
+
+def test_labels_with_fractions_and_levels_that_are_not_there():
+    with pytest.raises(ValueError, match="not integers"):
+        make_trainer(dataset=TensorDataset(torch.randn(ROWS, 3), torch.arange(ROWS) / 3)).train()
+    dataset = TensorDataset(torch.randn(ROWS, 3), torch.zeros(ROWS, 2, dtype=torch.long))
+    with pytest.raises(ValueError, match="label_hierarchy_level 2"):
+        make_trainer(dataset=dataset, label_hierarchy_level=2).train()
+
+
+def test_a_generator_out_of_memory_is_no_generator_of_the_wrong_size():
+    class Greedy(torch.nn.Module):
+        def forward(self, triplets):
+            raise torch.OutOfMemoryError("out of memory")
+
+    trainer = adversarial((0, 0))
+    trainer.models["generator"] = Greedy()
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train()
+
+
+def test_an_adversarial_loss_with_weights_of_its_own():
+    loss = Hinge()
+    loss.beta = torch.nn.Parameter(torch.ones(()))
+    with pytest.raises(ValueError, match="no weights of its own"):
+        adversarial(loss_funcs={"metric_loss": Hinge(), "g_adv_loss": loss, "synth_loss": Hinge(),
+                                "classifier_loss": torch.nn.CrossEntropyLoss()})
+
+
+@pytest.mark.parametrize("measured", [0.5, None, [("nmi", 1)]])
+def test_what_a_measure_gives_must_be_a_dict(measured):
+    with pytest.raises(ValueError, match="must give a dict"):
+        make_trainer(end_of_epoch_hook=Validation(lambda trainer: measured)).train()
+
+
+def test_what_loading_processes_get_can_be_pickled():
+    trainer = assemble(functools.partial(UnsupervisedEmbeddingsUsingAugmentations,
+                                         [torch.nn.Identity()]),
+                       {"trunk": linear()}, {"metric_loss": MeanSquare()})
+    assert pickle.loads(pickle.dumps(trainer.collate_fn)).func is trainer.collate_fn.func
