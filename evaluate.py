@@ -2,16 +2,31 @@
 
 The metrics are pure functions on tensors, on the tensors' own device, in blocks: no N x N matrix
 is held. Distances are Euclidean. evaluate_embeddings is the one entry for all of them;
-evaluate_sets runs it on a network and evaluation sets. A new metric is a function and a line in
-evaluate_embeddings. Saving, printing and choosing the best epoch is the caller's business.
+evaluate_sets runs it on a network and evaluation sets, and this file on saved embeddings:
+python evaluate.py embeddings.npz. A new metric is a function, a name in METRICS and a line in
+evaluate_embeddings. Choosing the best epoch, saving and plotting its course is the caller's.
 """
+
+import argparse
+import concurrent.futures
+import contextlib
+import functools
+import json
+import math
+import sys
+import threading
 
 import numpy as np
 import torch
 
 import auxiliaries
 
-BLOCK_ELEMENTS = 2 ** 24  # distances held at a time: 128 MiB in float64
+BLOCK_ELEMENTS = 2 ** 25  # numbers held at a time: 128 MiB in float32
+ROUNDING = 2e-14  # squared distances that differ by less, relatively, are the same
+RANK_METRICS = ("recall", "precision@1", "mrr", "r_precision", "map@r", "map")
+CLUSTER_METRICS = ("nmi", "ami", "f1")
+METRICS = (*RANK_METRICS, *CLUSTER_METRICS, "dist_ratio", "rho", "distances")
+DEFAULT_METRICS = ("recall", "map@r", "nmi", "f1")
 
 
 def add_arguments(parser):
@@ -23,9 +38,35 @@ def add_arguments(parser):
                             "nearest; at most the number of images compared with. Default 1 2 4 "
                             "8; online_products 1 10 100 1000; in-shop 1 10 20 30 50; vehicle_id "
                             "1 5 (the literature's)")
+    group.add_argument("--metrics", nargs="+", choices=(*METRICS, "all"),
+                       default=list(DEFAULT_METRICS), metavar="M",
+                       help=f"what is measured, of {', '.join(METRICS)}, or all; README, Metrics, "
+                            "says what each is. Default " + " ".join(DEFAULT_METRICS) + " (those "
+                            "of the reference code, and map@r)")
+    group.add_argument("--nmi_average", choices=("arithmetic", "geometric"), default="arithmetic",
+                       help="NMI divides by this mean of the two entropies; the reference results "
+                            "were made with the geometric one, which gives slightly more. Default "
+                            "%(default)s (scikit-learn)")
+    group.add_argument("--eval_memory", type=float, default=None, metavar="GIB",
+                       help="memory for blocks of distances, in GiB; less is slower, the results "
+                            "are the same. Default 1 on the CPU, a quarter of what is free on a "
+                            "GPU")
+    group.add_argument("--vehicle_protocol", choices=("all_vs_all", "random_gallery"),
+                       default="all_vs_all",
+                       help="vehicle_id: all_vs_all compares each test list with itself (the "
+                            "reference code); random_gallery takes one random image of each "
+                            "vehicle as gallery, the rest as queries, and averages ten repeats "
+                            "(the dataset's own). Default %(default)s")
+    group.add_argument("--cluster_every", type=int, default=1, metavar="N",
+                       help="measure nmi, ami and f1 in every N-th evaluated epoch only, and "
+                            "after the last. Default %(default)s (reference code)")
+    group.add_argument("--save_embeddings", action="store_true",
+                       help="also save the best epoch's test embeddings as embeddings.npz, from "
+                            "which python evaluate.py gives the same metrics")
     group.add_argument("--dist_measure", action="store_true",
                        help="also log and plot the mean distance within classes over the mean "
-                            "distance between the classes' centres: small is compact")
+                            "distance between the classes' centres: small is compact; the same "
+                            "as dist_ratio among --metrics")
     group.add_argument("--eval_every", type=int, default=1, metavar="N",
                        help="evaluate after every N epochs, and after the last one. Default "
                             "%(default)s (reference code)")
@@ -41,9 +82,13 @@ def add_arguments(parser):
                             "file an epoch")
 
 
-def blocks(rows, columns):
-    """Slices of the rows that cut a [rows, columns] matrix into blocks of BLOCK_ELEMENTS."""
-    step = max(1, BLOCK_ELEMENTS // max(1, columns))
+def blocks(rows, columns, memory=None):
+    """Slices of the rows that cut a [rows, columns] matrix into blocks of BLOCK_ELEMENTS.
+
+    memory: bytes that a block may take at most, at four bytes an element; scalars.
+    """
+    elements = BLOCK_ELEMENTS if memory is None else min(BLOCK_ELEMENTS, memory // 4)
+    step = max(1, min(elements // max(1, columns), max(256, elements // 8 // max(1, columns))))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -53,9 +98,11 @@ def check_embeddings(queries, query_labels, gallery, gallery_labels):
                                      (gallery, gallery_labels, "gallery")):
         if embeddings is None:
             continue
-        if embeddings.dim() != 2 or len(embeddings) != len(labels) or not len(labels):
+        if (embeddings.dim() != 2 or len(embeddings) != len(labels) or not len(labels)
+                or not embeddings.shape[1]):
             raise ValueError(f"{name} embeddings of shape {list(embeddings.shape)} with "
-                             f"{len(labels)} labels; expected [N, D] with N labels, N above 0")
+                             f"{len(labels)} labels; expected [N, D] with N labels, N above 0 "
+                             "and D above 0")
         bad = ~torch.isfinite(embeddings).all(1)
         if bad.any():
             raise ValueError(f"{int(bad.sum())} of {len(bad)} {name} embeddings are not finite, "
@@ -115,31 +162,320 @@ def centred(queries, gallery=None):
     return (others if gallery is None else queries.double() - centre), others
 
 
-def first_match_ranks(queries, query_labels, gallery=None, gallery_labels=None, own=None):
+def first_match_ranks(queries, query_labels, gallery=None, gallery_labels=None, own=None,
+                      memory=None):
     """Rank of each query's nearest true match, [Q] int64; 0 where the gallery holds none.
 
+    Arguments and rule as in rank_scores.
+    """
+    return rank_scores(queries, query_labels, gallery, gallery_labels, own, every=False,
+                       memory=memory)["first_rank"]
+
+
+def in_full_precision(function):
+    """Runs a function without gradients, and its products of matrices in float32 whatever is set.
+
+    Shapes as the function's. Elsewhere products may be in TF32 or bfloat16: autocast, or
+    torch.set_float32_matmul_precision.
+    """
+    @functools.wraps(function)
+    def wrapped(embeddings, *args, **kwargs):
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            with torch.no_grad(), torch.autocast(embeddings.device.type, enabled=False):
+                return function(embeddings, *args, **kwargs)
+        finally:
+            torch.set_float32_matmul_precision(precision)
+    return wrapped
+
+
+@in_full_precision
+def rank_scores(queries, query_labels, gallery=None, gallery_labels=None, own=None, every=True,
+                memory=None):
+    """What the ranks of the true matches say about each query -> dict of vectors [Q].
+
     queries [Q, D], query_labels [Q]; gallery [G, D] and gallery_labels [G], or None; own [Q] as in
-    own_rows. The rank is one plus the number of wrong gallery rows that are nearer; a wrong row
-    exactly as near (to within float64 rounding) counts as nearer, so ties never favour the model.
-    One pass over blocks of distances gives recall at every k: no neighbour list is made.
+    own_rows. The rank of a query's j-th nearest true match is j plus the number of wrong gallery
+    rows that are nearer; a wrong row exactly as near (to within float64 rounding) counts as
+    nearer, so ties never favour the model. With R true matches in the gallery:
+
+    "matches": R, int64; queries with 0 have 0 everywhere and belong in no mean.
+    "first_rank": rank of the nearest true match, int64. Recall at k asks whether it is at most k,
+    MRR is the mean of 1 / first_rank.
+    With every also, float64:
+    "r_precision": share of true matches among the R nearest.
+    "map@r": mean over the R nearest of the precision at each true match among them, divided by R
+    (Musgrave et al., "A Metric Learning Reality Check", ECCV 2020).
+    "map": mean over all true matches of the precision at its rank (average precision).
+
+    One pass over blocks of distances, in float32; where two are too close to be told apart in it
+    (nearer than four times the greatest error measured) they are compared again in float64, so
+    the result is that of float64. memory: bytes for the blocks.
     """
     other_labels = query_labels if gallery is None else gallery_labels
     own = own_rows(queries, gallery, own)
-    queries, others = centred(queries, gallery)
-    sq_norms = others.square().sum(1)
-    rounding = 1e-14 * (sq_norms.max() + queries.square().sum(1, keepdim=True))  # [Q, 1]
-    ranks = torch.empty(len(queries), dtype=torch.int64, device=queries.device)
-    for rows in blocks(len(queries), len(others)):
-        # |q - g|^2 without |q|^2, which is the same for a whole row.
-        block = torch.addmm(sq_norms, queries[rows], others.t(), alpha=-2)       # [rows, G]
-        same = query_labels[rows].unsqueeze(1) == other_labels
-        if own is not None:
-            block.scatter_(1, own[rows].unsqueeze(1), torch.inf)
-            same.scatter_(1, own[rows].unsqueeze(1), False)
-        nearest = block.masked_fill(~same, torch.inf).amin(1, keepdim=True)
-        nearer_wrong = ((block <= nearest + rounding[rows]) & ~same).sum(1)
-        ranks[rows] = (nearer_wrong + 1).masked_fill(nearest.squeeze(1) == torch.inf, 0)
-    return ranks
+    others = (queries if gallery is None else gallery).double()
+    # Gallery and queries sorted by class, classes by size: the true matches of a query are then
+    # consecutive columns, and the queries of a block have about equally many.
+    labels = torch.cat([query_labels, other_labels]).unique(return_inverse=True)[1]
+    query_classes, classes = labels.split([len(queries), len(others)])
+    sizes = torch.bincount(classes, minlength=int(labels.max()) + 1)             # [C]
+    by_size = sizes.argsort(stable=True)
+    position = by_size.argsort()                                                 # [C]
+    starts = (sizes[by_size].cumsum(0) - sizes[by_size])[position]               # [C]
+    columns = position[classes].argsort(stable=True)                             # [G]
+    order = position[query_classes].argsort(stable=True)                         # [Q]
+    queries, others, query_classes = (queries[order].double(), others[columns],
+                                      query_classes[order])
+    own = None if own is None else columns.argsort()[own[order]]
+    ranker = Ranker(queries, others, own, starts[query_classes], sizes[query_classes], every)
+    width = int(sizes[query_classes].max())
+    parts = torch.arange(len(queries), device=queries.device).split(
+        rows_at_once(2 * len(others) + 16 * width, memory, queries.device))
+    scores = (in_threads(ranker.scores, parts) if queries.device.type == "cpu" else
+              [ranker.scores(part) for part in parts])
+    return {name: torch.cat([part[name] for part in scores])[order.argsort()]
+            for name in scores[0]}
+
+
+def rows_at_once(width, memory, device):
+    """How many queries, of so many numbers each, to rank at once; memory: bytes or None."""
+    if device.type != "cpu":
+        elements = BLOCK_ELEMENTS if memory is None else memory // 16
+        return max(1, elements // width)
+    elements = BLOCK_ELEMENTS if memory is None else min(BLOCK_ELEMENTS, memory // 4)
+    elements //= torch.get_num_threads()
+    return max(1, min(256, elements // width))
+
+
+class Ranker:
+    """The ranks of true matches, for rank_scores, a slice of the queries at a time.
+
+    queries [Q, D], others [G, D]: float64. own [Q]: the column that is the query itself, or None.
+    starts, sizes [Q]: a query's class has the columns from start to start + size.
+    every: all true matches, or the nearest alone. Distances are compared by their keys,
+    |g|^2 / 2 - q.g, which order the gallery rows g of a query q as the distances do.
+    """
+
+    def __init__(self, queries, others, own, starts, sizes, every):
+        self.queries, self.others, self.own = queries, others, own
+        self.starts, self.sizes, self.every = starts, sizes, every
+        # Near the origin float32 keeps most digits of a product, and of one size they fit into it.
+        centre = others.mean(0)
+        largest = max((queries - centre).abs().max(), (others - centre).abs().max())
+        queries, others = ((part - centre) / largest.clamp_min(1e-300)
+                           for part in (queries, others))
+        half = others.square().sum(1, keepdim=True) / 2                          # [G, 1]
+        # Keys in float32 differ from those in float64 by less than half of this; the greatest
+        # difference measured is a quarter of it, at 8 to 2,048 dimensions.
+        self.tolerance = (2e-6 * (half.max() + queries.square().sum(1) / 2)).float()  # [Q]
+        # The norms as one more dimension: then a key is one product of matrices.
+        self.rows32 = torch.cat([-queries, torch.ones_like(queries[:, :1])], 1).float()
+        self.columns32 = torch.cat([others, half], 1).float().t()
+        self.kept = threading.local()
+
+    def scores(self, rows):
+        """The vectors of rank_scores for some queries [B], given by their places."""
+        start, size = self.starts[rows, None], self.sizes[rows, None]            # [B, 1]
+        place = torch.arange(int(size.max()), device=start.device)               # [W]
+        matches = torch.where(place < size, start + place, -1)                   # [B, W]
+        if self.own is not None:
+            matches = matches.masked_fill(matches == self.own[rows, None], -1)
+        count = (matches >= 0).sum(1)                                            # [B]
+        scores = {"matches": count, "first_rank": count}
+        wrong = self.wrong_nearer(rows, matches)                                 # [B, W] or [B, 1]
+        j = torch.arange(1, wrong.shape[1] + 1, device=wrong.device)
+        ranks = j + wrong
+        if len(j):
+            scores["first_rank"] = ranks[:, 0].masked_fill(count == 0, 0)
+        if self.every:
+            least = count.clamp_min(1)
+            precision = (j / ranks.double()).masked_fill(j > count.unsqueeze(1), 0)
+            within = (ranks <= count.unsqueeze(1)) & (precision > 0)
+            scores["r_precision"] = within.sum(1) / least.double()
+            scores["map@r"] = (precision * within).sum(1) / least
+            scores["map"] = precision.sum(1) / least
+        return scores
+
+    def wrong_nearer(self, rows, matches):
+        """How many wrong columns are as near as the j-th nearest true match, or nearer: [B, W].
+
+        matches: columns of the true matches [B, W] in any order, -1 for none. Without every, [B,
+        1]: for the nearest.
+        """
+        if not matches.shape[1]:
+            return matches
+        low, high = int(self.starts[rows].min()), int((self.starts + self.sizes)[rows].max())
+        near = torch.mm(self.rows32[rows], self.columns32[:, low:high])
+        keys = near.gather(1, (matches - low).clamp_min(0)).masked_fill_(matches < 0, torch.inf)
+        true = sorted_rows(keys) if self.every else keys.amin(1, keepdim=True)
+        tolerance = self.tolerance[rows, None]
+        limits = torch.cat([true - tolerance, true + tolerance], 1)
+        limits = limits.masked_fill_(limits == torch.inf, -torch.inf)            # [B, 2 W]
+        wrong, perhaps = self.count_wrong(rows, limits).chunk(2, 1)
+        doubtful = perhaps - wrong                                               # [B, W]
+        number = int(doubtful.sum())
+        if number > len(rows) * len(self.others) // 16:  # identical or collapsed embeddings
+            return self.wrong_nearer_in_float64(rows, matches)
+        if number:
+            i, j = doubtful.nonzero(as_tuple=True)
+            wrong = wrong.clone()
+            step = max(1, len(rows) // 2)
+            for a, b in zip(i.split(step), j.split(step)):
+                wrong[a, b] = self.wrong_nearer_one(rows[a], matches[a], keys[a], true[a, b], b)
+        return wrong
+
+    def count_wrong(self, rows, limits):
+        """How many wrong columns have a key up to each of a row's limits: [B, T] int64."""
+        columns = len(self.others)
+        if limits.is_cuda or limits.shape[1] > 2:
+            return count_up_to(self.wrong_keys(rows, 0, columns), limits)
+        # Few limits are quickly compared: tiles of keys then stay in a processor's cache.
+        return sum(count_up_to(self.wrong_keys(rows, column, min(column + 8192, columns)), limits)
+                   for column in range(0, columns, 8192))
+
+    def wrong_keys(self, rows, first, stop):
+        """Keys of some columns, infinity where the column is of the query's own class: [B, N].
+
+        The result is overwritten by the next call in the same thread.
+        """
+        # Each thread writes to memory of its own again and again: fresh memory is slow.
+        number = len(rows) * (stop - first)
+        if getattr(self.kept, "memory", torch.empty(0)).numel() < number:
+            self.kept.memory = self.rows32.new_empty(number)
+        keys = self.kept.memory[:number].view(len(rows), stop - first)
+        torch.mm(self.rows32[rows], self.columns32[:, first:stop], out=keys)
+        low, high = int(self.starts[rows].min()), int((self.starts + self.sizes)[rows].max())
+        low, high = max(low, first), min(high, stop)
+        if low < high:
+            place = torch.arange(low, high, device=keys.device)
+            start = self.starts[rows, None]
+            own_class = (place >= start) & (place < start + self.sizes[rows, None])
+            keys[:, low - first:high - first].masked_fill_(own_class, torch.inf)
+        return keys
+
+    def wrong_nearer_one(self, rows, matches, keys, true, b):
+        """The number in doubt of wrong_nearer: for some rows [P], of the b-th match [P] each: [P].
+
+        matches, keys [P, W]: columns and keys of the true matches; true [P]: the b-th key.
+        """
+        below, above = true - self.tolerance[rows], true + self.tolerance[rows]
+        each, place = rows.unique(return_inverse=True)
+        wrong_keys = self.wrong_keys(each, 0, len(self.others))                  # [at most P, G]
+        surely, pair, column = split_at(wrong_keys, place, below, above)
+        exact = self.sq_distances(rows[pair], column)
+        # Of the true matches within tolerance the one wanted is found by its place in their order.
+        before = (keys <= below.unsqueeze(1)).sum(1)
+        match_pair, place = ((keys > below.unsqueeze(1)) & (keys <= above.unsqueeze(1))
+                             ).nonzero(as_tuple=True)
+        match_exact = self.sq_distances(rows[match_pair], matches[match_pair, place])
+        order = match_exact.argsort()
+        order = order[match_pair[order].argsort(stable=True)]
+        number = torch.bincount(match_pair, minlength=len(rows))
+        wanted = match_exact[order][number.cumsum(0) - number + b - before]      # [P]
+        nearer = exact <= (wanted * (1 + ROUNDING))[pair]
+        return surely + torch.bincount(pair[nearer], minlength=len(rows))
+
+    def sq_distances(self, rows, columns):
+        """Squared distances in float64 of pairs of rows [N] and columns [N]: [N]."""
+        return (self.queries[rows] - self.others[columns]).square().sum(1)
+
+    def wrong_nearer_in_float64(self, rows, matches):
+        """As wrong_nearer, with all distances in float64."""
+        wrong = []
+        step = max(1, len(rows) // 2)
+        for some, columns in zip(rows.split(step), matches.split(step)):
+            distances = torch.cdist(self.queries[some], self.others,
+                                    compute_mode="donot_use_mm_for_euclid_dist").square_()
+            true = distances.gather(1, columns.clamp_min(0)).masked_fill_(columns < 0, torch.inf)
+            true = true.sort(1)[0] if self.every else true.amin(1, keepdim=True)
+            place = torch.arange(distances.shape[1], device=distances.device)
+            start = self.starts[some, None]
+            distances.masked_fill_((place >= start) & (place < start + self.sizes[some, None]),
+                                   torch.inf)
+            limits = true.masked_fill(true == torch.inf, -torch.inf) * (1 + ROUNDING)
+            wrong.append(count_up_to(distances, limits))
+        return torch.cat(wrong)
+
+
+def count_up_to(keys, limits):
+    """How many keys [B, G] of each row are at most each of the row's limits [B, T]: [B, T] int64.
+
+    A few limits are compared with every key; many are looked up in the rows, sorted, after keys
+    above all limits were made equal, which sorts faster. numpy, whose comparisons and sorts are
+    several times faster on a CPU, works on some rows at a time, which stay in its cache; keys is
+    overwritten.
+    """
+    if keys.dtype != torch.float32 or keys.is_cuda:
+        if limits.shape[1] <= 2:
+            return torch.cat([(keys <= limit.unsqueeze(1)).sum(1, keepdim=True)
+                              for limit in limits.unbind(1)], 1)
+        return torch.searchsorted(keys.sort(1)[0], limits, right=True)
+    counts = torch.empty(limits.shape, dtype=torch.int64)
+    width = keys.shape[1]
+    if limits.shape[1] <= 2:
+        # Filled up to whole words, of which the set bits are counted.
+        mask = np.zeros((len(keys), -(-width // 64) * 64), dtype=bool)
+        for j in range(limits.shape[1]):
+            np.less_equal(keys.numpy(), limits[:, j:j + 1].numpy(), out=mask[:, :width])
+            words = np.packbits(mask, axis=1).view(np.uint64)
+            counts[:, j] = torch.from_numpy(np.bitwise_count(words).sum(1, dtype=np.int64))
+        return counts
+    above = torch.nextafter(limits.amax(1), torch.tensor(torch.inf)).numpy()
+    step = max(1, 2 ** 18 // width)
+    for first in range(0, len(keys), step):
+        part = keys[first:first + step].numpy()
+        np.minimum(part, above[first:first + step, None], out=part)
+        part.sort(axis=1)
+        counts[first:first + step] = torch.searchsorted(
+            keys[first:first + step], limits[first:first + step], right=True)
+    return counts
+
+
+def split_at(keys, places, below, above):
+    """How many keys of a row are at most below, and which are between below and above.
+
+    keys [R, G], places [P]: which of its rows each below [P] and above [P] is for. Returns
+    (counts [P], place in places [N], column [N]), all int64, in the order of places.
+    """
+    counts, rows, columns = [], [], []
+    step = max(1, 2 ** 18 // keys.shape[1])
+    for first in range(0, len(places), step):
+        part = slice(first, first + step)
+        some = keys[places[part]]
+        least, most = some <= below[part, None], some <= above[part, None]
+        if keys.is_cuda:
+            row, column = (most > least).nonzero(as_tuple=True)
+        else:  # numpy finds the few that are true several times faster
+            found = np.flatnonzero(most.numpy() > least.numpy())
+            row, column = map(torch.from_numpy, np.divmod(found, keys.shape[1]))
+        counts.append(least.sum(1))
+        rows.append(row + first)
+        columns.append(column)
+    return torch.cat(counts), torch.cat(rows), torch.cat(columns)
+
+
+def sorted_rows(values):
+    """[B, W] with each row in ascending order; numpy's sort is the faster one on a CPU."""
+    if values.is_cuda:
+        return values.sort(1)[0]
+    return torch.from_numpy(np.sort(values.numpy(), axis=1))
+
+
+def in_threads(function, parts):
+    """[function(part) for each part], in as many threads as torch uses, torch in one each.
+
+    A product of matrices that fits a cache is as fast in one thread, and what is done with it is
+    then done by all threads; shapes as function's.
+    """
+    number = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(number) as threads:
+            return list(threads.map(function, parts))
+    finally:
+        torch.set_num_threads(number)
 
 
 def recall_at_k(queries, query_labels, gallery=None, gallery_labels=None, k_vals=(1, 2, 4, 8),
@@ -147,19 +483,44 @@ def recall_at_k(queries, query_labels, gallery=None, gallery_labels=None, k_vals
     """The share of queries with a true match among their k nearest -> {"recall@k": float}.
 
     queries [Q, D], query_labels [Q]; gallery [G, D] and gallery_labels [G], or None to compare the
-    queries with each other; a query is left out by index, see own_rows for own [Q]. Values in
-    [0, 1]. Queries whose class is nowhere in the gallery are left out of the mean. ValueError if
-    that leaves none, or for a k outside 1 to the number of neighbours. Jegou et al., TPAMI 2011;
-    the literature's "R@k".
+    queries with each other; own [Q] as in own_rows. Values in [0, 1]; errors as rank_metrics.
+    Jegou et al., TPAMI 2011; the literature's "R@k".
+    """
+    return rank_metrics(queries, query_labels, gallery, gallery_labels, k_vals, own, ("recall",))
+
+
+def rank_metrics(queries, query_labels, gallery=None, gallery_labels=None, k_vals=(1, 2, 4, 8),
+                 own=None, metrics=RANK_METRICS, memory=None):
+    """Means over the queries of what rank_scores says -> dict of floats in [0, 1].
+
+    queries [Q, D], query_labels [Q], gallery, gallery_labels, own, memory: as in rank_scores.
+    metrics: some of RANK_METRICS. "recall@k" for each k: share of queries with a true match among
+    their k nearest. "precision@1": the same as recall@1. "mrr": mean of one over the rank of the
+    nearest true match. "r_precision", "map@r", "map": as in rank_scores. Queries whose class is
+    nowhere in the gallery are left out of every mean. ValueError if that leaves none, or for a k
+    outside 1 to the number of neighbours.
     """
     check_embeddings(queries, query_labels, gallery, gallery_labels)
-    check_k_vals(k_vals, number_compared(queries, gallery, own))
-    ranks = first_match_ranks(queries, query_labels, gallery, gallery_labels, own)
-    ranks = ranks[ranks > 0].double()
+    if "recall" in metrics:
+        check_k_vals(k_vals, number_compared(queries, gallery, own))
+    every = not {"r_precision", "map@r", "map"}.isdisjoint(metrics)
+    scores = rank_scores(queries, query_labels, gallery, gallery_labels, own, every, memory)
+    scores = {name: values[scores["matches"] > 0].double() for name, values in scores.items()}
+    ranks = scores["first_rank"]
     if not len(ranks):
         raise ValueError("no query has a true match to find: each class needs two images, or one "
                          "among the queries and one in the gallery")
-    return {f"recall@{k}": (ranks <= k).double().mean().item() for k in k_vals}
+    means = {}
+    if "recall" in metrics:
+        means = {f"recall@{k}": (ranks <= k).double().mean().item() for k in k_vals}
+    if "precision@1" in metrics:
+        means["precision@1"] = (ranks <= 1).double().mean().item()
+    if "mrr" in metrics:
+        means["mrr"] = (1 / ranks).mean().item()
+    for name in ("r_precision", "map@r", "map"):
+        if name in metrics:
+            means[name] = scores[name].mean().item()
+    return means
 
 
 def check_k_vals(k_vals, available):
@@ -170,17 +531,21 @@ def check_k_vals(k_vals, available):
                          f"images to be compared with, so k is from 1 to {available}")
 
 
+@in_full_precision
 def kmeans(embeddings, num_clusters, iterations=20, seed=0):
     """Lloyd's k-means -> (assignments [N] int64, centroids [num_clusters, D]).
 
     embeddings [N, D]. Centroids start at distinct rows drawn with the seed; a cluster that loses
     all its rows restarts at the row farthest from its centroid. At most `iterations` updates (20,
     as in the reference code), fewer once no row changes cluster. ValueError for more clusters than
-    rows.
+    rows. A centroid that did not move cannot lose a row except to one that did, so only distances
+    that can have changed are computed.
     """
     if not 1 <= num_clusters <= len(embeddings):
         raise ValueError(f"{num_clusters} clusters of {len(embeddings)} embeddings; k-means needs "
                          f"1 to {len(embeddings)}")
+    if embeddings.dtype != torch.float64:
+        embeddings = embeddings.float()
     generator = torch.Generator().manual_seed(seed)
     start = torch.randperm(len(embeddings), generator=generator)[:num_clusters]
     centre = embeddings.mean(0)
@@ -190,25 +555,62 @@ def kmeans(embeddings, num_clusters, iterations=20, seed=0):
     for _ in range(iterations):
         counts = torch.bincount(assignments, minlength=num_clusters)             # [K]
         sums = torch.zeros_like(centroids).index_add_(0, assignments, embeddings)
-        centroids = sums / counts.clamp_min(1).unsqueeze(1)
+        previous, centroids = centroids, sums / counts.clamp_min(1).unsqueeze(1)
         empty = (counts == 0).nonzero().squeeze(1)
         centroids[empty] = embeddings[sq_distances.topk(len(empty)).indices]
-        previous = assignments
-        assignments, sq_distances = nearest_centroids(embeddings, centroids)
-        if torch.equal(assignments, previous):
+        moved = (centroids != previous).any(1)                                   # [K]
+        before = assignments
+        assignments, sq_distances = moved_centroids(embeddings, centroids, moved, assignments,
+                                                    sq_distances)
+        if torch.equal(assignments, before):
             break
     return assignments, centroids + centre
+
+
+def moved_centroids(embeddings, centroids, moved, assignments, sq_distances):
+    """As nearest_centroids, when only the centroids in the mask moved [K] are new.
+
+    assignments, sq_distances [N]: what nearest_centroids gave before. Rows whose own centroid
+    stayed where it was are compared with those that moved alone.
+    """
+    own_moved = moved[assignments]                                               # [N]
+    if moved.float().mean() + own_moved.float().mean() > 1.5:
+        return nearest_centroids(embeddings, centroids)
+    assignments, sq_distances = assignments.clone(), sq_distances.clone()
+    rows, columns = own_moved.nonzero().squeeze(1), moved.nonzero().squeeze(1)
+    assignments[rows], sq_distances[rows] = nearest_centroids(embeddings[rows], centroids)
+    rows = (~own_moved).nonzero().squeeze(1)
+    if len(columns) and len(rows):
+        nearest, distances = nearest_centroids(embeddings[rows], centroids[columns])
+        nearer = distances < sq_distances[rows]
+        assignments[rows[nearer]] = columns[nearest[nearer]]
+        sq_distances[rows[nearer]] = distances[nearer]
+    return assignments, sq_distances
 
 
 def nearest_centroids(embeddings, centroids):
     """embeddings [N, D], centroids [K, D] -> (nearest index [N], its squared distance [N])."""
     assignments = torch.empty(len(embeddings), dtype=torch.int64, device=embeddings.device)
     sq_distances = embeddings.new_empty(len(embeddings))
-    sq_norms = centroids.square().sum(1)
-    for rows in blocks(len(embeddings), len(centroids)):
-        block = torch.addmm(sq_norms, embeddings[rows], centroids.t(), alpha=-2)
-        sq_distances[rows], assignments[rows] = block.min(1)
+    sq_norms, columns = centroids.square().sum(1), centroids.t()
+    parts = blocks(len(embeddings), len(centroids))
+    kept = embeddings.new_empty(parts[0].stop if parts else 0, len(centroids))
+    for rows in parts:
+        block = kept[:rows.stop - rows.start]
+        torch.addmm(sq_norms, embeddings[rows], columns, alpha=-2, out=block)
+        assignments[rows] = lowest(block)
+        sq_distances[rows] = block.gather(1, assignments[rows].unsqueeze(1)).squeeze(1)
     return assignments, (sq_distances + embeddings.square().sum(1)).clamp_min_(0)
+
+
+def lowest(block):
+    """The column of the least value of each row, the first of equals: [B, K] -> [B] int64."""
+    if block.is_cuda:
+        return block.argmin(1)
+    rows = range(0, len(block), max(1, 2 ** 18 // block.shape[1]))
+    # numpy's argmin is several times faster on a CPU.
+    return torch.from_numpy(np.concatenate(in_threads(
+        lambda first: block[first:first + rows.step].numpy().argmin(1), rows)))
 
 
 def contingency(assignments, labels):
@@ -223,13 +625,12 @@ def contingency(assignments, labels):
     return (torch.bincount(assignments).double(), torch.bincount(labels).double(), cells.double())
 
 
-def nmi(assignments, labels):
+def nmi(assignments, labels, average="arithmetic"):
     """Normalised mutual information of clusters and classes, [N] and [N] ints -> float in [0, 1].
 
-    Normalised by the arithmetic mean of the two entropies, scikit-learn's default since 0.22; the
-    reference results were made with the geometric mean, which is slightly larger. 1 if there is
-    one cluster and one class. Manning et al., "Introduction to Information Retrieval", 2008,
-    section 16.3.
+    Normalised by the arithmetic mean of the two entropies, scikit-learn's default since 0.22, or
+    by the geometric one, with which the reference results were made. 1 if there is one cluster and
+    one class. Manning et al., "Introduction to Information Retrieval", 2008, section 16.3.
     """
     def entropy(sizes):
         return float(-(sizes / len(labels) * (sizes / len(labels)).log()).sum())
@@ -237,8 +638,19 @@ def nmi(assignments, labels):
     clusters, classes, cells = (entropy(sizes) for sizes in contingency(assignments, labels))
     if clusters + classes == 0:
         return 1.0
+    mean = (clusters + classes) / 2 if average == "arithmetic" else (clusters * classes) ** 0.5
     # Mutual information is H(clusters) + H(classes) - H(both); rounding can lead just outside.
-    return min(1.0, max(0.0, 2 * (clusters + classes - cells) / (clusters + classes)))
+    return min(1.0, max(0.0, (clusters + classes - cells) / mean)) if mean else 0.0
+
+
+def ami(assignments, labels):
+    """Mutual information adjusted for chance, [N] and [N] ints -> float up to 1; scikit-learn's.
+
+    0 is what random clusters get. Vinh, Epps, Bailey, JMLR 2010; arithmetic mean. On tens of
+    thousands of rows in thousands of classes it takes many seconds.
+    """
+    from sklearn.metrics import adjusted_mutual_info_score  # here: a second to import
+    return float(adjusted_mutual_info_score(labels.cpu().numpy(), assignments.cpu().numpy()))
 
 
 def f1(assignments, labels):
@@ -283,20 +695,101 @@ def distance_ratio(embeddings, labels):
     return float(within.mean()) / between if between > 0 else float("inf")
 
 
+def spectral_decay(embeddings):
+    """rho: how far the singular values are from equal, embeddings [N, D] -> float from 0 to inf.
+
+    The Kullback-Leibler divergence of the singular values, divided by their sum, from the uniform
+    distribution: -log D - mean(log s). 0: every direction is used alike; inf: one is not used at
+    all. Roth et al., "Revisiting Training Strategies and Generalization Performance in Deep Metric
+    Learning", ICML 2020, section 5.
+    """
+    # Those of the triangular factor are those of the whole, to full precision.
+    values = torch.linalg.svdvals(torch.linalg.qr(embeddings.double(), mode="r").R)
+    least = values.max() * max(embeddings.shape) * torch.finfo(torch.float64).eps  # rounding
+    if len(values) < embeddings.shape[1] or values.min() <= least:
+        return float("inf")
+    shares = values / values.sum()
+    return max(0.0, -math.log(len(shares)) - shares.log().mean().item())
+
+
+def mean_distances(embeddings, labels):
+    """Mean distance of pairs of one class, and of pairs of two classes -> (float, float).
+
+    embeddings [N, D], labels [N]. NaN where there is no such pair. All pairs are counted.
+    """
+    rows = centred(embeddings)[1]
+    same_sum = all_sum = same_count = 0.0
+    for part in blocks(len(rows), 4 * len(rows)):
+        distances = torch.cdist(rows[part], rows)                                # [B, N]
+        same = labels[part].unsqueeze(1) == labels
+        same_sum += (distances * same).sum().item()
+        all_sum += distances.sum().item()
+        same_count += same.sum().item()
+    number, same_count = len(rows) * (len(rows) - 1), same_count - len(rows)
+    return (same_sum / same_count if same_count else float("nan"),
+            (all_sum - same_sum) / (number - same_count) if number > same_count else float("nan"))
+
+
+@torch.no_grad()
 def evaluate_embeddings(queries, query_labels, gallery=None, gallery_labels=None,
-                        k_vals=(1, 2, 4, 8), seed=0, own=None):
-    """All metrics of one evaluation set -> dict "recall@k" for each k, "nmi", "f1", in [0, 1].
+                        k_vals=(1, 2, 4, 8), seed=0, own=None, metrics=DEFAULT_METRICS,
+                        nmi_average="arithmetic", memory=None):
+    """The metrics of one evaluation set -> dict of floats.
 
     queries [Q, D] and query_labels [Q], compared with gallery [G, D], gallery_labels [G] or,
-    without one, with each other; own [Q] as in own_rows. k-means clusters queries and gallery
-    together, into as many clusters as they have classes, starting from the seed.
+    without one, with each other; own [Q] as in own_rows. metrics: some of METRICS. The keys are
+    "recall@k" for each k, "precision@1", "mrr", "r_precision", "map@r", "map" (rank_metrics);
+    "nmi", "ami", "f1" of k-means clusters of queries and gallery together, as many as there are
+    classes, starting from the seed; "dist_ratio", "rho" (spectral_decay), "d_ap" and "d_an"
+    (mean_distances) of the same. memory: bytes for blocks of distances.
     """
-    metrics = recall_at_k(queries, query_labels, gallery, gallery_labels, k_vals, own)
+    found = {}
+    check_embeddings(queries, query_labels, gallery, gallery_labels)
+    if not set(RANK_METRICS).isdisjoint(metrics):
+        found |= rank_metrics(queries, query_labels, gallery, gallery_labels, k_vals, own,
+                              metrics, memory)
     embeddings, labels = pooled(queries, query_labels, gallery, gallery_labels, own)
-    assignments, _ = kmeans(embeddings, len(labels.unique()), seed=seed)
-    metrics["nmi"] = nmi(assignments, labels)
-    metrics["f1"] = f1(assignments, labels)
-    return metrics
+    if not set(CLUSTER_METRICS).isdisjoint(metrics):
+        assignments, _ = kmeans(embeddings, len(labels.unique()), seed=seed)
+        if "nmi" in metrics:
+            found["nmi"] = nmi(assignments, labels, nmi_average)
+        if "ami" in metrics:
+            found["ami"] = ami(assignments, labels)
+        if "f1" in metrics:
+            found["f1"] = f1(assignments, labels)
+    if "dist_ratio" in metrics:
+        found["dist_ratio"] = distance_ratio(embeddings, labels)
+    if "rho" in metrics:
+        found["rho"] = spectral_decay(embeddings)
+    if "distances" in metrics:
+        found["d_ap"], found["d_an"] = mean_distances(embeddings, labels)
+    return found
+
+
+def random_gallery(rows, labels, k_vals=(1, 5), metrics=("recall", "map@r"), seed=0, repeats=10,
+                   memory=None):
+    """Rank metrics with one random row of each class as gallery, the mean of repeats -> dict.
+
+    rows [N, D], labels [N]; metrics, memory: as in rank_metrics. The protocol of VehicleID (Liu et
+    al., CVPR 2016): the other rows are the queries. Classes of one row are in the gallery alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    means = {}
+    for _ in range(repeats):
+        shuffled = torch.randperm(len(labels), generator=generator).to(labels.device)
+        classes = labels[shuffled].unique(return_inverse=True)[1]
+        first = torch.full((int(classes.max()) + 1,), len(labels), device=labels.device)
+        places = torch.arange(len(labels), device=labels.device)
+        first.scatter_reduce_(0, classes, places, "amin")
+        in_gallery = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
+        in_gallery[shuffled[first]] = True
+        if in_gallery.all():
+            raise ValueError("no query has a true match to find: each class has one image")
+        scores = rank_metrics(rows[~in_gallery], labels[~in_gallery], rows[in_gallery],
+                              labels[in_gallery], k_vals, metrics=metrics, memory=memory)
+        for name, value in scores.items():
+            means[name] = means.get(name, 0.0) + value
+    return {name: total / repeats for name, total in means.items()}
 
 
 def pooled(queries, query_labels, gallery=None, gallery_labels=None, own=None):
@@ -306,6 +799,16 @@ def pooled(queries, query_labels, gallery=None, gallery_labels=None, own=None):
     if own is not None:  # the gallery holds the queries
         return gallery, gallery_labels
     return torch.cat([queries, gallery]), torch.cat([query_labels, gallery_labels])
+
+
+def scores_of_random_gallery(rows, labels, k_vals, seed=0, metrics=DEFAULT_METRICS,
+                             nmi_average="arithmetic", memory=None):
+    """As evaluate_embeddings of rows [N, D] and labels [N], its rank metrics by random_gallery."""
+    ranked = [name for name in metrics if name in RANK_METRICS]
+    scores = random_gallery(rows, labels, k_vals, ranked, seed, memory=memory) if ranked else {}
+    others = [name for name in metrics if name not in RANK_METRICS]
+    return scores | evaluate_embeddings(rows, labels, seed=seed, metrics=others,
+                                        nmi_average=nmi_average)
 
 
 # ---- on a network
@@ -332,16 +835,18 @@ def embed(network, dataset, device, batch_size=112, num_workers=0):
     return embeddings, labels.to(device)
 
 
-def evaluate_sets(network, sets, device, k_vals, batch_size=112, num_workers=0, seed=0,
-                  dist_measure=False):
+def evaluate_sets(network, sets, device, k_vals=(1, 2, 4, 8), batch_size=112, num_workers=0,
+                  vehicle_protocol="all_vs_all", **scoring):
     """Embeds each set and scores it -> (metrics, [(queries, gallery or None), ...]).
 
     sets: tuples (name, queries, gallery) as datasets.EvaluationSet: a dataset of queries, and the
     dataset, or list of datasets, that they are compared with; None: with each other. A list may
     hold the queries too, as in ("val", val, [train, val]): each is left out of its own neighbours.
     Labels of one set's datasets are of one numbering. Each dataset is embedded once. metrics: one
-    dict, its keys preceded by the set's name where it has one. With dist_measure also
-    "dist_ratio". The second result holds the sets' embeddings, [Q, D] and [G, D].
+    dict, its keys preceded by the set's name where it has one. The second result holds the sets'
+    embeddings, [Q, D] and [G, D]. vehicle_protocol "random_gallery": the rank metrics of sets
+    without a gallery are those of random_gallery. scoring: seed, metrics, nmi_average, memory for
+    evaluate_embeddings.
     """
     rows, metrics, embedded, sets = {}, {}, [], list(sets)
 
@@ -365,9 +870,10 @@ def evaluate_sets(network, sets, device, k_vals, batch_size=112, num_workers=0, 
                     own = torch.arange(place, place + len(queries), device=query_rows.device)
                 place += len(part)
         compared = query_rows, query_labels, gallery_rows, gallery_labels
-        scores = evaluate_embeddings(*compared, k_vals, seed, own)
-        if dist_measure:
-            scores["dist_ratio"] = distance_ratio(*pooled(*compared, own))
+        if vehicle_protocol == "random_gallery" and gallery is None:
+            scores = scores_of_random_gallery(query_rows, query_labels, k_vals, **scoring)
+        else:
+            scores = evaluate_embeddings(*compared, k_vals, own=own, **scoring)
         metrics |= {f"{name} {key}".strip(): value for key, value in scores.items()}
         embedded.append((query_rows, gallery_rows))
     return metrics, embedded
@@ -430,3 +936,140 @@ def draw_embeddings(path, dataset, embeddings, method="pca", seed=0, most=2000):
     count = f"{len(chosen):,}" + f" of {len(embeddings):,}" * (len(chosen) < len(embeddings))
     auxiliaries.save_scatter(path, f"{count} test embeddings, {drawn}, coloured by class", points,
                              names)
+
+
+# ---- alone, on saved embeddings
+
+
+def save_embeddings(path, embeddings, labels, **settings):
+    """Writes embeddings [N, D], labels [N] and the run's k_vals and seed for read_embeddings."""
+    with auxiliaries.written_whole(path) as file:
+        np.savez(file, embeddings=embeddings.cpu().numpy(), labels=np.asarray(labels), **settings)
+
+
+def read_embeddings(path):
+    """The arrays of an npz file: embeddings [N, D], float, labels [N] of any type, and others.
+
+    FileNotFoundError, or ValueError where the file is not such a one; nothing in it is executed.
+    """
+    try:
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("it holds one array, without a name")
+        with file:
+            arrays = {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {path}") from None
+    except Exception as error:  # numpy raises half a dozen types for damaged or pickled files
+        raise ValueError(f"{path} cannot be read as an npz file of plain arrays: "
+                         f"{auxiliaries.last_line(error)}") from error
+    missing = [name for name in ("embeddings", "labels")
+               if not isinstance(arrays.get(name), np.ndarray)]
+    if missing:
+        raise ValueError(f"{path} has no array {missing[0]}; it must have embeddings [N, D] and "
+                         f"labels [N], it has {', '.join(arrays) or 'none'}")
+    embeddings, labels = arrays["embeddings"], arrays["labels"]
+    if embeddings.ndim != 2 or embeddings.dtype.kind not in "fiu" or labels.ndim != 1:
+        raise ValueError(f"{path}: embeddings {list(embeddings.shape)} of {embeddings.dtype} and "
+                         f"labels {list(labels.shape)}; expected numbers [N, D] and labels [N]")
+    for name, shapes in (("seed", ((), (1,))), ("k_vals", ((), (np.size(arrays.get("k_vals")),)))):
+        value = arrays.get(name, np.ones((), dtype=int))
+        if np.shape(value) not in shapes or value.dtype.kind not in "iu":
+            raise ValueError(f"{path}: {name} is {np.asarray(value).tolist()}; expected a whole "
+                             "number, for k_vals one or more")
+    if embeddings.dtype != np.float64:
+        arrays["embeddings"] = embeddings.astype(np.float32)
+    return arrays
+
+
+def number_labels(arrays):
+    """Arrays of labels [N] of any types -> one int64 tensor for all, equal for equal labels.
+
+    Numbers of different types are equal as numbers; where some labels are strings all are. The
+    result has the shape of the arrays in a row, [N1 + N2 + ...].
+    """
+    arrays = [np.char.decode(labels) if labels.dtype.kind == "S" else labels for labels in arrays]
+    if any(labels.dtype.kind not in "iufb" for labels in arrays):
+        arrays = [labels.astype(str) for labels in arrays]
+    numbers = {}
+    return torch.tensor([numbers.setdefault(label, len(numbers)) for labels in arrays
+                         for label in labels.tolist()])
+
+
+def score_files(args):
+    """The metrics of saved embeddings, by the options of main -> (metrics, what was compared)."""
+    files = [read_embeddings(path) for path in (args.embeddings, args.gallery) if path]
+    classes = number_labels([file["labels"] for file in files])
+    labels = classes.split([len(file["labels"]) for file in files])
+    device = auxiliaries.select_device(args.gpu)
+    rows = [torch.from_numpy(file["embeddings"]).to(device) for file in files]
+    labels = [part.to(device) for part in labels]
+    gallery = (rows[1], labels[1]) if args.gallery else (None, None)
+    k_vals = args.k_vals or np.atleast_1d(files[0].get("k_vals", (1, 2, 4, 8))).tolist()
+    seed = int(np.ravel(files[0].get("seed", 1))[0]) if args.seed is None else args.seed
+    check_embeddings(rows[0], labels[0], *gallery)
+    metrics = METRICS if "all" in args.metrics else args.metrics
+    of_classes = {*RANK_METRICS, *CLUSTER_METRICS}.intersection(metrics)
+    if of_classes and len(classes.unique()) < 2:
+        raise ValueError("all labels are of one class; there is nothing to tell apart")
+    scores = evaluate_embeddings(rows[0], labels[0], *gallery, k_vals, seed, metrics=metrics,
+                                 nmi_average=args.nmi_average,
+                                 memory=memory_bytes(args.eval_memory, device))
+    sizes = torch.bincount(labels[-1], minlength=int(classes.max()) + 1)
+    lone = int((sizes[labels[0]] < (1 if args.gallery else 2)).sum())
+    compared = (f"{len(rows[0]):,} queries of {len(labels[0].unique()):,} classes "
+                + (f"against {len(rows[1]):,}" if args.gallery else "against each other")
+                + f"; {lone:,} without a true match are left out; seed {seed}, NMI with the "
+                f"{args.nmi_average} mean")
+    return scores, compared
+
+
+def memory_bytes(gib, device):
+    """--eval_memory, a scalar, as bytes; by default 1 GiB, or a quarter of what is free on a GPU."""
+    if gib is not None:
+        if not 0 < gib < math.inf:
+            raise ValueError(f"--eval_memory {gib}: some memory, in GiB, is needed")
+        return int(gib * 2 ** 30)
+    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2 ** 30
+
+
+def main(argv=None):
+    """Scores files of embeddings [N, D]; prints a table, or JSON; one message on bad input."""
+    parser = argparse.ArgumentParser(
+        description="Scores embeddings from any model, saved as arrays embeddings [N, D] and "
+                    "labels [N] (numbers or strings) in an npz file.")
+    parser.add_argument("embeddings", help="npz file of the queries")
+    parser.add_argument("--gallery", metavar="FILE", help="npz file that the queries are compared "
+                        "with. Default: with each other, each left out of its own neighbours")
+    parser.add_argument("--metrics", nargs="+", choices=(*METRICS, "all"), metavar="M",
+                        default=list(DEFAULT_METRICS), help=f"of {', '.join(METRICS)}, or all. "
+                        "Default " + " ".join(DEFAULT_METRICS))
+    parser.add_argument("--k_vals", type=int, nargs="+", metavar="K",
+                        help="recall at k. Default: those in the file, else 1 2 4 8")
+    parser.add_argument("--seed", type=int, metavar="S",
+                        help="of the clusters. Default: the one in the file, else 1")
+    parser.add_argument("--nmi_average", choices=("arithmetic", "geometric"),
+                        default="arithmetic", help="mean of the entropies. Default %(default)s")
+    parser.add_argument("--eval_memory", type=float, metavar="GIB", help="memory for blocks of "
+                        "distances. Default 1, or a quarter of what is free on a GPU")
+    parser.add_argument("--gpu", type=int, default=-1, metavar="ID",
+                        help="CUDA device, -1 for the CPU. Default %(default)s")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    args = parser.parse_args(argv)
+    try:
+        with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+            scores, compared = score_files(args)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"evaluate.py: error: {auxiliaries.last_line(error)}") from error
+    if args.json:
+        print(json.dumps({name: value if math.isfinite(value) else None
+                          for name, value in scores.items()}))
+        return scores
+    print(compared)
+    for name, value in scores.items():
+        print(f"{name:12} {value:.4f}  {value!r}")
+    return scores
+
+
+if __name__ == "__main__":
+    main()

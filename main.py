@@ -77,6 +77,9 @@ def contradiction(opt):
         return "--not_pretrained and --weights contradict each other: give one of them"
     if opt.resume and opt.savename is None:
         return "--resume needs --savename, the name of the run to go on with"
+    if opt.vehicle_protocol != "all_vs_all" and opt.dataset != "vehicle_id":
+        return (f"--vehicle_protocol {opt.vehicle_protocol} is for --dataset vehicle_id; "
+                f"--dataset is {opt.dataset}")
     if opt.sampling not in (None, *loss_class.samplings):
         takes = " or ".join(loss_class.samplings) or "none: leave it out"
         return f"--loss {opt.loss} cannot use --sampling {opt.sampling}; it takes {takes}"
@@ -113,6 +116,9 @@ def fill_defaults(opt):
     default("k_vals", {"online_products": [1, 10, 100, 1000], "in-shop": [1, 10, 20, 30, 50],
                        "vehicle_id": [1, 5]}.get(opt.dataset, [1, 2, 4, 8]))
     opt.k_vals = sorted(set(opt.k_vals))
+    chosen = evaluate.METRICS if "all" in opt.metrics else opt.metrics
+    opt.metrics = [name for name in evaluate.METRICS
+                   if name in chosen or name == "dist_ratio" and opt.dist_measure]
     default("samples_per_class", min(4, samples_per_class_bounds(opt)[1]))
     default("sampling", next(iter(losses.LOSSES[opt.loss][0].samplings), "none"))
     default("n_epochs", 20 if glyphs else 70)
@@ -140,11 +146,16 @@ def wrong_value(opt):
                         ("classifier_weight", 0), ("classifier_lr", 0), ("g_lr", 0),
                         ("metric_alone_epochs", 0), ("g_alone_epochs", 0),
                         ("g_triplets_per_anchor", 1), ("eval_every", 1), ("patience", 1),
-                        ("plateau_patience", 1)):
+                        ("plateau_patience", 1), ("cluster_every", 1)):
         if getattr(opt, name) is not None and getattr(opt, name) < least:
             return f"--{name} {getattr(opt, name)}: the least value is {least}"
     if min(opt.g_weights) < 0:
         return f"--g_weights {' '.join(map(str, opt.g_weights))}: the least value is 0"
+    if "recall" not in opt.metrics:
+        return (f"--metrics {' '.join(opt.metrics)}: recall is missing, which chooses the best "
+                "epoch")
+    if opt.eval_memory is not None and not opt.eval_memory > 0:
+        return f"--eval_memory {opt.eval_memory}: some memory, in GiB, is needed"
     if opt.image_size > 2048:
         return f"--image_size {opt.image_size}: 2048 pixels is the most"
     if min(opt.tau) < 1:
@@ -274,10 +285,14 @@ class Run:
 
     def measure(self, trainer):
         """The metrics of the network as it is."""
-        opt = self.opt
+        opt, chosen = self.opt, self.opt.metrics
+        if trainer.epoch % (opt.cluster_every * opt.eval_every) and trainer.epoch != opt.n_epochs:
+            chosen = [name for name in chosen if name not in evaluate.CLUSTER_METRICS]
+        memory = evaluate.memory_bytes(opt.eval_memory, self.device)
         metrics, self.embedded = evaluate.evaluate_sets(
             trainer.compute_embeddings, self.evaluation_sets, self.device, opt.k_vals, opt.bs,
-            opt.kernels, opt.seed, opt.dist_measure)
+            opt.kernels, opt.vehicle_protocol, seed=opt.seed, metrics=chosen,
+            nmi_average=opt.nmi_average, memory=memory)
         return metrics
 
     def after_iteration(self, trainer):
@@ -359,6 +374,8 @@ class Run:
             _, queries, gallery = self.evaluation_sets[0]
             evaluate.draw_recoveries(self.path("sample_recoveries.png"), queries, gallery,
                                      *self.embedded[0], seed=self.opt.seed)
+            if self.opt.save_embeddings:
+                self.save_embeddings()
             if self.opt.plot_embeddings:
                 evaluate.draw_embeddings(self.path(f"embeddings_{trainer.epoch:04d}.svg"), queries,
                                          self.embedded[0][0], self.opt.plot_embeddings,
@@ -366,6 +383,15 @@ class Run:
         if self.log:
             self.log.after_epoch(trainer)
         auxiliaries.save_checkpoint(self.path("last.pth.tar"), self.state(trainer))
+
+    def save_embeddings(self):
+        """Writes each evaluation set's embeddings for python evaluate.py."""
+        for (name, *sets), rows in zip(self.evaluation_sets, self.embedded):
+            for kind, dataset, part in zip(("embeddings", "gallery"), sets, rows):
+                if dataset is not None:
+                    file = f"{kind}_{name}".replace(" ", "_").rstrip("_") + ".npz"
+                    evaluate.save_embeddings(self.path(file), part, dataset.labels,
+                                             k_vals=self.opt.k_vals, seed=self.opt.seed)
 
     def draw(self):
         """Writes InfoPlot_Base.svg: losses and metrics over the epochs, the best values on top."""
@@ -380,7 +406,8 @@ class Run:
         if len(losses_shown) == 2:
             losses_shown.pop("metric_loss", None)  # alone, it is the total loss
         best = {name: (min if name.endswith("dist_ratio") else max)(
-            row[name] for row in val_rows[1:] or val_rows) for name in metrics}
+            row[name] for row in val_rows[1:] or val_rows if name in row) for name in metrics
+            if any(name in row for row in val_rows[1:] or val_rows)}
         title = [f"{self.opt.dataset}, {self.opt.arch}, {self.opt.loss} / {self.opt.sampling}: "
                  f"{self.summary()}",
                  "best of each metric over the epochs: "
@@ -430,7 +457,9 @@ def train(opt):
     views = 2 if opt.trainer in TWO_VIEWS else 1
     train_set, evaluation_sets, found = datasets.dataset_select(opt, views)
     for _, queries, gallery in evaluation_sets:
-        evaluate.check_k_vals(opt.k_vals, evaluate.number_compared(queries, gallery))
+        evaluate.check_k_vals(opt.k_vals, len(set(queries.labels))
+                              if opt.vehicle_protocol == "random_gallery"
+                              else evaluate.number_compared(queries, gallery))
     batch_sampler = samplers.batch_sampler_select(train_set.labels, opt)
 
     # Without labels a class is a place in the batch.
@@ -483,7 +512,7 @@ def print_header(opt, device, found, evaluation_sets, trainer):
     for name, queries, gallery in evaluation_sets:
         lone = datasets.queries_without_match(queries, gallery)
         print(f"test     {name or 'recall'} over {len(queries) - lone:,} queries ({lone:,} "
-              "without a true match are left out); NMI with the arithmetic mean")
+              f"without a true match are left out); NMI with the {opt.nmi_average} mean")
     weights = {name: sum(p.numel() for p in part.parameters()) for name, part in trainer.parts()}
     print("weights  " + ", ".join(f"{name} {count:,}" for name, count in weights.items()),
           flush=True)

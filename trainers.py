@@ -911,7 +911,9 @@ class Validation:
         if name not in metrics or "epoch" in metrics:
             raise ValueError(f"Validation: measure must give {name or 'a metric'}, and none named "
                              f"epoch; it gives {', '.join(metrics) or 'nothing'}")
-        self.rows.append({"epoch": trainer.epoch, **metrics})
+        # Plain numbers: a checkpoint with numpy's could not be read without running code.
+        self.rows.append({"epoch": trainer.epoch,
+                          **{name: float(value) for name, value in metrics.items()}})
         if trainer.epoch and trainer.epoch % self.every == 0:
             trainer.step_lr_plateau_schedulers(metrics[name])
         if self.checkpoint and self.best() is self.rows[-1]:

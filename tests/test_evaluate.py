@@ -5,8 +5,11 @@ in every precision, and ties and duplicates, on which metrics differ, turn up al
 """
 
 import itertools
+import json
 import math
+import zipfile
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -15,14 +18,17 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.cluster import KMeans
+from sklearn.metrics import adjusted_mutual_info_score, average_precision_score
 from sklearn.metrics import normalized_mutual_info_score
 from sklearn.metrics.cluster import pair_confusion_matrix
 from threadpoolctl import threadpool_limits
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import auxiliaries
 import evaluate
 
 BLOCK_SIZES = (1, 7, 64, 2 ** 25)  # distances in a block: less than one row, some rows, all
+WITH_RATIO = (*evaluate.DEFAULT_METRICS, "dist_ratio")
 
 
 def unit_rows(count, dimensions, seed=0):
@@ -271,6 +277,17 @@ def test_lone_queries_are_left_out_of_the_mean():
 
 
 @pytest.mark.parametrize("elements", BLOCK_SIZES)
+def test_most_queries_may_be_lone(monkeypatch, elements):
+    monkeypatch.setattr(evaluate, "BLOCK_ELEMENTS", elements)
+    queries, labels = torch.arange(600.).unsqueeze(1), torch.arange(600)
+    gallery = torch.tensor([[5.], [7.]]), torch.tensor([5, 7])  # queries 5 and 7 find their match
+    ranks = evaluate.first_match_ranks(queries, labels, *gallery)
+    assert ranks.tolist() == [i in (5, 7) for i in range(600)]
+    assert evaluate.rank_metrics(queries, labels, *gallery, k_vals=(1,)) == {
+        "recall@1": 1, "precision@1": 1, "mrr": 1, "r_precision": 1, "map@r": 1, "map": 1}
+
+
+@pytest.mark.parametrize("elements", BLOCK_SIZES)
 @pytest.mark.parametrize("with_gallery", [False, True])
 def test_recall_does_not_depend_on_the_blocks(monkeypatch, elements, with_gallery):
     queries, labels = unit_rows(50, 16), torch.arange(50) % 7
@@ -490,6 +507,419 @@ def test_own_rows():
     assert evaluate.own_rows(rows, rows) is None and evaluate.own_rows(rows, rows, own) is own
 
 
+# ---- every rank metric
+
+
+def slow_scores(queries, labels, gallery=None, gallery_labels=None, own=None):
+    """The vectors of rank_scores, from each query's sorted list of all others, in float64.
+
+    A wrong row comes before a true match exactly as near.
+    """
+    others, other_labels = ((queries, labels) if gallery is None else (gallery, gallery_labels))
+    others, other_labels = others.double().numpy(), other_labels.numpy()
+    found = {name: [] for name in ("matches", "first_rank", "r_precision", "map@r", "map")}
+    for i, (query, label) in enumerate(zip(queries.double().numpy(), labels.tolist())):
+        right = other_labels == label
+        distances = ((others - query) ** 2).sum(1)
+        order = np.lexsort((right, distances)).tolist()  # by distance, wrong ones first
+        left_out = i if gallery is None else None if own is None else own[i]
+        hits = [bool(right[j]) for j in order if j != left_out]
+        count, so_far, precisions = sum(hits), 0, []
+        for rank, hit in enumerate(hits, 1):
+            so_far += hit
+            if hit:
+                precisions.append((rank, so_far / rank))
+        found["matches"].append(count)
+        found["first_rank"].append(precisions[0][0] if count else 0)
+        found["r_precision"].append(sum(hits[:count]) / max(1, count))
+        found["map@r"].append(sum(p for rank, p in precisions if rank <= count) / max(1, count))
+        found["map"].append(sum(p for _, p in precisions) / max(1, count))
+    return {name: np.array(values) for name, values in found.items()}
+
+
+def slow_rank_metrics(*problem, k_vals=(1, 2, 4), scores=None):
+    """The dict of rank_metrics, as means of slow_scores over the queries with a true match."""
+    scores = scores or slow_scores(*problem)
+    scores = {name: values[scores["matches"] > 0] for name, values in scores.items()}
+    ranks = scores["first_rank"]
+    return {**{f"recall@{k}": np.mean(ranks <= k) for k in k_vals},
+            "precision@1": np.mean(ranks == 1), "mrr": np.mean(1 / ranks),
+            **{name: np.mean(scores[name]) for name in ("r_precision", "map@r", "map")}}
+
+
+def assert_scores(found, expected):
+    """rank_scores' vectors are the expected ones: the counts exactly, the means to rounding."""
+    assert list(found) == list(expected)
+    for name, values in expected.items():
+        assert found[name].dtype == (torch.int64 if values.dtype == np.int64 else torch.float64)
+        np.testing.assert_allclose(found[name].numpy(), values, rtol=0,
+                                   atol=0 if values.dtype == np.int64 else 1e-12, err_msg=name)
+
+
+def spied(monkeypatch, owner, name):
+    """A list that gets (arguments, result) of each call of owner.name from now on."""
+    calls, real = [], getattr(owner, name)
+
+    def spy(*arguments, **named):
+        result = real(*arguments, **named)
+        calls.append((arguments, result))
+        return result
+
+    monkeypatch.setattr(owner, name, spy)
+    return calls
+
+
+# On a line: from the query of class 0 at 0 the gallery's classes read 0 1 0 2 0 outwards, so its
+# true matches rank 1, 3, 5. Of the query of class 1 at 0.9 the one match, at 2, is 1.1 away, after
+# 0 at 1 and before the others: rank 2. Class 7 is nowhere in the gallery: left out.
+LINE = (torch.tensor([[0.], [0.9], [3.]]), torch.tensor([0, 1, 7]),
+        torch.tensor([[1.], [2.], [3.], [4.], [5.]]), torch.tensor([0, 1, 0, 2, 0]))
+
+
+@pytest.mark.parametrize("metric, first, second", [
+    ("recall@1", 1, 0), ("recall@2", 1, 1),  # ranks of the nearest match 1 and 2
+    ("precision@1", 1, 0), ("mrr", 1, 1 / 2),
+    ("r_precision", 2 / 3, 0),  # 0 1 0 | 2 0: two of the first three; none of the first one
+    ("map@r", (1 + 2 / 3) / 3, 0),  # precisions 1 and 2/3 at the hits in the first three, by 3
+    ("map", (1 + 2 / 3 + 3 / 5) / 3, 1 / 2)])
+def test_rank_metrics_by_hand(metric, first, second):
+    scores = evaluate.rank_metrics(*LINE, k_vals=(1, 2))
+    assert scores[metric] == pytest.approx((first + second) / 2, abs=1e-15)
+    assert slow_rank_metrics(*LINE, k_vals=(1, 2))[metric] == pytest.approx(scores[metric])
+
+
+def test_rank_scores_by_hand():
+    scores = {name: values.tolist() for name, values in evaluate.rank_scores(*LINE).items()}
+    assert scores["matches"] == [3, 1, 0] and scores["first_rank"] == [1, 2, 0]
+    assert scores["r_precision"] == [2 / 3, 0, 0] and scores["map@r"] == pytest.approx(
+        [5 / 9, 0, 0])
+    assert scores["map"] == pytest.approx([34 / 45, 1 / 2, 0])
+    alone = evaluate.rank_scores(*LINE, every=False)
+    assert {name: values.tolist() for name, values in alone.items()} == {
+        "matches": [3, 1, 0], "first_rank": [1, 2, 0]}
+
+
+def test_a_tie_goes_to_the_wrong_row_in_every_rank_metric():
+    # From the query at 0: classes 0 and 1 both 1 away, then 0 and 1 both 2 away: reads 1 0 1 0.
+    problem = (torch.zeros(1, 1), torch.tensor([0]), torch.tensor([[1.], [-1.], [2.], [-2.]]),
+               torch.tensor([0, 1, 0, 1]))
+    assert evaluate.rank_metrics(*problem, k_vals=(1, 2)) == {
+        "recall@1": 0, "recall@2": 1, "precision@1": 0, "mrr": 1 / 2, "r_precision": 1 / 2,
+        "map@r": 1 / 4, "map": 1 / 2}
+
+
+@pytest.mark.parametrize("with_gallery, with_own", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("first_seed", [0, 80])
+def test_rank_metrics_equal_brute_force_with_ties_and_duplicates(with_gallery, with_own,
+                                                                 first_seed):
+    wrong = []
+    for seed in range(first_seed, first_seed + 80):
+        problem, own = whole_number_problem(seed, with_gallery), None
+        if with_own:
+            *problem, own = own_problem(problem, seed)
+        scores = evaluate.rank_metrics(*problem, k_vals=(1, 2, 4), own=own)
+        vectors = slow_scores(*problem, own=None if own is None else own.tolist())
+        assert_scores(evaluate.rank_scores(*problem, own=own), vectors)
+        expected = slow_rank_metrics(scores=vectors)
+        if list(scores) != list(expected) or scores != pytest.approx(expected, abs=1e-12):
+            wrong.append(seed)
+    assert not wrong, f"{len(wrong)} of 80 seeds differ"
+
+
+@pytest.mark.parametrize("first_seed", range(0, 120, 40))
+def test_map_equals_scikit_learn_without_ties(first_seed):
+    for seed in range(first_seed, first_seed + 40):
+        generator = torch.Generator().manual_seed(seed)
+        queries, gallery = unit_rows(6, 5, seed), unit_rows(30, 5, seed + 1000)
+        labels, others = random_ints(4, 6, generator), random_ints(4, 30, generator)
+        near = -float64_distances(queries, gallery)
+        expected = [average_precision_score(others.numpy() == label, row)
+                    for label, row in zip(labels.tolist(), near) if label in others]
+        assert evaluate.rank_metrics(queries, labels, gallery, others)["map"] == (
+            pytest.approx(np.mean(expected), abs=1e-12))
+
+
+@pytest.mark.parametrize("sizes", [[300, 1, 1, 2], [150, 150], [1] * 20 + [2], [60, 9, 8, 4, 3, 1],
+                                   [400]], ids=str)
+def test_rank_scores_of_classes_of_very_different_sizes(sizes):
+    rows, labels = blobs(sizes, 3, 1.0)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1))
+    rows, labels = rows[order], labels[order]
+    assert_scores(evaluate.rank_scores(rows, labels), slow_scores(rows, labels))
+    rows = (rows * 2).round()  # with ties
+    assert_scores(evaluate.rank_scores(rows, labels), slow_scores(rows, labels))
+
+
+@pytest.mark.parametrize("metrics", [
+    ("map",), ("mrr",), ("recall",), ("map@r", "precision@1"), ("recall", "r_precision"), ()],
+    ids=str)
+def test_rank_metrics_gives_those_asked_for(metrics):
+    rows, labels = unit_rows(40, 4), torch.arange(40) % 7
+    everything = evaluate.rank_metrics(rows, labels, k_vals=(1, 3))
+    assert evaluate.rank_metrics(rows, labels, k_vals=(1, 3), metrics=metrics) == {
+        key: value for key, value in everything.items() if key.split("@k")[0] in metrics
+        or key.startswith("recall@") and "recall" in metrics}
+
+
+def test_k_is_checked_only_where_recall_is_asked_for():
+    rows, labels = unit_rows(6, 3), torch.arange(6) % 2  # fewer rows than the default k of 8
+    assert list(evaluate.evaluate_embeddings(rows, labels, metrics=["map"])) == ["map"]
+
+
+# ---- float32 blocks, decided in float64
+
+
+def assert_exact(*problem, own=None):
+    """rank_scores and first_match_ranks are what brute force in float64 gives."""
+    expected = slow_scores(*problem, own=own)
+    own = None if own is None else torch.tensor(own)
+    assert_scores(evaluate.rank_scores(*problem, own=own), expected)
+    assert evaluate.first_match_ranks(*problem, own=own).tolist() == (
+        expected["first_rank"].tolist())
+
+
+@pytest.mark.parametrize("count, classes, dimensions", [
+    (300, 100, 8), (300, 5, 600), (500, 12, 8), (500, 12, 128), (400, 200, 600), (800, 250, 128)])
+def test_rank_scores_equal_float64_brute_force(count, classes, dimensions):
+    generator = torch.Generator().manual_seed(count)
+    rows, labels = unit_rows(count, dimensions), random_ints(classes, count, generator)
+    assert_scores(evaluate.rank_scores(rows, labels), slow_scores(rows, labels))
+    queries, query_labels = unit_rows(40, dimensions, 5), random_ints(classes, 40, generator)
+    problem = queries, query_labels, rows, labels
+    assert_scores(evaluate.rank_scores(*problem), slow_scores(*problem))
+
+
+def spots(count, dimensions, spread, seed=0):
+    """Unit-norm rows in a tenth as many spots of a size, and labels that the spots cut across."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = unit_rows(max(2, count // 10), dimensions, seed)
+    rows = centres[random_ints(len(centres), count, generator)]
+    rows = rows + spread * unit_rows(count, dimensions, seed + 1)
+    return rows, random_ints(count // 8, count, generator)
+
+
+@pytest.mark.parametrize("spread", [1e-1, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7])
+@pytest.mark.parametrize("dimensions", [8, 128, 600])
+def test_rank_scores_of_tight_clusters(monkeypatch, dimensions, spread):
+    doubtful = spied(monkeypatch, evaluate.Ranker, "wrong_nearer_one")
+    rows, labels = spots(240, dimensions, spread)
+    assert_exact(rows, labels)
+    assert spread > 1e-3 or doubtful
+    *problem, own = own_problem((rows[:30], labels[:30], rows[30:], labels[30:]))
+    assert_exact(*problem, own=own.tolist())
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e-4, 1e6, 1e15, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rank_scores_do_not_depend_on_the_scale(scale, dtype):
+    rows, labels = unit_rows(300, 16), torch.arange(300) % 50
+    expected = slow_scores(rows, labels)
+    assert_scores(evaluate.rank_scores(rows.to(dtype) * scale, labels), expected)
+
+
+@pytest.mark.parametrize("scale", [1e-250, 1e250])
+def test_rank_scores_of_float64_rows_beyond_float32(scale):
+    rows, labels = unit_rows(120, 16).double(), torch.arange(120) % 20
+    assert_scores(evaluate.rank_scores(rows * scale, labels), slow_scores(rows, labels))
+
+
+@pytest.mark.parametrize("difference", [1e-9, 1e-12])
+def test_float64_rows_are_told_apart_beyond_float32(difference):
+    # In float32 both gallery rows are 1 away, which would count against the query.
+    gallery = torch.tensor([[1.0], [-1.0 - difference]], dtype=torch.float64)
+    scores = evaluate.rank_scores(torch.zeros(1, 1).double(), torch.tensor([0]), gallery,
+                                  torch.tensor([0, 1]))
+    assert scores["first_rank"].tolist() == [1]
+
+
+@pytest.mark.parametrize("offset", [10, 1e3, 1e5])
+def test_rank_scores_far_from_the_origin(offset):
+    rows, labels = unit_rows(200, 16) + offset, torch.arange(200) % 30
+    assert_exact(rows, labels)
+
+
+@pytest.mark.parametrize("outlier", [1e2, 1e4, 1e6, 1e8])
+def test_one_far_row_does_not_blur_the_others(outlier):
+    rows, labels = unit_rows(60, 8), torch.arange(60) % 6
+    rows[-1] *= outlier
+    assert_scores(evaluate.rank_scores(rows, labels), slow_scores(rows, labels))
+
+
+@pytest.mark.parametrize("sizes", [[2] * 100, [3] * 80, [9] * 20, [40] * 6], ids=str)
+@pytest.mark.parametrize("tight", [False, True])
+def test_few_limits_are_compared_and_many_looked_up(monkeypatch, sizes, tight):
+    calls = spied(monkeypatch, evaluate, "count_up_to")
+    rows, labels = blobs(sizes, 32, 2.0)
+    if tight:
+        rows = rows.round() + 1e-7 * unit_rows(len(rows), 32)
+    assert_exact(rows, labels)
+    limits = {arguments[1].shape[1] for arguments, _ in calls
+              if arguments[0].dtype == torch.float32}
+    assert limits == {2, 2 * sizes[0]}  # of the nearest true match, and of all
+
+
+@pytest.mark.parametrize("sizes", [[2] * 60, [5] * 24, [40] * 6], ids=str)
+@pytest.mark.parametrize("spread", [0, 1e-9, 1e-5, 1e-4])
+def test_collapsed_embeddings_are_ranked_in_float64(monkeypatch, sizes, spread):
+    calls = spied(monkeypatch, evaluate.Ranker, "wrong_nearer_in_float64")
+    labels = blobs(sizes, 2, 1.0)[1]
+    rows = torch.cat([torch.ones(len(labels), 16),
+                      spread * unit_rows(len(labels), 16)], 1).double()
+    rows = torch.cat([rows, torch.full((1, 32), 9.0)])  # or they would fill the whole range
+    labels = torch.cat([labels, torch.tensor([1000])])
+    assert_exact(rows, labels)
+    assert calls
+
+
+@pytest.mark.parametrize("count", [2, 9, 70])
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e20])
+def test_rank_scores_of_identical_rows_are_the_worst(count, value):
+    rows, labels = torch.full((count, 24), value), torch.arange(count) % 2
+    scores = evaluate.rank_scores(rows, labels)
+    others = torch.bincount(labels)[1 - labels]
+    has_match = torch.bincount(labels)[labels] > 1
+    assert scores["first_rank"].tolist() == ((1 + others) * has_match).tolist()
+    assert_scores(scores, slow_scores(rows * 0, labels))
+
+
+# ---- what the ranks do not depend on
+
+
+def hard_problem():
+    """Rows of every kind at once: spots, copies, a far row, a large class, lone rows."""
+    rows, labels = spots(240, 24, 1e-5)
+    rows = torch.cat([rows, rows[:30], torch.ones(12, 24), 3 * unit_rows(40, 24, 9)])
+    labels = torch.cat([labels, labels[:15], 500 + torch.arange(15), torch.arange(12) % 5,
+                        torch.zeros(40).long()])
+    return rows, labels
+
+
+def hard_scores(**options):
+    rows, labels = hard_problem()
+    return [evaluate.rank_scores(rows, labels, **options),
+            evaluate.rank_scores(rows[:90], labels[:90], rows[60:], labels[60:], **options),
+            evaluate.rank_scores(rows, labels, every=False, **options)]
+
+
+def assert_same(found, expected):
+    for one, other in zip(found, expected):
+        assert_scores(one, {name: values.numpy() for name, values in other.items()})
+
+
+@pytest.mark.parametrize("elements", [1, 7, 1000, 60_000])
+def test_rank_scores_do_not_depend_on_the_blocks(monkeypatch, elements):
+    expected = hard_scores()
+    monkeypatch.setattr(evaluate, "BLOCK_ELEMENTS", elements)
+    assert_same(hard_scores(), expected)
+
+
+@pytest.mark.parametrize("memory", [1, 4096, 50_000, 2 ** 20])
+def test_rank_scores_do_not_depend_on_the_memory(memory):
+    assert_same(hard_scores(memory=memory), hard_scores())
+
+
+@pytest.mark.parametrize("spread", [1e-6, 1e-7])
+def test_nearly_tied_ranks_do_not_depend_on_how_they_are_found(spread):
+    rows, labels = spots(240, 128, spread)
+    expected = evaluate.first_match_ranks(rows, labels)
+    assert torch.equal(evaluate.rank_scores(rows, labels)["first_rank"], expected)
+    assert torch.equal(evaluate.first_match_ranks(rows, labels, memory=4096), expected)
+
+
+def test_rank_scores_do_not_depend_on_the_threads():
+    expected = hard_scores()
+    torch.set_num_threads(3)
+    try:
+        assert_same(hard_scores(), expected)
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rank_scores_follow_the_order_of_the_rows(seed):
+    rows, labels = hard_problem()
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    expected = evaluate.rank_scores(rows, labels)
+    assert_same([evaluate.rank_scores(rows[order], labels[order])],
+                [{name: values[order] for name, values in expected.items()}])
+
+
+def random_scores():
+    """All metrics of rows on which products in bfloat16 would show."""
+    rows, labels = unit_rows(600, 64), torch.arange(600) % 60
+    return evaluate.evaluate_embeddings(rows, labels, metrics=evaluate.METRICS)
+
+
+@pytest.mark.parametrize("precision", ["medium", "high"])
+def test_metrics_do_not_depend_on_the_precision_set_for_products(precision):
+    expected, hard = random_scores(), hard_scores()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert random_scores() == expected
+        assert_same(hard_scores(), hard)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_metrics_do_not_depend_on_autocast(dtype):
+    expected, hard = random_scores(), hard_scores()
+    with torch.autocast("cpu", dtype=dtype):
+        assert random_scores() == expected
+        assert_same(hard_scores(), hard)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_metrics_do_not_depend_on_the_gradient_mode(mode):
+    expected = random_scores()
+    with mode():
+        assert random_scores() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_rank_scores_of_other_types_are_those_of_their_values(dtype):
+    rows, labels = unit_rows(90, 16).to(dtype), torch.arange(90) % 14
+    assert_scores(evaluate.rank_scores(rows, labels), slow_scores(rows, labels))
+
+
+class Largest(TorchDispatchMode):
+    """Keeps the bytes of the largest result of any operation."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        result = function(*arguments, **(named or {}))
+        for part in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(part, torch.Tensor):
+                self.bytes = max(self.bytes, part.numel() * part.element_size())
+        return result
+
+
+@pytest.mark.parametrize("spread, tight", [(0, 0), (1e-4, 60)])
+def test_ranks_keep_to_the_memory(monkeypatch, spread, tight):
+    # A spot of one class, with one row of another class in it: all of its distances are doubtful.
+    rows, labels = unit_rows(1500, 64), torch.arange(1500) // 5 + 1
+    rows[:tight + 1] = rows[:1] + spread * unit_rows(tight + 1, 64, 1)[:1500]
+    labels[:tight] = 0
+    monkeypatch.setattr(evaluate, "in_threads",  # Largest sees one thread alone
+                        lambda function, parts: [function(part) for part in parts])
+    with Largest() as largest:
+        evaluate.rank_scores(rows, labels, memory=2 ** 20)
+    assert largest.bytes <= 4 * 2 ** 20  # the embeddings alone are 0.8 MB in float64
+
+
+def test_arguments_are_left_as_they_were():
+    rows, labels = hard_problem()
+    before = rows.clone(), labels.clone()
+    evaluate.evaluate_embeddings(rows, labels, rows[:40], labels[:40], metrics=evaluate.METRICS)
+    assert torch.equal(rows, before[0]) and torch.equal(labels, before[1])
+
+
+def test_rows_without_dimensions_are_refused():
+    with pytest.raises(ValueError, match=r"\[6, 0\]"):
+        evaluate.rank_metrics(torch.zeros(6, 0), torch.arange(6) % 2, k_vals=(1,))
+
+
 # ---- k-means
 
 
@@ -639,6 +1069,89 @@ def test_kmeans_does_not_depend_on_the_blocks(monkeypatch, elements):
     assert torch.equal(evaluate.kmeans(rows, 4)[0], whole)
 
 
+def lloyd(embeddings, clusters, iterations, seed):
+    """Assignments by plain Lloyd in float64: every distance anew in each iteration."""
+    rows = embeddings.double().numpy()
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randperm(len(rows), generator=generator)[:clusters].numpy()
+    centroids = rows[start].copy()
+
+    def nearest():
+        sq_distances = ((rows[:, None] - centroids[None]) ** 2).sum(-1)
+        return sq_distances.argmin(1), sq_distances.min(1)
+
+    assignments, sq_distances = nearest()
+    for _ in range(iterations):
+        farthest = iter(np.argsort(-sq_distances))
+        for cluster in range(clusters):
+            members = rows[assignments == cluster]
+            centroids[cluster] = members.mean(0) if len(members) else rows[next(farthest)]
+        before = assignments
+        assignments, sq_distances = nearest()
+        if (assignments == before).all():
+            break
+    return assignments
+
+
+@pytest.mark.parametrize("first_seed", range(0, 300, 100))
+def test_kmeans_equals_plain_lloyd(monkeypatch, first_seed):
+    wrong, partial = [], 0
+    calls = spied(monkeypatch, evaluate, "nearest_centroids")
+    for seed in range(first_seed, first_seed + 100):
+        generator = torch.Generator().manual_seed(seed)
+        count, dimensions = 20 + seed % 61, 1 + seed % 9
+        clusters, iterations = 1 + seed % (count // 2), seed % 21
+        rows = torch.randn(count, dimensions, generator=generator)
+        if seed % 3 == 0:
+            rows += 5 * torch.randn(4, dimensions, generator=generator)[
+                random_ints(4, count, generator)]
+        assignments, _ = evaluate.kmeans(rows, clusters, iterations, seed)
+        if assignments.tolist() != lloyd(rows, clusters, iterations, seed).tolist():
+            wrong.append(seed)
+        partial += any(len(arguments[0]) < count for arguments, _ in calls)
+        calls.clear()
+    assert not wrong, f"{len(wrong)} of 100 seeds differ"
+    assert partial > 20  # some distances were left out
+
+
+@pytest.mark.parametrize("first_seed", [0, 100])
+def test_kmeans_with_ties_leaves_each_row_at_a_nearest_centroid(first_seed):
+    for seed in range(first_seed, first_seed + 100):
+        generator = torch.Generator().manual_seed(seed)
+        rows = whole_numbers(20 + seed % 60, 1 + seed % 4, generator)
+        assignments, centroids = evaluate.kmeans(rows, 1 + seed % 19, seed=seed)
+        distances = float64_distances(rows, centroids)
+        np.testing.assert_allclose(distances[range(len(rows)), assignments], distances.min(1),
+                                   atol=1e-5)
+
+
+@pytest.mark.parametrize("first_seed", [0, 20])
+def test_kmeans_is_no_worse_than_scikit_learn_from_many_starts(first_seed):
+    for seed in range(first_seed, first_seed + 20):
+        rows, _ = blobs([30, 4, 11, 25, 7] * (1 + seed % 3), 2 + seed % 12, 0.1 + seed % 5 / 5,
+                        seed)
+        clusters = 2 + seed % 24
+        _, start = evaluate.kmeans(rows, clusters, iterations=0, seed=seed)
+        reference = KMeans(clusters, init=start.double().numpy(), n_init=1, max_iter=20, tol=0)
+        with threadpool_limits(1):
+            reference.fit(rows.double().numpy())
+        assert objective(rows, *evaluate.kmeans(rows, clusters, seed=seed)) <= (
+            reference.inertia_ * (1 + 1e-4))
+
+
+def test_moved_centroids_takes_what_cannot_have_changed_from_before():
+    generator = torch.Generator().manual_seed(0)
+    for count, moving in itertools.product((1, 5, 40), (0, 1, 3, 8)):
+        rows = torch.randn(count, 6, generator=generator)
+        centroids = torch.randn(8, 6, generator=generator)
+        before = evaluate.nearest_centroids(rows, centroids)
+        moved = torch.arange(8) < moving
+        centroids = centroids + moved.unsqueeze(1) * torch.randn(8, 6, generator=generator)
+        found = evaluate.moved_centroids(rows, centroids, moved, *before)
+        assert found[0].tolist() == float64_distances(rows, centroids).argmin(1).tolist()
+        torch.testing.assert_close(found[1], evaluate.nearest_centroids(rows, centroids)[1])
+
+
 # ---- clusters against classes
 
 
@@ -675,6 +1188,31 @@ def test_nmi_equals_the_entropies_and_scikit_learn():
         assert score == pytest.approx(normalized_mutual_info_score(labels, clusters), abs=1e-12)
         if sum(entropies):
             assert score == pytest.approx(2 * shared / sum(entropies), abs=1e-9)
+
+
+@pytest.mark.parametrize("average", ["arithmetic", "geometric"])
+def test_nmi_of_either_mean_and_ami_equal_scikit_learn(average):
+    for clusters, labels in clusterings(500, 80):
+        assert evaluate.nmi(clusters, labels, average) == pytest.approx(
+            normalized_mutual_info_score(labels, clusters, average_method=average), abs=1e-12)
+        ami = evaluate.ami(clusters, labels)
+        assert type(ami) is float and ami == pytest.approx(
+            adjusted_mutual_info_score(labels, clusters), abs=1e-12)
+
+
+def test_nmi_with_the_geometric_mean_by_hand():
+    # As above, 0.215762 of mutual information, over sqrt(0.693147 x 0.562335) = 0.624323.
+    clusters, labels = torch.tensor([0, 0, 0, 1]), torch.tensor([5, 5, 9, 9])
+    assert evaluate.nmi(clusters, labels, "geometric") == pytest.approx(0.345593, abs=2e-6)
+    assert evaluate.nmi(torch.zeros(4).long(), labels, "geometric") == 0  # no entropy at all
+
+
+def test_ami_of_equal_and_of_random_partitions():
+    generator = torch.Generator().manual_seed(0)
+    labels = random_ints(10, 500, generator)
+    assert evaluate.ami(labels * 7 - 3, labels) == pytest.approx(1)
+    assert abs(evaluate.ami(random_ints(50, 500, generator), labels)) < 0.05
+    assert evaluate.nmi(random_ints(50, 500, generator), labels) > 0.1  # what ami corrects
 
 
 @pytest.mark.parametrize("metric", [evaluate.nmi, evaluate.f1], ids=["nmi", "f1"])
@@ -776,6 +1314,86 @@ def test_distance_ratio_without_pairs_or_with_coinciding_centres(classes):
                                    torch.arange(classes).repeat(2)) == float("inf")
 
 
+# ---- spectral decay, mean distances
+
+
+@pytest.mark.parametrize("count, dimensions", [(1, 1), (5, 5), (40, 3), (300, 64), (33, 32)])
+def test_spectral_decay_equals_numpy(count, dimensions):
+    for seed in range(10):
+        rows = stretched(count, dimensions, seed)
+        values = np.linalg.svd(rows.double().numpy(), compute_uv=False)
+        shares = values / values.sum()
+        expected = sum(1 / dimensions * np.log(1 / dimensions / share) for share in shares)
+        assert evaluate.spectral_decay(rows) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_spectral_decay_by_hand():
+    # Singular values 3 and 1, shares 3/4 and 1/4: -ln 2 - (ln 3/4 + ln 1/4) / 2 = 0.143841.
+    rows = torch.tensor([[3., 0.], [0., 1.]])
+    assert evaluate.spectral_decay(rows) == pytest.approx(0.143841, abs=1e-6)
+    assert evaluate.spectral_decay(-7 * rows[:, [1, 0]]) == pytest.approx(0.143841, abs=1e-6)
+
+
+@pytest.mark.parametrize("dimensions", [1, 4, 30])
+def test_spectral_decay_of_orthonormal_rows_is_zero(dimensions):
+    rows = torch.linalg.qr(unit_rows(dimensions, dimensions).double())[0]
+    assert evaluate.spectral_decay(rows) == pytest.approx(0, abs=1e-12)
+    assert evaluate.spectral_decay(rows.repeat(3, 1)) == pytest.approx(0, abs=1e-12)
+
+
+RANK_DEFICIENT = {"fewer rows than dimensions": unit_rows(3, 5), "zero": torch.zeros(9, 4),
+                  "a dimension not used": unit_rows(20, 4) * torch.tensor([1., 1., 0., 1.]),
+                  "a dimension twice": unit_rows(20, 4)[:, [0, 1, 2, 3, 3]],
+                  "equal rows": torch.full((9, 4), 0.1),
+                  "a plane": unit_rows(40, 2) @ unit_rows(2, 6)}
+
+
+@pytest.mark.parametrize("rows", [rows.double() for rows in RANK_DEFICIENT.values()],
+                         ids=RANK_DEFICIENT.keys())
+def test_spectral_decay_of_too_few_directions_is_infinite(rows):
+    if len(rows) == 40:
+        rows = unit_rows(40, 2).double() @ unit_rows(2, 6).double()  # one product, in float64
+    assert evaluate.spectral_decay(rows) == float("inf")
+
+
+@pytest.mark.parametrize("elements", BLOCK_SIZES)
+@pytest.mark.parametrize("count, classes", [(2, 1), (2, 2), (40, 7), (60, 59), (50, 2)])
+def test_mean_distances_equal_loops(monkeypatch, elements, count, classes):
+    rows, labels = unit_rows(count, 5), torch.arange(count) % classes
+    monkeypatch.setattr(evaluate, "BLOCK_ELEMENTS", elements)
+    distances, same, other = float64_distances(rows, rows), [], []
+    for i, j in itertools.combinations(range(count), 2):
+        (same if labels[i] == labels[j] else other).append(distances[i, j])
+    expected = [np.mean(part) if part else np.nan for part in (same, other)]
+    found = evaluate.mean_distances(rows, labels)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert [type(value) for value in found] == [float, float]
+
+
+def test_mean_distances_by_hand():
+    # Class 0 at 0, 1, 4: 1, 4 and 3 apart; class 1 at 10: 10, 9 and 6 away.
+    rows = torch.tensor([[0.], [1.], [4.], [10.]])
+    assert evaluate.mean_distances(rows, torch.tensor([0, 0, 0, 1])) == pytest.approx(
+        (8 / 3, 25 / 3))
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-6, 1e6, 1e25])
+def test_distances_and_decay_follow_the_scale(scale):
+    rows, labels = unit_rows(50, 6).double(), torch.arange(50) % 7
+    expected = evaluate.mean_distances(rows, labels)
+    found = evaluate.mean_distances(rows * scale, labels)
+    assert [value / scale for value in found] == pytest.approx(expected, rel=1e-6)
+    assert evaluate.spectral_decay(rows * scale) == pytest.approx(evaluate.spectral_decay(rows))
+
+
+def test_mean_distances_of_tight_classes():
+    rows, labels = nearly_collapsed(60, 16, spread=1e-5), torch.arange(60) % 20
+    distances = float64_distances(rows, rows)
+    same = labels.numpy()[:, None] == labels.numpy()
+    expected = distances[same].sum() / (same.sum() - 60), distances[~same].mean()
+    assert evaluate.mean_distances(rows, labels) == pytest.approx(expected, rel=1e-3)
+
+
 # ---- all metrics at once
 
 
@@ -784,22 +1402,42 @@ def test_distance_ratio_without_pairs_or_with_coinciding_centres(classes):
 def test_evaluate_embeddings_keys_and_range(seed, with_gallery):
     problem = whole_number_problem(seed, with_gallery)
     scores = evaluate.evaluate_embeddings(*problem, k_vals=(1, 3), seed=seed)
-    assert list(scores) == ["recall@1", "recall@3", "nmi", "f1"]
+    assert list(scores) == ["recall@1", "recall@3", "map@r", "nmi", "f1"]
     assert all(type(score) is float and 0 <= score <= 1 for score in scores.values())
 
 
 def test_evaluate_embeddings_of_well_separated_classes_are_perfect():
     rows, labels = blobs([12, 20], 8, 1e-3)
     assert evaluate.evaluate_embeddings(rows, labels) == pytest.approx(
-        {"recall@1": 1, "recall@2": 1, "recall@4": 1, "recall@8": 1, "nmi": 1, "f1": 1})
+        {"recall@1": 1, "recall@2": 1, "recall@4": 1, "recall@8": 1, "map@r": 1, "nmi": 1,
+         "f1": 1})
 
 
 def test_evaluate_embeddings_is_each_metric():
     rows, labels = blobs([9, 30, 4, 14], 8, 0.7)
     assignments, _ = evaluate.kmeans(rows, 4, seed=5)
-    assert evaluate.evaluate_embeddings(rows, labels, seed=5) == {
-        **evaluate.recall_at_k(rows, labels), "nmi": evaluate.nmi(assignments, labels),
-        "f1": evaluate.f1(assignments, labels)}
+    expected = {
+        **evaluate.rank_metrics(rows, labels), "nmi": evaluate.nmi(assignments, labels),
+        "ami": evaluate.ami(assignments, labels), "f1": evaluate.f1(assignments, labels),
+        "dist_ratio": evaluate.distance_ratio(rows, labels),
+        "rho": evaluate.spectral_decay(rows)}
+    expected["d_ap"], expected["d_an"] = evaluate.mean_distances(rows, labels)
+    assert evaluate.evaluate_embeddings(rows, labels, seed=5, metrics=evaluate.METRICS) == expected
+    for name in evaluate.METRICS:
+        alone = evaluate.evaluate_embeddings(rows, labels, seed=5, metrics=[name])
+        keys = {"recall": ["recall@1", "recall@2", "recall@4", "recall@8"],
+                "distances": ["d_ap", "d_an"]}.get(name, [name])
+        assert alone == {key: expected[key] for key in keys}
+    geometric = evaluate.evaluate_embeddings(rows, labels, seed=5, metrics=["nmi"],
+                                             nmi_average="geometric")
+    assert geometric == {"nmi": evaluate.nmi(assignments, labels, "geometric")}
+
+
+@pytest.mark.parametrize("metrics", [evaluate.DEFAULT_METRICS, evaluate.METRICS], ids=len)
+def test_evaluate_embeddings_gives_plain_numbers(metrics):
+    rows, labels = blobs([9, 30, 4, 14], 8, 0.7)
+    scores = evaluate.evaluate_embeddings(rows, labels, metrics=metrics)
+    assert {type(value) for value in scores.values()} == {float}
 
 
 def test_queries_and_gallery_are_clustered_together(monkeypatch):
@@ -831,6 +1469,91 @@ def test_a_gallery_that_holds_the_queries_is_clustered_without_them_twice(monkey
     assert torch.equal(embeddings, gallery) and clusters == 4
     assert scores["f1"] == evaluate.f1(torch.arange(7) % 2, labels)
     assert scores["nmi"] == evaluate.nmi(torch.arange(7) % 2, labels)
+
+
+# ---- one random row of each class as gallery
+
+
+def slow_random_gallery(rows, labels, k_vals, seed, repeats):
+    """As random_gallery: the first row of each class in a drawn order is the gallery."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(repeats):
+        first = {}
+        for i in torch.randperm(len(labels), generator=generator).tolist():
+            first.setdefault(labels[i].item(), i)
+        gallery = sorted(first.values())
+        queries = [i for i in range(len(labels)) if i not in gallery]
+        found.append(slow_rank_metrics(rows[queries], labels[queries], rows[gallery],
+                                       labels[gallery], k_vals=k_vals))
+    return {name: np.mean([scores[name] for scores in found]) for name in found[0]}
+
+
+@pytest.mark.parametrize("first_seed", [0, 20])
+def test_random_gallery_equals_a_loop(first_seed):
+    for seed in range(first_seed, first_seed + 20):
+        rows, labels = whole_number_problem(seed, False)
+        labels[2:4] = 1
+        labels = labels * 9 - 4
+        expected = slow_random_gallery(rows, labels, (1, 2), seed, 4)
+        assert evaluate.random_gallery(rows, labels, (1, 2), evaluate.RANK_METRICS, seed, 4) == (
+            pytest.approx(expected, abs=1e-12))
+
+
+def test_random_gallery_by_hand():
+    # Two equal rows in each of three far corners: whichever is the gallery, the other finds it.
+    corners = torch.eye(3).repeat_interleave(2, 0)
+    assert evaluate.random_gallery(corners, torch.arange(6) // 2, (1, 3)) == {
+        "recall@1": 1, "recall@3": 1, "map@r": 1}
+    # All rows equal: a query's one match comes after the two other classes, at rank 3.
+    assert evaluate.random_gallery(torch.ones(6, 2), torch.arange(6) // 2, (1, 2, 3), (
+        "recall", "mrr", "map")) == pytest.approx(
+            {"recall@1": 0, "recall@2": 0, "recall@3": 1, "mrr": 1 / 3, "map": 1 / 3})
+
+
+def test_each_random_gallery_has_one_row_of_each_class(monkeypatch):
+    calls = spied(monkeypatch, evaluate, "rank_metrics")
+    rows, labels = torch.arange(40.).unsqueeze(1), (torch.arange(40) * 7) % 6
+    labels[0] = 99  # a class of one row: in the gallery alone
+    evaluate.random_gallery(rows, labels, (1,), seed=3)
+    assert len(calls) == 10
+    drawn = set()
+    for (queries, query_labels, gallery, gallery_labels, *_), _ in calls:
+        assert sorted(gallery_labels.tolist()) == [0, 1, 2, 3, 4, 5, 99]
+        assert sorted(torch.cat([queries, gallery]).flatten().tolist()) == list(range(40))
+        assert torch.equal(labels[gallery.flatten().long()], gallery_labels)
+        assert torch.equal(labels[queries.flatten().long()], query_labels)
+        drawn.add(tuple(sorted(gallery.flatten().tolist())))
+    assert len(drawn) == 10
+    count = Counter(i for one in drawn for i in one)
+    assert count.pop(0) == 10 and max(count.values()) < 10
+
+
+def test_random_gallery_is_a_function_of_the_seed_alone():
+    rows, labels = unit_rows(50, 4), torch.arange(50) % 9
+    state = torch.get_rng_state()
+    scores = [evaluate.random_gallery(rows, labels, (1, 5), seed=seed, memory=memory)
+              for seed, memory in ((1, None), (1, 5000), (2, None))]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert scores[0] == pytest.approx(scores[1], abs=1e-12) and scores[0] != scores[2]
+
+
+def test_random_gallery_needs_a_class_of_two_rows_and_a_k_within_the_classes():
+    with pytest.raises(ValueError, match="no query has a true match|two images"):
+        evaluate.random_gallery(unit_rows(4, 2), torch.arange(4), (1,))
+    with pytest.raises(ValueError, match="--k_vals 4: .*1 to 3"):
+        evaluate.random_gallery(unit_rows(9, 2), torch.arange(9) % 3, (1, 4))
+
+
+@pytest.mark.parametrize("metrics", [evaluate.METRICS, evaluate.DEFAULT_METRICS, ("nmi",),
+                                     ("map", "recall")], ids=len)
+def test_scores_of_random_gallery_are_its_ranks_and_the_clusters_of_all_rows(metrics):
+    rows, labels = blobs([9, 3, 14, 5], 5, 0.8)
+    ranked = [name for name in metrics if name in evaluate.RANK_METRICS]
+    expected = evaluate.evaluate_embeddings(rows, labels, k_vals=(1, 2), seed=4, metrics=metrics)
+    if ranked:
+        expected |= evaluate.random_gallery(rows, labels, (1, 2), ranked, seed=4)
+    assert evaluate.scores_of_random_gallery(rows, labels, (1, 2), 4, metrics) == expected
 
 
 # ---- embeddings of a network
@@ -917,7 +1640,7 @@ def test_evaluate_sets_with_one_set_without_a_name():
     metrics, embedded = evaluate.evaluate_sets(network, [("", dataset, None)], "cpu", (1, 2), 5)
     rows, labels = evaluate.embed(network, dataset, "cpu")
     assert metrics == pytest.approx(evaluate.evaluate_embeddings(rows, labels, k_vals=(1, 2)))
-    assert list(metrics) == ["recall@1", "recall@2", "nmi", "f1"]
+    assert list(metrics) == ["recall@1", "recall@2", "map@r", "nmi", "f1"]
     (queries, gallery), = embedded
     torch.testing.assert_close(queries, rows)
     assert gallery is None
@@ -932,8 +1655,9 @@ def test_evaluate_sets_puts_the_names_first_and_embeds_each_set_once():
         seen.extend(images[:, 0, 0, 0].tolist())
         return torch.stack([images[:, 0, 0, 0].sin(), images[:, 0, 0, 0].cos()], 1)
 
-    metrics, embedded = evaluate.evaluate_sets(network, sets, "cpu", (1, 3), 4, 0, 1, True)
-    keys = ["recall@1", "recall@3", "nmi", "f1", "dist_ratio"]
+    metrics, embedded = evaluate.evaluate_sets(network, sets, "cpu", (1, 3), 4, seed=1,
+                                               metrics=WITH_RATIO)
+    keys = ["recall@1", "recall@3", "map@r", "nmi", "f1", "dist_ratio"]
     assert list(metrics) == [f"{name} {key}" for name in ("small", "shop") for key in keys]
     assert seen == [*range(6), *range(50, 54), *range(90, 95)]
     _, (queries, gallery) = embedded
@@ -967,7 +1691,7 @@ def test_a_set_against_several_datasets_is_brute_force_over_all_of_them(gallery,
     network = Places()
     metrics, embedded = evaluate.evaluate_sets(
         network, [("val", parts["val"], [parts[name] for name in gallery])], "cpu", (1, 2, 4),
-        batch_size, dist_measure=True)
+        batch_size, metrics=WITH_RATIO)
     # Each dataset once, the queries first.
     names = list(dict.fromkeys(("val", *gallery)))
     assert network.seen == [parts[name].offset + i for name in names
@@ -1006,14 +1730,14 @@ def test_datasets_of_several_sets_are_embedded_once():
     for one in sets:
         alone, _ = evaluate.evaluate_sets(Places(), [one], "cpu", (1, 2), 4)
         assert alone == {key: value for key, value in metrics.items() if key in alone}
-        assert len(alone) == 4
+        assert len(alone) == 5
 
 
 def test_the_queries_as_their_own_gallery_are_a_set_without_one():
     dataset = Numbered([i % 3 for i in range(12)])
     scores = [evaluate.evaluate_sets(small_network(), [("", dataset, gallery)], "cpu", (1, 2),
-                                     dist_measure=True)[0] for gallery in (None, dataset,
-                                                                           [dataset])]
+                                     metrics=WITH_RATIO)[0] for gallery in (None, dataset,
+                                                                            [dataset])]
     assert scores[0] == scores[1] == scores[2]
 
 
@@ -1024,6 +1748,36 @@ def test_another_dataset_of_the_same_images_is_a_gallery_like_any_other():
                                                (1,))
     assert metrics["recall@1"] == 1  # every query finds its copy
     assert embedded[0][1].shape == (21, 5)
+
+
+@pytest.mark.parametrize("protocol", ["all_vs_all", "random_gallery"])
+def test_the_vehicle_protocol_is_that_of_sets_without_a_gallery(protocol):
+    alone = Numbered([i % 5 for i in range(30)])
+    gallery = Numbered([i % 5 for i in range(20)], offset=100)
+    sets = [("small", alone, None), ("shop", alone, gallery)]
+    scoring = {"seed": 3, "metrics": ("recall", "map", "nmi"), "nmi_average": "geometric",
+               "memory": 10_000}
+    metrics, embedded = evaluate.evaluate_sets(small_network(), sets, "cpu", (1, 2),
+                                               vehicle_protocol=protocol, **scoring)
+    (rows, _), (_, gallery_rows) = embedded
+    labels = torch.tensor(alone.labels), torch.tensor(gallery.labels)
+    small = (evaluate.scores_of_random_gallery(rows, labels[0], (1, 2), **scoring)
+             if protocol == "random_gallery"
+             else evaluate.evaluate_embeddings(rows, labels[0], k_vals=(1, 2), **scoring))
+    shop = evaluate.evaluate_embeddings(rows, labels[0], gallery_rows, labels[1], (1, 2),
+                                        **scoring)
+    assert metrics == {f"{name} {key}": value for name, scores in (("small", small),
+                                                                   ("shop", shop))
+                       for key, value in scores.items()}
+
+
+@pytest.mark.parametrize("protocol", ["all_vs_all", "random_gallery"])
+def test_sets_are_scored_without_clusters_where_none_are_asked_for(monkeypatch, protocol):
+    monkeypatch.setattr(evaluate, "kmeans", None)
+    sets = [("", Numbered([i % 5 for i in range(30)]), None)]
+    metrics, _ = evaluate.evaluate_sets(small_network(), sets, "cpu", (1,), metrics=("recall",),
+                                        vehicle_protocol=protocol)
+    assert list(metrics) == ["recall@1"]
 
 
 # ---- sample recoveries
@@ -1289,3 +2043,293 @@ def test_a_gallery_of_nothing_or_of_the_queries_twice():
     for gallery in ([], [dataset, dataset]):
         with pytest.raises(ValueError, match="gallery of . datasets"):
             evaluate.evaluate_sets(lambda rows: rows, [("val", dataset, gallery)], "cpu", [1])
+
+
+# ---- alone, on saved embeddings
+
+
+def file_of(path, **arrays):
+    np.savez(path, **arrays)
+    return str(path)
+
+
+def small_file(path, count=40, drawn=0, **arrays):
+    """An npz file of embeddings [count, 6] and labels of 5 classes, or the arrays given."""
+    return file_of(path, **{"embeddings": unit_rows(count, 6, drawn).numpy(),
+                            "labels": np.arange(count) % 5, **arrays})
+
+
+def printed(capsys, *arguments):
+    """What main prints -> (the lines before the table, {name: value} of the table)."""
+    scores = evaluate.main([str(argument) for argument in arguments])
+    lines = capsys.readouterr().out.splitlines()
+    table = {line.split()[0]: line.split() for line in lines[-len(scores):]}
+    for _, rounded, value in table.values():
+        assert rounded == f"{float(value):.4f}"
+    values = {name: float(value) for name, (_, _, value) in table.items()}
+    assert list(values.items()) == list(scores.items())
+    return lines[:-len(scores)], values
+
+
+@pytest.mark.parametrize("metrics", [evaluate.METRICS, evaluate.DEFAULT_METRICS, ("nmi", "map")],
+                         ids=len)
+def test_a_saved_file_gives_the_same_numbers_to_the_last_digit(tmp_path, capsys, metrics):
+    rows, labels = blobs([30, 12, 5, 21], 16, 0.9)
+    evaluate.save_embeddings(tmp_path / "e.npz", rows, labels.tolist(), k_vals=[1, 3], seed=7)
+    assert [file.name for file in tmp_path.iterdir()] == ["e.npz"]
+    expected = evaluate.evaluate_embeddings(rows, labels, k_vals=[1, 3], seed=7, metrics=metrics)
+    lines, scores = printed(capsys, tmp_path / "e.npz", "--metrics", *metrics)
+    assert list(scores) == list(expected) and scores == expected
+    assert len(lines) == 1 and "68 queries of 4 classes against each other" in lines[0]
+    assert "seed 7" in lines[0] and "arithmetic" in lines[0] and "; 0 without" in lines[0]
+
+
+def test_the_arrays_of_a_file_come_back_as_they_were(tmp_path):
+    rows, labels = unit_rows(9, 4), torch.arange(9) % 3
+    evaluate.save_embeddings(tmp_path / "e.npz", rows, labels, k_vals=[1, 2], seed=5)
+    arrays = evaluate.read_embeddings(tmp_path / "e.npz")
+    assert {name: array.tolist() for name, array in arrays.items()} == {
+        "embeddings": rows.tolist(), "labels": labels.tolist(), "k_vals": [1, 2], "seed": 5}
+    assert arrays["embeddings"].dtype == np.float32
+
+
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f8", ">f8", "<f2", "<i4", "u1"])
+def test_embeddings_of_every_real_type_are_read(tmp_path, dtype):
+    rows = (unit_rows(30, 4).numpy() * 100).astype(dtype)
+    path = small_file(tmp_path / "e.npz", 30, embeddings=rows)
+    values = evaluate.read_embeddings(path)["embeddings"]
+    assert values.tolist() == rows.tolist()  # none is rounded
+    assert evaluate.main([path]) == evaluate.evaluate_embeddings(
+        torch.from_numpy(values), torch.arange(30) % 5, seed=1)
+
+
+def test_options_come_before_what_the_file_says(tmp_path, capsys):
+    path = small_file(tmp_path / "e.npz", k_vals=np.array([2, 5]), seed=np.array(3))
+    rows, labels = unit_rows(40, 6), torch.arange(40) % 5
+    _, scores = printed(capsys, path)
+    assert scores == evaluate.evaluate_embeddings(rows, labels, k_vals=[2, 5], seed=3)
+    lines, scores = printed(capsys, path, "--k_vals", 1, 39, "--seed", 4, "--nmi_average",
+                            "geometric", "--eval_memory", "0.00001")
+    assert scores == evaluate.evaluate_embeddings(rows, labels, k_vals=[1, 39], seed=4,
+                                                  nmi_average="geometric")
+    assert "seed 4" in lines[0] and "geometric" in lines[0]
+    _, scores = printed(capsys, small_file(tmp_path / "f.npz"))
+    assert scores == evaluate.evaluate_embeddings(rows, labels, k_vals=(1, 2, 4, 8), seed=1)
+
+
+def test_all_metrics_of_a_file(tmp_path, capsys):
+    _, scores = printed(capsys, small_file(tmp_path / "e.npz"), "--metrics", "all")
+    assert list(scores) == ["recall@1", "recall@2", "recall@4", "recall@8", "precision@1", "mrr",
+                            "r_precision", "map@r", "map", "nmi", "ami", "f1", "dist_ratio", "rho",
+                            "d_ap", "d_an"]
+
+
+@pytest.mark.parametrize("metrics", [["all"], ["recall"]])
+@pytest.mark.parametrize("count", [40, 6])  # six rows in six dimensions, rank 5 or 6
+def test_json_holds_the_same_numbers(tmp_path, capsys, metrics, count):
+    path = small_file(tmp_path / "e.npz", count)
+    scores = evaluate.main([path, "--json", "--k_vals", "1", "--metrics", *metrics])
+    output = capsys.readouterr().out
+    assert json.loads(output, parse_constant=pytest.fail) == scores
+    assert len(output.splitlines()) == 1
+
+
+def test_json_is_strict_where_a_metric_is_infinite(tmp_path, capsys):
+    path = small_file(tmp_path / "e.npz", embeddings=np.eye(40)[:, :6])  # most rows are zero
+    evaluate.main([small_file(tmp_path / "f.npz", 5, labels=np.zeros(5)), "--json", "--metrics",
+                   "rho", "distances"])
+    evaluate.main([path, "--json", "--metrics", "all"])
+    for line in capsys.readouterr().out.splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+        assert line.startswith("{")
+
+
+def test_json_is_all_that_is_printed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    scores = evaluate.main([small_file(tmp_path / "e.npz"), "--json", "--gpu", "0"])
+    assert json.loads(capsys.readouterr().out) == scores
+
+
+def test_a_file_against_a_gallery(tmp_path, capsys):
+    queries = small_file(tmp_path / "q.npz", 20, labels=np.arange(20) % 7)
+    gallery = small_file(tmp_path / "g.npz", 30, drawn=1)
+    lines, scores = printed(capsys, queries, "--gallery", gallery, "--metrics", "all")
+    assert scores == evaluate.evaluate_embeddings(
+        unit_rows(20, 6), torch.arange(20) % 7, unit_rows(30, 6, 1), torch.arange(30) % 5, seed=1,
+        metrics=evaluate.METRICS)
+    # Classes 5 and 6, twice five of the 20 queries, are not in the gallery.
+    assert "20 queries of 7 classes against 30; 5 without" in lines[0]
+
+
+def test_lone_queries_of_a_file_are_counted(tmp_path, capsys):
+    path = small_file(tmp_path / "e.npz", labels=np.array([0] * 20 + [1] * 15 + [2, 3, 4, 5, 6]))
+    lines, _ = printed(capsys, path)
+    assert "40 queries of 7 classes against each other; 5 without" in lines[0]
+
+
+NAMES = np.array(["cat", "dog", "emu", "a long name", "ö"])
+
+
+@pytest.mark.parametrize("labels, gallery_labels", [
+    (NAMES, NAMES), (NAMES, NAMES.astype("<U99")), (NAMES[:4].astype("S"), NAMES[:4]),
+    (np.arange(5), np.arange(5).astype(str)), (np.arange(5).astype("u1"), np.arange(5) + 0),
+    (np.arange(5) * 1.5, np.arange(5) * 1.5), (np.arange(5) * 1.0, np.arange(5)),
+    (2 ** 60 + np.arange(5), 2 ** 60 + np.arange(5).astype("u8")),
+    (np.array([False, True]), np.array([False, True]))],
+    ids=["strings", "wide", "bytes", "numbers and strings", "ints", "floats", "float and int",
+         "signed and unsigned", "bools"])
+def test_labels_of_any_type_mean_the_same_in_both_files(tmp_path, labels, gallery_labels):
+    number = len(labels)
+    queries = small_file(tmp_path / "q.npz", 20, labels=labels[np.arange(20) % number])
+    gallery = small_file(tmp_path / "g.npz", 30, 1, labels=gallery_labels[np.arange(30) % number])
+    scores = evaluate.main([queries, "--gallery", gallery])
+    assert scores == pytest.approx(evaluate.evaluate_embeddings(
+        unit_rows(20, 6), torch.arange(20) % number, unit_rows(30, 6, 1),
+        torch.arange(30) % number, seed=1), abs=1e-12)
+    alone = evaluate.main([queries])
+    assert alone == pytest.approx(evaluate.evaluate_embeddings(
+        unit_rows(20, 6), torch.arange(20) % number, seed=1), abs=1e-12)
+
+
+def spoilt(value, rows=(3, 7)):
+    embeddings = unit_rows(40, 6).numpy().copy()
+    embeddings[list(rows), 2] = value
+    return embeddings
+
+
+BAD_ARRAYS = {
+    "nan": ({"embeddings": spoilt(np.nan)}, "2 of 40 query embeddings are not finite.* row 3"),
+    "inf": ({"embeddings": spoilt(np.inf, [39])}, "1 of 40 query .*not finite.* row 39"),
+    "short labels": ({"labels": np.arange(39) % 5}, r"\[40, 6\] with 39 labels"),
+    "no labels": ({"labels": np.arange(0)}, r"\[40, 6\] with 0 labels"),
+    "labels in two dimensions": ({"labels": np.zeros((40, 1))}, r"labels \[40, 1\]"),
+    "one class": ({"labels": np.zeros(40)}, "one class"),
+    "no match": ({"labels": np.arange(40)}, "no query has a true match"),
+    "k": ({"k_vals": np.array([1, 40])}, "--k_vals 40: .*1 to 39"),
+    "a default k": ({"embeddings": np.eye(6), "labels": np.arange(6) % 2}, "k.* 8.*1 to 5"),
+    "one row": ({"embeddings": np.eye(6)[:1], "labels": np.zeros(1)}, "image|match|class"),
+    "no row": ({"embeddings": np.eye(6)[:0], "labels": np.zeros(0)}, r"\[0, 6\]"),
+    "no dimension": ({"embeddings": np.zeros((40, 0))}, r"\[40, 0\]"),
+    "one dimension too many": ({"embeddings": np.zeros((40, 2, 3))}, r"\[40, 2, 3\]"),
+    "one dimension too few": ({"embeddings": np.zeros(40)}, r"embeddings \[40\]"),
+    "strings": ({"embeddings": np.full((40, 6), "1.0")}, "expected numbers"),
+    "complex numbers": ({"embeddings": np.ones((40, 6), complex)}, "expected numbers"),
+    "objects": ({"embeddings": np.full((40, 6), None)}, "[Oo]bject|pickle"),
+    "labels as objects": ({"labels": np.array(["a", "b"] * 20, object)}, "[Oo]bject|pickle"),
+    "two seeds": ({"seed": np.array([1, 2])}, "seed"),
+    "k_vals as a table": ({"k_vals": np.ones((2, 2), int)}, "k_vals"),
+    "k_vals as words": ({"k_vals": np.array(["many"])}, "many"),
+}
+
+
+def assert_refused(capsys, message, *arguments):
+    """main ends with one line that matches, and prints nothing else."""
+    with pytest.raises(SystemExit, match=message) as stopped:
+        evaluate.main([str(argument) for argument in arguments])
+    assert str(stopped.value).startswith("evaluate.py: error: ")
+    assert "\n" not in str(stopped.value) and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("arrays, message", BAD_ARRAYS.values(), ids=BAD_ARRAYS.keys())
+def test_a_bad_file_is_refused_in_one_line(tmp_path, capsys, arrays, message):
+    assert_refused(capsys, message, small_file(tmp_path / "e.npz", **arrays))
+
+
+@pytest.mark.parametrize("arrays, message", [
+    ({"embeddings": spoilt(-np.inf)}, "2 of 40 gallery embeddings are not finite.* row 3"),
+    ({"labels": np.arange(39)}, r"gallery .*\[40, 6\] with 39 labels"),
+    ({"embeddings": unit_rows(40, 5).numpy()}, "query.* 6 dimensions, gallery.* 5"),
+    ({"labels": np.arange(40) + 5}, "no query has a true match"),
+    ({"embeddings": np.eye(6)[:3], "labels": np.arange(3)}, "--k_vals 4 8: .*1 to 3"),
+    ({"embeddings": np.eye(6)[:0], "labels": np.arange(0)}, r"gallery .*\[0, 6\]")])
+def test_a_bad_gallery_is_refused_in_one_line(tmp_path, capsys, arrays, message):
+    assert_refused(capsys, message, small_file(tmp_path / "e.npz"), "--gallery",
+                   small_file(tmp_path / "g.npz", **arrays))
+
+
+@pytest.mark.parametrize("arrays, message", [
+    ({}, "no array embeddings.*has none"), ({"embeddings": np.eye(3)}, "no array labels"),
+    ({"features": np.eye(3)}, "no array embeddings.*has features")])
+def test_a_file_without_the_arrays_is_refused(tmp_path, capsys, arrays, message):
+    assert_refused(capsys, rf"e\.npz has {message}", file_of(tmp_path / "e.npz", **arrays))
+
+
+class Harmful:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["embeddings", "labels", "k_vals", "more"])
+def test_pickled_objects_are_refused_and_not_executed(tmp_path, capsys, name):
+    objects = np.array([Harmful(tmp_path / "touched")], object)
+    path = small_file(tmp_path / "e.npz", **{name: objects})
+    assert_refused(capsys, "[Oo]bject|pickle", path)
+    assert not (tmp_path / "touched").exists()
+    np.load(path, allow_pickle=True)[name]
+    assert (tmp_path / "touched").exists()  # it would have been
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04", bytes(range(256)) * 9,
+                                     b"\x80\x04]."], ids=len)
+def test_a_file_that_is_no_npz_is_refused(tmp_path, capsys, content):
+    (tmp_path / "e.npz").write_bytes(content)
+    assert_refused(capsys, r"e\.npz cannot be read as an npz file", tmp_path / "e.npz")
+
+
+@pytest.mark.parametrize("damage", ["half", "flipped", "members without arrays"])
+def test_a_damaged_file_is_refused(tmp_path, capsys, damage):
+    content = bytearray(Path(small_file(tmp_path / "e.npz")).read_bytes())
+    if damage == "members without arrays":
+        with zipfile.ZipFile(tmp_path / "e.npz", "w") as archive:
+            archive.writestr("embeddings", "text")
+            archive.writestr("labels", "text")
+    else:
+        content[300] ^= 255
+        (tmp_path / "e.npz").write_bytes(content[:len(content) // 2] if damage == "half"
+                                         else content)
+    assert_refused(capsys, r"e\.npz", tmp_path / "e.npz")
+
+
+def test_an_npy_file_is_refused_in_words(tmp_path, capsys):
+    np.save(tmp_path / "e.npy", np.eye(3))
+    assert_refused(capsys, r"e\.npy cannot be read as an npz file (?!.*context manager)",
+                   tmp_path / "e.npy")
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path, capsys):
+    assert_refused(capsys, r"there is no file .*none\.npz", tmp_path / "none.npz")
+    assert_refused(capsys, "there is no file", small_file(tmp_path / "e.npz"), "--gallery",
+                   tmp_path / "none.npz")
+    assert_refused(capsys, "[Dd]irectory|cannot be read", tmp_path)
+
+
+@pytest.mark.parametrize("options", [["--eval_memory", "inf"], ["--eval_memory", "nan"],
+                                     ["--eval_memory", "-1"], ["--k_vals", "0"],
+                                     ["--k_vals", "1", "40"], ["--seed", "9" * 30]], ids=str)
+def test_options_without_sense_are_refused(tmp_path, capsys, options):
+    assert_refused(capsys, ".", small_file(tmp_path / "e.npz"), *options)
+
+
+@pytest.mark.parametrize("options", [["--metrics", "recal"], ["--k_vals", "x"],
+                                     ["--nmi_average", "mean"], []], ids=str)
+def test_options_that_do_not_exist_are_refused(tmp_path, capsys, options):
+    arguments = [small_file(tmp_path / "e.npz"), *options] if options else []
+    with pytest.raises(SystemExit):
+        evaluate.main(arguments)
+    assert "error: " in capsys.readouterr().err
+
+
+def test_the_memory_for_blocks():
+    assert evaluate.memory_bytes(None, torch.device("cpu")) == 2 ** 30
+    assert evaluate.memory_bytes(0.5, torch.device("cpu")) == 2 ** 29
+
+
+def test_save_embeddings_to_a_place_that_cannot_be_written(tmp_path):
+    with pytest.raises(OSError, match="could not be written"):
+        evaluate.save_embeddings(tmp_path / "none" / "e.npz", torch.eye(3), [0, 1, 2])
+    assert list(tmp_path.iterdir()) == []

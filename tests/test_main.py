@@ -93,7 +93,7 @@ def test_every_loss_and_sampling_leaves_every_file(small, loss, sampling):
             "sample_recoveries.png"} == set(os.listdir(folder))
     validation = rows(folder, "log_val_Base.csv")
     assert [row["epoch"] for row in validation] == ["0", "1"]
-    assert list(validation[0]) == ["epoch", "recall@1", "recall@2", "nmi", "f1"]
+    assert list(validation[0]) == ["epoch", "recall@1", "recall@2", "map@r", "nmi", "f1"]
     assert all(0 <= float(row[key]) <= 1 for row in validation for key in row if key != "epoch")
     assert np.isfinite(float(rows(folder, "log_train_Base.csv")[0]["total_loss"]))
     with open(Path(folder) / "hypa.pkl", "rb") as file:
@@ -144,11 +144,12 @@ def test_in_shop_is_scored_query_against_gallery(small, tmp_path):
         f"{len(lines)}\nimage_name item_id evaluation_status\n" + "".join(lines))
     folder = main.main([*small, "--dataset", "in-shop", "--source_path", str(tmp_path)])
     columns = list(rows(folder, "log_val_Base.csv")[0])
-    assert columns == ["epoch", "recall@1", "recall@2", "nmi", "f1"]
+    assert columns == ["epoch", "recall@1", "recall@2", "map@r", "nmi", "f1"]
 
 
-def test_vehicle_id_reports_its_three_sets(small, tmp_path):
-    root = tmp_path / "vehicle_id"
+def make_vehicle_id(folder):
+    """VehicleID's layout: four images of each of a few vehicles in its four lists."""
+    root = folder / "vehicle_id"
     (root / "image").mkdir(parents=True)
     (root / "train_test_split").mkdir()
     lists = {"train_list": 4, "test_list_800": 2, "test_list_1600": 3, "test_list_2400": 4}
@@ -162,10 +163,37 @@ def test_vehicle_id_reports_its_three_sets(small, tmp_path):
                     root / "image" / f"{number:07d}.jpg")
                 lines.append(f"{number:07d} {vehicle + 1}\n")
         (root / "train_test_split" / f"{name}.txt").write_text("".join(lines))
-    folder = main.main([*small, "--dataset", "vehicle_id", "--source_path", str(tmp_path)])
+    return ["--dataset", "vehicle_id", "--source_path", str(folder)]
+
+
+def test_vehicle_id_reports_its_three_sets(small, tmp_path):
+    folder = main.main([*small, *make_vehicle_id(tmp_path)])
     columns = list(rows(folder, "log_val_Base.csv")[0])
     assert columns == ["epoch"] + [f"set {i} {key}" for i in (1, 2, 3)
-                                   for key in ("recall@1", "recall@2", "nmi", "f1")]
+                                   for key in ("recall@1", "recall@2", "map@r", "nmi", "f1")]
+
+
+def test_saved_embeddings_give_the_same_metrics_to_the_last_digit(small, capsys):
+    folder = main.main([*small, "--n_epochs", "3", "--save_embeddings", "--seed", "4",
+                        "--metrics", "all"])
+    best = rows(folder, "log_val_Base.csv")[state(folder)["epoch"]]
+    scores = evaluate.main([f"{folder}/embeddings.npz", "--metrics", "all"])
+    assert {key: str(value) for key, value in scores.items()} == {
+        key: value for key, value in best.items() if key != "epoch"}
+    assert f"recall@1     {scores['recall@1']:.4f}" in capsys.readouterr().out
+
+
+def test_each_set_is_saved_under_its_name(small, tmp_path):
+    folder = main.main([*small, *make_vehicle_id(tmp_path), "--save_embeddings"])
+    assert {f"embeddings_set_{i}.npz" for i in (1, 2, 3)} <= set(os.listdir(folder))
+
+
+def test_cluster_metrics_now_and_then(small):
+    folder = main.main([*small, "--n_epochs", "5", "--cluster_every", "3"])
+    validation = rows(folder, "log_val_Base.csv")
+    assert [row["epoch"] for row in validation if row["nmi"]] == ["0", "3", "5"]
+    assert all(row["recall@1"] and row["map@r"] for row in validation)
+    assert [row["f1"] == "" for row in validation] == [row["nmi"] == "" for row in validation]
 
 
 LOSS_COLUMNS = {
@@ -590,6 +618,7 @@ CONTEXT = {
     "plateau_patience": ["--n_epochs", "4", "--scheduler", "plateau", "--lr", "0"],
     "patience": ["--n_epochs", "3", "--lr", "0"],
     "eval_every": ["--n_epochs", "2"],
+    "cluster_every": ["--n_epochs", "3"],
     "classifier_weight": ["--trainer", "TrainWithClassifier"],
     "classifier_lr": ["--trainer", "TrainWithClassifier"],
     "embedding_sizes": ["--trainer", "CascadedEmbeddings"],
@@ -598,6 +627,7 @@ CONTEXT = {
 }
 VALUES = {"bs": "12", "samples_per_class": "2", "k_vals": "3", "tau": "1", "arch": "resnet18",
           "distance_cutoff": "0.6", "gamma": "0.5", "loss": "triplet", "dataset": "glyphs",
+          "eval_memory": "0.5", "metrics": "recall mrr", "vehicle_protocol": "random_gallery",
           "embedding_sizes": "5 3", "g_weights": "1 2 1 1", "patience": "1",
           "plateau_patience": "1"}
 
@@ -613,15 +643,21 @@ def context_of(flag):
 
 def trace(options, capsys, monkeypatch):
     """What a run builds and does, without its own statement of the options and without times."""
-    workers = []
+    workers, memory = [], []
     original = torch.utils.data.DataLoader.__init__
 
     def recording(loader, *args, **kwargs):
         workers.append(kwargs.get("num_workers"))
         original(loader, *args, **kwargs)
 
+    def remembering(*args, **kwargs):
+        memory.append(kwargs["memory"])
+        return evaluated(*args, **kwargs)
+
+    evaluated = evaluate.evaluate_sets
     with monkeypatch.context() as patch:
         patch.setattr(torch.utils.data.DataLoader, "__init__", recording)
+        patch.setattr(evaluate, "evaluate_sets", remembering)
         capsys.readouterr()
         folder = main.main(options)
     printed = capsys.readouterr().out
@@ -631,7 +667,7 @@ def trace(options, capsys, monkeypatch):
                for part in last[group].values() for value in part.values()]
     groups = [{key: value for key, value in group.items() if key != "params"}
               for optimizer in last["optimizers"].values() for group in optimizer["param_groups"]]
-    return str((printed, workers, sorted(os.listdir(folder)), tensors, groups,
+    return str((printed, workers, memory, sorted(os.listdir(folder)), tensors, groups,
                 (Path(folder) / "log_val_Base.csv").read_text()))
 
 
@@ -667,6 +703,8 @@ def test_every_flag_changes_the_run(action, small, tree, tmp_path, capsys, monke
     monkeypatch.setattr("torchvision.models._api.WeightsEnum.get_state_dict",
                         lambda weights, *args, **kwargs: imagenet)
     base = [*small, *context_of(action.dest)]
+    if action.dest == "vehicle_protocol":
+        base += make_vehicle_id(tmp_path)
     if action.dest == "tensorboard":  # a stand-in for the package, which need not be installed
         monkeypatch.setitem(sys.modules, "torch.utils.tensorboard",
                             types.SimpleNamespace(SummaryWriter=EventFolder))
@@ -840,6 +878,11 @@ def test_progress_line_on_a_terminal_only(small, monkeypatch, capsys):
       "1"], ["--samples_per_class 1"]),
     (["--loss", "arcface", "--sampling", "multisimilarity", "--samples_per_class", "1"],
      ["--samples_per_class 1"]),
+    (["--metrics", "nmi", "f1"], ["--metrics nmi f1", "recall"]),
+    (["--metrics", "recal"], ["recal", "map@r"]),
+    (["--eval_memory", "0"], ["--eval_memory 0"]),
+    (["--cluster_every", "0"], ["--cluster_every 0"]),
+    (["--vehicle_protocol", "random_gallery"], ["--vehicle_protocol", "vehicle_id", "folder"]),
     (["--g_weights", "1", "1", "-1", "1"], ["--g_weights 1.0 1.0 -1.0 1.0"]),
     (["--scheduler", "plateau", "--gamma", "1"], ["--gamma 1.0", "plateau"]),
     *[([f"--{name}", "0"], [f"--{name} 0: the least value is 1"])
