@@ -166,7 +166,7 @@ def first_match_ranks(queries, query_labels, gallery=None, gallery_labels=None, 
                       memory=None):
     """Rank of each query's nearest true match, [Q] int64; 0 where the gallery holds none.
 
-    Arguments and rule as in rank_scores.
+    Arguments and rule as in rank_scores: queries [Q, D], query_labels [Q], ...
     """
     return rank_scores(queries, query_labels, gallery, gallery_labels, own, every=False,
                        memory=memory)["first_rank"]
@@ -240,7 +240,8 @@ def rank_scores(queries, query_labels, gallery=None, gallery_labels=None, own=No
 
 
 def rows_at_once(width, memory, device):
-    """How many queries, of so many numbers each, to rank at once; memory: bytes or None."""
+    """How many queries, of so many numbers each, to rank at once; memory: bytes or None; scalars.
+    """
     if device.type != "cpu":
         elements = BLOCK_ELEMENTS if memory is None else memory // 16
         return max(1, elements // width)
@@ -568,7 +569,7 @@ def kmeans(embeddings, num_clusters, iterations=20, seed=0):
 
 
 def moved_centroids(embeddings, centroids, moved, assignments, sq_distances):
-    """As nearest_centroids, when only the centroids in the mask moved [K] are new.
+    """As nearest_centroids of embeddings [N, D], when only the centroids in moved [K] are new.
 
     assignments, sq_distances [N]: what nearest_centroids gave before. Rows whose own centroid
     stayed where it was are compared with those that moved alone.
@@ -644,7 +645,7 @@ def nmi(assignments, labels, average="arithmetic"):
 
 
 def ami(assignments, labels):
-    """Mutual information adjusted for chance, [N] and [N] ints -> float up to 1; scikit-learn's.
+    """Mutual information adjusted for chance, [N] and [N] ints -> scalar up to 1; by scikit-learn.
 
     0 is what random clusters get. Vinh, Epps, Bailey, JMLR 2010; arithmetic mean. On tens of
     thousands of rows in thousands of classes it takes many seconds.
@@ -1025,7 +1026,7 @@ def score_files(args):
 
 
 def memory_bytes(gib, device):
-    """--eval_memory, a scalar, as bytes; by default 1 GiB, or a quarter of what is free on a GPU."""
+    """--eval_memory, a scalar, in bytes; by default 1 GiB, on a GPU a quarter of what is free."""
     if gib is not None:
         if not 0 < gib < math.inf:
             raise ValueError(f"--eval_memory {gib}: some memory, in GiB, is needed")
