@@ -38,19 +38,7 @@ def add_arguments(parser):
                             "nearest; at most the number of images compared with. Default 1 2 4 "
                             "8; online_products 1 10 100 1000; in-shop 1 10 20 30 50; vehicle_id "
                             "1 5 (the literature's)")
-    group.add_argument("--metrics", nargs="+", choices=(*METRICS, "all"),
-                       default=list(DEFAULT_METRICS), metavar="M",
-                       help=f"what is measured, of {', '.join(METRICS)}, or all; README, Metrics, "
-                            "says what each is. Default " + " ".join(DEFAULT_METRICS) + " (those "
-                            "of the reference code, and map@r)")
-    group.add_argument("--nmi_average", choices=("arithmetic", "geometric"), default="arithmetic",
-                       help="NMI divides by this mean of the two entropies; the reference results "
-                            "were made with the geometric one, which gives slightly more. Default "
-                            "%(default)s (scikit-learn)")
-    group.add_argument("--eval_memory", type=float, default=None, metavar="GIB",
-                       help="memory for blocks of distances, in GiB; less is slower, the results "
-                            "are the same. Default 1 on the CPU, a quarter of what is free on a "
-                            "GPU")
+    add_metric_arguments(group)
     group.add_argument("--vehicle_protocol", choices=("all_vs_all", "random_gallery"),
                        default="all_vs_all",
                        help="vehicle_id: all_vs_all compares each test list with itself (the "
@@ -82,13 +70,31 @@ def add_arguments(parser):
                             "file an epoch")
 
 
-def blocks(rows, columns, memory=None):
-    """Slices of the rows that cut a [rows, columns] matrix into blocks of BLOCK_ELEMENTS.
+def add_metric_arguments(group):
+    """Adds the flags that a run and this file alone share: lists of names, and scalars."""
+    group.add_argument("--metrics", nargs="+", choices=(*METRICS, "all"),
+                       default=list(DEFAULT_METRICS), metavar="M",
+                       help=f"what is measured, of {', '.join(METRICS)}, or all; README, Metrics, "
+                            "says what each is. Default " + " ".join(DEFAULT_METRICS) + " (those "
+                            "of the reference code, and map@r)")
+    group.add_argument("--nmi_average", choices=("arithmetic", "geometric"), default="arithmetic",
+                       help="NMI divides by this mean of the two entropies; the reference results "
+                            "were made with the geometric one, which gives slightly more. Default "
+                            "%(default)s (scikit-learn)")
+    group.add_argument("--eval_memory", type=float, default=None, metavar="GIB",
+                       help="memory for blocks of distances, in GiB; less is slower, the results "
+                            "are the same. Default 1 on the CPU, a quarter of what is free on a "
+                            "GPU")
 
-    memory: bytes that a block may take at most, at four bytes an element; scalars.
+
+def blocks(rows, columns):
+    """Slices of the rows that cut a [rows, columns] matrix into blocks of BLOCK_ELEMENTS at most.
+
+    Of small matrices a block is an eighth of that, or 256 rows if those are more: it stays nearer
+    to the processor.
     """
-    elements = BLOCK_ELEMENTS if memory is None else min(BLOCK_ELEMENTS, memory // 4)
-    step = max(1, min(elements // max(1, columns), max(256, elements // 8 // max(1, columns))))
+    most, columns = BLOCK_ELEMENTS, max(1, columns)
+    step = max(1, min(most // columns, max(256, most // 8 // columns)))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -307,7 +313,7 @@ class Ranker:
         """
         if not matches.shape[1]:
             return matches
-        low, high = int(self.starts[rows].min()), int((self.starts + self.sizes)[rows].max())
+        low, high = self.span(rows)
         near = torch.mm(self.rows32[rows], self.columns32[:, low:high])
         keys = near.gather(1, (matches - low).clamp_min(0)).masked_fill_(matches < 0, torch.inf)
         true = sorted_rows(keys) if self.every else keys.amin(1, keepdim=True)
@@ -321,7 +327,6 @@ class Ranker:
             return self.wrong_nearer_in_float64(rows, matches)
         if number:
             i, j = doubtful.nonzero(as_tuple=True)
-            wrong = wrong.clone()
             step = max(1, len(rows) // 2)
             for a, b in zip(i.split(step), j.split(step)):
                 wrong[a, b] = self.wrong_nearer_one(rows[a], matches[a], keys[a], true[a, b], b)
@@ -347,14 +352,23 @@ class Ranker:
             self.kept.memory = self.rows32.new_empty(number)
         keys = self.kept.memory[:number].view(len(rows), stop - first)
         torch.mm(self.rows32[rows], self.columns32[:, first:stop], out=keys)
-        low, high = int(self.starts[rows].min()), int((self.starts + self.sizes)[rows].max())
-        low, high = max(low, first), min(high, stop)
+        return self.hide_own_class(keys, rows, first)
+
+    def span(self, rows):
+        """The first column of the classes of some queries, and the one after their last."""
+        return int(self.starts[rows].min()), int((self.starts + self.sizes)[rows].max())
+
+    def hide_own_class(self, values, rows, first=0):
+        """Sets values [B, N], of columns from first on, to infinity where of a query's own class.
+        """
+        low, high = self.span(rows)
+        low, high = max(low, first), min(high, first + values.shape[1])
         if low < high:
-            place = torch.arange(low, high, device=keys.device)
+            place = torch.arange(low, high, device=values.device)
             start = self.starts[rows, None]
             own_class = (place >= start) & (place < start + self.sizes[rows, None])
-            keys[:, low - first:high - first].masked_fill_(own_class, torch.inf)
-        return keys
+            values[:, low - first:high - first].masked_fill_(own_class, torch.inf)
+        return values
 
     def wrong_nearer_one(self, rows, matches, keys, true, b):
         """The number in doubt of wrong_nearer: for some rows [P], of the b-th match [P] each: [P].
@@ -391,12 +405,8 @@ class Ranker:
                                     compute_mode="donot_use_mm_for_euclid_dist").square_()
             true = distances.gather(1, columns.clamp_min(0)).masked_fill_(columns < 0, torch.inf)
             true = true.sort(1)[0] if self.every else true.amin(1, keepdim=True)
-            place = torch.arange(distances.shape[1], device=distances.device)
-            start = self.starts[some, None]
-            distances.masked_fill_((place >= start) & (place < start + self.sizes[some, None]),
-                                   torch.inf)
             limits = true.masked_fill(true == torch.inf, -torch.inf) * (1 + ROUNDING)
-            wrong.append(count_up_to(distances, limits))
+            wrong.append(count_up_to(self.hide_own_class(distances, some), limits))
         return torch.cat(wrong)
 
 
@@ -1042,17 +1052,11 @@ def main(argv=None):
     parser.add_argument("embeddings", help="npz file of the queries")
     parser.add_argument("--gallery", metavar="FILE", help="npz file that the queries are compared "
                         "with. Default: with each other, each left out of its own neighbours")
-    parser.add_argument("--metrics", nargs="+", choices=(*METRICS, "all"), metavar="M",
-                        default=list(DEFAULT_METRICS), help=f"of {', '.join(METRICS)}, or all. "
-                        "Default " + " ".join(DEFAULT_METRICS))
+    add_metric_arguments(parser)
     parser.add_argument("--k_vals", type=int, nargs="+", metavar="K",
                         help="recall at k. Default: those in the file, else 1 2 4 8")
     parser.add_argument("--seed", type=int, metavar="S",
                         help="of the clusters. Default: the one in the file, else 1")
-    parser.add_argument("--nmi_average", choices=("arithmetic", "geometric"),
-                        default="arithmetic", help="mean of the entropies. Default %(default)s")
-    parser.add_argument("--eval_memory", type=float, metavar="GIB", help="memory for blocks of "
-                        "distances. Default 1, or a quarter of what is free on a GPU")
     parser.add_argument("--gpu", type=int, default=-1, metavar="ID",
                         help="CUDA device, -1 for the CPU. Default %(default)s")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

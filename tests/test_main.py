@@ -492,9 +492,8 @@ def stop_in(epoch, monkeypatch):
     monkeypatch.setattr(main.Run, "after_iteration", after_iteration)
 
 
-@pytest.mark.parametrize("loss", ["marginloss", "proxynca", "npair"])
-def test_a_run_stopped_inside_an_epoch_resumes_to_the_same_numbers(small, monkeypatch, loss):
-    options = [*small, "--n_epochs", "4", "--loss", loss, "--tau", "2"]
+def unbroken_and_resumed(options, monkeypatch):
+    """The folders of a run and of one that was stopped in epoch 3 and resumed: equal logs."""
     whole = main.main([*options, "--savename", "whole"])
     with monkeypatch.context() as patch:
         stop_in(3, patch)
@@ -503,6 +502,13 @@ def test_a_run_stopped_inside_an_epoch_resumes_to_the_same_numbers(small, monkey
     resumed = main.main([*options, "--savename", "broken", "--resume"])
     for name in ("log_train_Base.csv", "log_val_Base.csv", "InfoPlot_Base.svg"):
         assert (Path(whole) / name).read_bytes() == (Path(resumed) / name).read_bytes()
+    return whole, resumed
+
+
+@pytest.mark.parametrize("loss", ["marginloss", "proxynca", "npair"])
+def test_a_run_stopped_inside_an_epoch_resumes_to_the_same_numbers(small, monkeypatch, loss):
+    options = [*small, "--n_epochs", "4", "--loss", loss, "--tau", "2"]
+    whole, resumed = unbroken_and_resumed(options, monkeypatch)
     for name in ("checkpoint.pth.tar", "last.pth.tar"):
         first, second = state(whole, name), state(resumed, name)
         assert first["epoch"] == second["epoch"]
@@ -519,14 +525,7 @@ def test_other_trainers_resume_to_the_same_numbers(small, monkeypatch, trainer):
     """Stopped in the third epoch of four: in adversarial training the last but one phase."""
     options = [*small, "--n_epochs", "4", "--trainer", trainer, "--tau", "2",
                "--metric_alone_epochs", "1", "--g_alone_epochs", "2"]
-    whole = main.main([*options, "--savename", "whole"])
-    with monkeypatch.context() as patch:
-        stop_in(3, patch)
-        with pytest.raises(SystemExit, match="--resume"):
-            main.main([*options, "--savename", "broken"])
-    resumed = main.main([*options, "--savename", "broken", "--resume"])
-    for name in ("log_train_Base.csv", "log_val_Base.csv", "InfoPlot_Base.svg"):
-        assert (Path(whole) / name).read_bytes() == (Path(resumed) / name).read_bytes()
+    whole, resumed = unbroken_and_resumed(options, monkeypatch)
     first, second = state(whole, "last.pth.tar"), state(resumed, "last.pth.tar")
     for group in ("models", "loss_funcs"):
         for name, values in first[group].items():

@@ -43,6 +43,23 @@ def one_thread():
 
 # ---- oracles
 
+def allowed(d, positives, negatives, method, margin, distance_cutoff):
+    """The (positive, negative) of one anchor, at distances d from all, that a method allows."""
+    if method == "softhard" and positives and negatives:
+        nearest, farthest = min(d[n] for n in negatives), max(d[p] for p in positives)
+        positives = [p for p in positives if d[p] > nearest] or positives
+        negatives = [n for n in negatives if d[n] < farthest] or negatives
+    if method == "distance" and distance_cutoff is not None:
+        negatives = [n for n in negatives if d[n] < distance_cutoff] or negatives
+    pairs = set()
+    for p in positives:
+        chosen = negatives
+        if method == "semihard":
+            chosen = [n for n in negatives if d[p] < d[n] < d[p] + margin] or negatives
+        pairs |= {(p, n) for n in chosen}
+    return pairs
+
+
 def eligible_pairs(embeddings, labels, method, margin=0.2, squared=False, distance_cutoff=None):
     """For each anchor the set of (positive, negative) that the definition of the method allows.
 
@@ -59,19 +76,7 @@ def eligible_pairs(embeddings, labels, method, margin=0.2, squared=False, distan
             d = [math.sqrt(value) for value in d]
         positives = [i for i in range(len(rows)) if labels[i] == labels[a] and i != a]
         negatives = [i for i in range(len(rows)) if labels[i] != labels[a]]
-        allowed = set()
-        if method == "softhard" and positives and negatives:
-            nearest, farthest = min(d[n] for n in negatives), max(d[p] for p in positives)
-            positives = [p for p in positives if d[p] > nearest] or positives
-            negatives = [n for n in negatives if d[n] < farthest] or negatives
-        if method == "distance" and distance_cutoff is not None:
-            negatives = [n for n in negatives if d[n] < distance_cutoff] or negatives
-        for p in positives:
-            chosen = negatives
-            if method == "semihard":
-                chosen = [n for n in negatives if d[p] < d[n] < d[p] + margin] or negatives
-            allowed |= {(p, n) for n in chosen}
-        pairs.append(allowed)
+        pairs.append(allowed(d, positives, negatives, method, margin, distance_cutoff))
     return pairs
 
 
@@ -416,19 +421,7 @@ def eligible_between(embeddings, labels, others, other_labels, method, margin=0.
         d = [math.dist(row, column) ** (2 if squared else 1) for column in columns]
         positives = [i for i, other in enumerate(other_labels.tolist()) if other == name]
         negatives = [i for i, other in enumerate(other_labels.tolist()) if other != name]
-        allowed = set()
-        if method == "softhard" and positives and negatives:
-            nearest, farthest = min(d[n] for n in negatives), max(d[p] for p in positives)
-            positives = [p for p in positives if d[p] > nearest] or positives
-            negatives = [n for n in negatives if d[n] < farthest] or negatives
-        if method == "distance" and distance_cutoff is not None:
-            negatives = [n for n in negatives if d[n] < distance_cutoff] or negatives
-        for p in positives:
-            chosen = negatives
-            if method == "semihard":
-                chosen = [n for n in negatives if d[p] < d[n] < d[p] + margin] or negatives
-            allowed |= {(p, n) for n in chosen}
-        pairs.append(allowed)
+        pairs.append(allowed(d, positives, negatives, method, margin, distance_cutoff))
     return pairs
 
 
