@@ -6,8 +6,9 @@ gives a zero that stays in the graph where a batch holds no valid tuple. indices
 loss's own sampler: a [T, 3] tensor, a list of tuples, or index tensors (a, p, n) or (a1, p, a2, n)
 as the miners of other libraries return them. unit_norm says whether the loss wants embeddings of
 length one, samplings which --sampling it takes (the default first), and the two samples_per_class
-bounds how many images of a class a batch should hold. To add a loss: write the class here, its
-flags in add_arguments, its line in LOSSES.
+bounds how many images of a class a batch should hold. A loss in which tuples can be satisfied sets
+self.active in forward, the share of tuples that were not, a 0-dimensional tensor for the log. To
+add a loss: write the class here, its flags in add_arguments, its line in LOSSES.
 """
 
 import functools
@@ -171,7 +172,9 @@ class TripletLoss(torch.nn.Module):
         sq_ap = pair_sq_distances(embeddings, anchors, positives)                # [T]
         sq_an = pair_sq_distances(embeddings, anchors, negatives)
         losses = F.relu(sq_ap - sq_an + self.margin) * valid
-        return losses.sum() / valid.sum().clamp_min(1)
+        number = valid.sum().clamp_min(1)
+        self.active = (losses > 0).sum() / number
+        return losses.sum() / number
 
 
 class MarginLoss(torch.nn.Module):
@@ -216,6 +219,7 @@ class MarginLoss(torch.nn.Module):
         positive_terms = F.relu(d_ap - beta + self.margin) * valid
         negative_terms = F.relu(beta - d_an + self.margin) * valid
         active = (positive_terms > 0).sum() + (negative_terms > 0).sum()
+        self.active = active / (2 * valid.sum()).clamp_min(1)
         loss = (positive_terms + negative_terms).sum() / active.clamp_min(1)
         return loss + self.nu * (beta * valid).sum()
 

@@ -279,9 +279,15 @@ class Run:
         self.log = (trainers.TensorBoardLog(self.path("tensorboard"), self.validation)
                     if opt.tensorboard else None)
         self.progress = auxiliaries.Progress(opt.n_epochs, opt.bs, epochs_per_pause=opt.eval_every)
+        self.diagnoses = {}  # by what is appended to their columns' names
         self.train_rows = []  # of log_train_Base.csv; those of log_val_Base.csv are validation's
         self.loss_sums, self.gradients = {}, []  # of the epoch that is under way
         self.embedded = None  # the evaluation sets' embeddings, of the last evaluation
+
+    def watch(self, loss_funcs):
+        """Looks at the batches that reach the metric losses from here on."""
+        self.diagnoses = {name.removeprefix("metric_loss"): trainers.Diagnosis(loss)
+                          for name, loss in loss_funcs.items() if name.startswith("metric_loss")}
 
     def measure(self, trainer):
         """The metrics of the network as it is."""
@@ -318,7 +324,10 @@ class Run:
         if trainer.epoch:
             iterations = trainer.iterations_per_epoch
             means = {name: float(total) / iterations for name, total in self.loss_sums.items()}
-            self.train_rows.append({"epoch": trainer.epoch, **means, "next_lr": next_lr(trainer)})
+            seen = {name + suffix: value for suffix, diagnosis in self.diagnoses.items()
+                    for name, value in diagnosis.row().items()}
+            self.train_rows.append({"epoch": trainer.epoch, **means, **seen,
+                                    "next_lr": next_lr(trainer)})
         more = self.validation(trainer)
         if trainer.epoch:  # a scheduler by plateau has had its say
             self.train_rows[-1]["next_lr"] = next_lr(trainer)
@@ -339,10 +348,20 @@ class Run:
             return
         images = trainer.iterations_per_epoch * trainer.batch_size
         skipped = f", {trainer.skipped_steps} steps skipped" if trainer.skipped_steps else ""
-        print(f"epoch {trainer.epoch}/{self.opt.n_epochs}  loss "
-              f"{self.train_rows[-1]['total_loss']:.4f}{shown}  "
+        trained = self.train_rows[-1]
+        seen = ", ".join(f"{name}{suffix} {trained[name + suffix]:.3f}"
+                         for suffix in self.diagnoses for name in trainers.Diagnosis.NAMES
+                         if name + suffix in trained and name != "length")
+        print(f"epoch {trainer.epoch}/{self.opt.n_epochs}  loss {trained['total_loss']:.4f}"
+              f"{f' ({seen})' * bool(seen)}{shown}  "
               f"{auxiliaries.duration(seconds)}, {images / seconds:.0f} images/s{skipped}",
               flush=True)
+        for suffix in self.diagnoses:
+            row = {name.removesuffix(suffix): value for name, value in trained.items()}
+            if trainers.Diagnosis.has_collapsed(row):
+                print(f"warning: the embeddings have collapsed: their spread std{suffix} is "
+                      f"{row['std']:.2g}, their length {row['length']:.2g}. A lower --lr, a "
+                      "larger --bs, or --sampling distance or random help", flush=True)
 
     def summary(self):
         """The run's result in one line, and why it ended early if it did."""
@@ -403,6 +422,11 @@ class Run:
 
         val_rows = self.validation.rows
         losses_shown, metrics = curves(self.train_rows), curves(val_rows)
+        # Lengths, which may be far above the rest, are in the csv alone.
+        seen = {name + suffix: losses_shown.pop(name + suffix, [])
+                for suffix in self.diagnoses for name in trainers.Diagnosis.NAMES}
+        seen = {name: curve for name, curve in seen.items()
+                if curve and not name.startswith("length")}
         if len(losses_shown) == 2:
             losses_shown.pop("metric_loss", None)  # alone, it is the total loss
         best = {name: (min if name.endswith("dist_ratio") else max)(
@@ -413,7 +437,8 @@ class Run:
                  "best of each metric over the epochs: "
                  + ", ".join(f"{name} {value:.4f}" for name, value in best.items())]
         auxiliaries.save_plot(self.path("InfoPlot_Base.svg"), title,
-                              [("training loss", losses_shown), ("test classes", metrics)])
+                              [("training loss", losses_shown), ("training batches", seen),
+                               ("test classes", metrics)])
 
     def path(self, name):
         """The path of a file in the run folder."""
@@ -479,6 +504,7 @@ def train(opt):
         dataset=train_set, data_device=device, sampler=batch_sampler, lr_schedulers=lr_schedulers,
         freeze_trunk_batchnorm=opt.batchnorm == "frozen", dataloader_num_workers=opt.kernels,
         end_of_iteration_hook=run.after_iteration, end_of_epoch_hook=run.after_epoch, **arguments)
+    run.watch(loss_funcs)
     if state:
         run.restore(trainer, state)
     print_header(opt, device, found, evaluation_sets, trainer)

@@ -4,7 +4,7 @@ BaseTrainer owns the loop, the batches and everything around a step; a trainer c
 batch becomes losses (calculate_loss) and which models and losses it knows. Constructor and
 dictionaries are those of the trainers of pytorch-metric-learning, so a script written for them
 runs here. Options are not known here. Hooks are where a caller evaluates, logs and saves; those
-that most callers want, Validation and TensorBoardLog, stand at the end.
+that most callers want, Validation, Diagnosis and TensorBoardLog, stand at the end.
 """
 
 import copy
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import auxiliaries
-from samplers import Sampler, draw_columns
+from samplers import Sampler, draw_columns, pairwise_sq_distances
 
 
 def add_arguments(parser):
@@ -950,6 +950,65 @@ class Validation:
         best = self.best(rows)
         place = next(i for i, row in enumerate(rows) if row is best)
         return len(rows) - 1 - place >= self.patience
+
+
+class Diagnosis:
+    """What the training batches say of the embedding, averaged until it is asked for.
+
+    loss: the metric loss, a module, that is called with embeddings [B, D] and labels [B]; each
+    call in train mode counts. Nothing waits for the device before row().
+    """
+
+    NAMES = ("active", "d_ap", "d_an", "std", "length")
+    COLLAPSED = 0.01  # spread over length below which all embeddings are one point
+
+    def __init__(self, loss):
+        self.sums = {}
+        loss.register_forward_hook(self.add)
+
+    @torch.no_grad()
+    def add(self, loss, inputs, _):
+        """The loss's forward hook: takes in one batch."""
+        if not loss.training:
+            return
+        embeddings, labels = inputs[0].detach().float(), inputs[1]
+        distances = pairwise_sq_distances(embeddings - embeddings.mean(0)).sqrt_()   # [B, B]
+        same, positive = Sampler.pair_masks(labels)
+        found = {"batches": torch.ones((), device=embeddings.device),
+                 "d_ap": (distances * positive).sum(), "positive pairs": positive.sum(),
+                 "d_an": (distances * ~same).sum(), "negative pairs": (~same).sum(),
+                 "variance": embeddings.var(0, correction=0).sum(),
+                 "sq_length": embeddings.square().sum(1).mean()}
+        if hasattr(loss, "active"):
+            found["active"] = loss.active.detach()
+        for name, value in found.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+
+    def row(self):
+        """The averages since the last call -> dict of floats; empty if there was no batch.
+
+        "active": share of the tuples that the loss had still to satisfy, of losses that say so.
+        "d_ap", "d_an": mean Euclidean distance of the pairs of one class, and of two, in a batch.
+        "std": root mean square distance of the embeddings from their batch's mean; for unit-norm
+        embeddings 1 where they are spread all over the sphere, 0 where they are one point.
+        "length": their root mean square length. A name is missing where nothing says its value.
+        """
+        sums = {name: float(value) for name, value in self.sums.items()}
+        self.sums = {}
+        if not sums:
+            return {}
+        row = {"active": sums["active"] / sums["batches"]} if "active" in sums else {}
+        for name, pairs in (("d_ap", "positive pairs"), ("d_an", "negative pairs")):
+            if sums[pairs]:
+                row[name] = sums[name] / sums[pairs]
+        for name, square in (("std", "variance"), ("length", "sq_length")):
+            row[name] = (sums[square] / sums["batches"]) ** 0.5
+        return row
+
+    @classmethod
+    def has_collapsed(cls, row):
+        """Whether the embeddings of a row were all in one place."""
+        return "std" in row and not row["std"] > cls.COLLAPSED * row["length"]
 
 
 class TensorBoardLog:

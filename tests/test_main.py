@@ -19,6 +19,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import auxiliaries
@@ -205,6 +206,7 @@ LOSS_COLUMNS = {
     "UnsupervisedEmbeddingsUsingAugmentations": ["metric_loss"],
     "TwoStreamMetricLoss": ["metric_loss"],
 }
+SEEN = ["active", "d_ap", "d_an", "std", "length"]  # of the training batches
 every_trainer = pytest.mark.parametrize("trainer", trainers.TRAINERS)
 
 
@@ -216,7 +218,9 @@ def test_every_trainer_leaves_every_file_and_a_column_for_each_loss(small, train
             "log_val_Base.csv", "Parameter_Info.txt", "InfoPlot_Base.svg",
             "sample_recoveries.png"} == set(os.listdir(folder))
     logged = rows(folder, "log_train_Base.csv")
-    assert set(logged[0]) == {"epoch", *LOSS_COLUMNS[trainer], "total_loss", "next_lr"}
+    suffixes = ["_0", "_1", "_2"] if trainer == "CascadedEmbeddings" else [""]
+    assert set(logged[0]) == {"epoch", *LOSS_COLUMNS[trainer], "total_loss", "next_lr",
+                              *(name + suffix for suffix in suffixes for name in SEEN)}
     assert [row["epoch"] for row in logged] == ["1", "2"]
     for row in logged:
         assert float(row["total_loss"]) == pytest.approx(
@@ -265,8 +269,34 @@ def test_other_losses_under_the_trainers_of_classes(small, trainer, loss, capsys
 
 def test_a_cascade_of_few_dimensions_has_one_section(small):
     folder = main.main([*small, "--trainer", "CascadedEmbeddings", "--embed_dim", "2"])
-    assert list(rows(folder, "log_train_Base.csv")[0]) == ["epoch", "metric_loss_0", "total_loss",
-                                                           "next_lr"]
+    assert list(rows(folder, "log_train_Base.csv")[0]) == [
+        "epoch", "metric_loss_0", "total_loss", *(f"{name}_0" for name in SEEN), "next_lr"]
+
+
+def test_each_epoch_says_what_the_batches_were_like(small, capsys):
+    """In the csv, the log and the picture; a loss that every tuple moves has no active share."""
+    folder = main.main([*small, "--n_epochs", "2"])
+    printed = capsys.readouterr().out
+    for row in rows(folder, "log_train_Base.csv"):
+        assert 0 <= float(row["active"]) <= 1 and 0 < float(row["d_ap"]) < 2
+        assert 0 < float(row["std"]) <= float(row["length"]) == pytest.approx(1, abs=1e-5)
+        assert (f"loss {float(row['total_loss']):.4f} (active {float(row['active']):.3f}, "
+                f"d_ap {float(row['d_ap']):.3f}, d_an {float(row['d_an']):.3f}, "
+                f"std {float(row['std']):.3f})") in printed
+    picture = (Path(folder) / "InfoPlot_Base.svg").read_text()
+    assert "training batches" in picture and "d_an" in picture
+    assert float(rows(folder, "log_train_Base.csv")[0]["active"]) > 0
+    folder = main.main([*small, "--loss", "npair", "--savename", "npair"])
+    row = rows(folder, "log_train_Base.csv")[0]
+    assert "active" not in row and float(row["length"]) != pytest.approx(1, abs=1e-3)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_collapse_is_said(small, capsys, monkeypatch):
+    monkeypatch.setattr(netlib.Embedder, "forward",
+                        lambda self, features: F.normalize(self.linear(0 * features) + 1, dim=1))
+    main.main([*small, "--loss", "triplet", "--sampling", "random"])
+    assert "warning: the embeddings have collapsed: their spread std is" in capsys.readouterr().out
 
 
 def test_the_phases_of_adversarial_training_in_the_files(small):

@@ -25,10 +25,11 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, TensorD
 
 import auxiliaries
 import samplers
-from losses import TripletLoss
+from losses import MarginLoss, TripletLoss
 from trainers import (TRAINERS, BaseTrainer, CascadedEmbeddings, DeepAdversarialMetricLearning,
-                      MetricLossOnly, TensorBoardLog, TrainWithClassifier, TwoStreamMetricLoss,
-                      UnsupervisedEmbeddingsUsingAugmentations, Validation, in_turn)
+                      Diagnosis, MetricLossOnly, TensorBoardLog, TrainWithClassifier,
+                      TwoStreamMetricLoss, UnsupervisedEmbeddingsUsingAugmentations, Validation,
+                      in_turn)
 
 ROWS, BATCH, BATCHES = 16, 4, 4
 
@@ -2717,3 +2718,66 @@ def test_what_loading_processes_get_can_be_pickled():
                                          [torch.nn.Identity()]),
                        {"trunk": linear()}, {"metric_loss": MeanSquare()})
     assert pickle.loads(pickle.dumps(trainer.collate_fn)).func is trainer.collate_fn.func
+
+
+# ---- the diagnosis of the training batches
+
+
+def test_diagnosis_against_loops_over_the_batches():
+    """d_ap and d_an over all pairs of all batches, the other numbers means over batches."""
+    loss = TripletLoss(sampling="random")
+    diagnosis = Diagnosis(loss)
+    generator = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(len(labels), 3, generator=generator, requires_grad=True),
+                torch.tensor(labels)) for labels in ([0, 0, 1, 2], [0, 1, 1, 1, 0])]
+    apart = {True: [], False: []}
+    active, variances, sq_lengths = [], [], []
+    for rows, labels in batches:
+        value = loss(rows, labels)
+        assert value.requires_grad and not loss.active.requires_grad
+        active.append(float(loss.active))
+        rows = rows.detach().double()
+        for i in range(len(rows)):
+            for j in range(len(rows)):
+                if i != j:
+                    apart[bool(labels[i] == labels[j])].append(float((rows[i] - rows[j]).norm()))
+        variances.append(float((rows - rows.mean(0)).square().sum(1).mean()))
+        sq_lengths.append(float(rows.square().sum(1).mean()))
+    loss.eval()
+    loss(*batches[0])  # an evaluation does not count
+    loss.train()
+    expected = {"active": np.mean(active), "d_ap": np.mean(apart[True]),
+                "d_an": np.mean(apart[False]), "std": np.mean(variances) ** 0.5,
+                "length": np.mean(sq_lengths) ** 0.5}
+    row = diagnosis.row()
+    assert list(row) == list(Diagnosis.NAMES) and row == pytest.approx(expected, rel=1e-5)
+    assert diagnosis.row() == {}  # it starts anew
+
+
+def test_diagnosis_of_batches_that_say_little():
+    loss = torch.nn.CosineEmbeddingLoss()
+    loss.forward = lambda embeddings, labels, indices_tuple=None: embeddings.sum()
+    diagnosis = Diagnosis(loss)
+    loss(torch.ones(3, 2), torch.tensor([0, 1, 2]))
+    row = diagnosis.row()
+    assert row == {"d_an": 0.0, "std": 0.0, "length": pytest.approx(2 ** 0.5)}
+    assert Diagnosis.has_collapsed(row) and not Diagnosis.has_collapsed({})
+    assert Diagnosis.has_collapsed({"std": float("nan"), "length": float("nan")})
+    assert not Diagnosis.has_collapsed({"std": 0.02, "length": 1.0})
+    loss(torch.ones(3, 2), torch.tensor([1, 1, 1]))
+    assert "d_an" not in diagnosis.row()
+
+
+@pytest.mark.parametrize("loss, expected", [(TripletLoss(margin=0.5), 0.5),
+                                            (MarginLoss(2, margin=0.2, beta=1.2), 0.25)])
+def test_active_share_by_hand(loss, expected):
+    """Two triplets at 0: the first one's negative is 2 away, the second one's 0.5.
+
+    Triplet: 0 - 4 + 0.5 is met, 0 - 0.25 + 0.5 is not. Margin: both pairs at 0 are met, of the
+    negatives 2 is and 0.5 is not: one of four, the positive terms at 0 being below beta.
+    """
+    rows = torch.tensor([[0.0, 0], [0, 0], [2, 0], [0.5, 0]])
+    loss(rows, torch.tensor([0, 0, 1, 1]), torch.tensor([[0, 1, 2], [0, 1, 3]]))
+    assert float(loss.active) == expected
+    loss(rows, torch.tensor([0, 0, 1, 1]), torch.empty(0, 3, dtype=torch.long))
+    assert float(loss.active) == 0
