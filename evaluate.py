@@ -221,7 +221,7 @@ def rank_scores(queries, query_labels, gallery=None, gallery_labels=None, own=No
     """
     other_labels = query_labels if gallery is None else gallery_labels
     own = own_rows(queries, gallery, own)
-    others = (queries if gallery is None else gallery).double()
+    others = queries if gallery is None else gallery
     # Gallery and queries sorted by class, classes by size: the true matches of a query are then
     # consecutive columns, and the queries of a block have about equally many.
     labels = torch.cat([query_labels, other_labels]).unique(return_inverse=True)[1]
@@ -232,8 +232,7 @@ def rank_scores(queries, query_labels, gallery=None, gallery_labels=None, own=No
     starts = (sizes[by_size].cumsum(0) - sizes[by_size])[position]               # [C]
     columns = position[classes].argsort(stable=True)                             # [G]
     order = position[query_classes].argsort(stable=True)                         # [Q]
-    queries, others, query_classes = (queries[order].double(), others[columns],
-                                      query_classes[order])
+    queries, others, query_classes = queries[order], others[columns], query_classes[order]
     own = None if own is None else columns.argsort()[own[order]]
     ranker = Ranker(queries, others, own, starts[query_classes], sizes[query_classes], every)
     width = int(sizes[query_classes].max())
@@ -259,7 +258,7 @@ def rows_at_once(width, memory, device):
 class Ranker:
     """The ranks of true matches, for rank_scores, a slice of the queries at a time.
 
-    queries [Q, D], others [G, D]: float64. own [Q]: the column that is the query itself, or None.
+    queries [Q, D], others [G, D]. own [Q]: the column that is the query itself, or None.
     starts, sizes [Q]: a query's class has the columns from start to start + size.
     every: all true matches, or the nearest alone. Distances are compared by their keys,
     |g|^2 / 2 - q.g, which order the gallery rows g of a query q as the distances do.
@@ -269,18 +268,28 @@ class Ranker:
         self.queries, self.others, self.own = queries, others, own
         self.starts, self.sizes, self.every = starts, sizes, every
         # Near the origin float32 keeps most digits of a product, and of one size they fit into it.
-        centre = others.mean(0)
-        largest = max((queries - centre).abs().max(), (others - centre).abs().max())
-        queries, others = ((part - centre) / largest.clamp_min(1e-300)
-                           for part in (queries, others))
-        half = others.square().sum(1, keepdim=True) / 2                          # [G, 1]
+        # A power of two, within the range of the type, changes no digit.
+        largest = max(float(bound.abs()) for part in (queries, others) for bound in part.aminmax())
+        wide = torch.promote_types(queries.dtype, torch.float32)
+        most_bits = 120 if wide == torch.float32 else 1000
+        scale = 2.0 ** min(most_bits, max(-most_bits, -math.frexp(largest)[1]))
+        queries, others = queries.to(wide) * scale, others.to(wide) * scale
+        centre = others.mean(0, dtype=torch.float64).to(wide)
+        queries, others = queries.sub_(centre).float(), others.sub_(centre).float()
+        half = others.square().sum(1) / 2                                        # [G]
         # Keys in float32 differ from those in float64 by less than half of this; the greatest
         # difference measured is a quarter of it, at 8 to 2,048 dimensions.
-        self.tolerance = (2e-6 * (half.max() + queries.square().sum(1) / 2)).float()  # [Q]
+        self.tolerance = 2e-6 * (half.max() + queries.square().sum(1) / 2)       # [Q]
         # The norms as one more dimension: then a key is one product of matrices.
-        self.rows32 = torch.cat([-queries, torch.ones_like(queries[:, :1])], 1).float()
-        self.columns32 = torch.cat([others, half], 1).float().t()
+        self.rows32 = queries.new_ones(len(queries), queries.shape[1] + 1)
+        torch.neg(queries, out=self.rows32[:, :-1])
+        self.columns32 = torch.cat([others, half.unsqueeze(1)], 1).t()
         self.kept = threading.local()
+
+    @functools.cached_property
+    def others64(self):
+        """The gallery [G, D] in float64, made once it is needed."""
+        return self.others.double()
 
     def scores(self, rows):
         """The vectors of rank_scores for some queries [B], given by their places."""
@@ -320,7 +329,8 @@ class Ranker:
         tolerance = self.tolerance[rows, None]
         limits = torch.cat([true - tolerance, true + tolerance], 1)
         limits = limits.masked_fill_(limits == torch.inf, -torch.inf)            # [B, 2 W]
-        wrong, perhaps = self.count_wrong(rows, limits).chunk(2, 1)
+        wrong_keys, counts = self.count_wrong(rows, limits)
+        wrong, perhaps = counts.chunk(2, 1)
         doubtful = perhaps - wrong                                               # [B, W]
         number = int(doubtful.sum())
         if number > len(rows) * len(self.others) // 16:  # identical or collapsed embeddings
@@ -329,17 +339,22 @@ class Ranker:
             i, j = doubtful.nonzero(as_tuple=True)
             step = max(1, len(rows) // 2)
             for a, b in zip(i.split(step), j.split(step)):
-                wrong[a, b] = self.wrong_nearer_one(rows[a], matches[a], keys[a], true[a, b], b)
+                wrong[a, b] += self.nearer_of_doubtful(rows, a, b, matches[a], keys[a], true[a, b],
+                                                       wrong_keys)
         return wrong
 
     def count_wrong(self, rows, limits):
-        """How many wrong columns have a key up to each of a row's limits: [B, T] int64."""
+        """How many wrong columns have a key up to each of a row's limits: [B, T] int64.
+
+        Returns (all keys [B, G], counts); None for the keys where they were not kept.
+        """
         columns = len(self.others)
         if limits.is_cuda or limits.shape[1] > 2:
-            return count_up_to(self.wrong_keys(rows, 0, columns), limits)
+            keys = self.wrong_keys(rows, 0, columns)
+            return keys, count_up_to(keys, limits)
         # Few limits are quickly compared: tiles of keys then stay in a processor's cache.
-        return sum(count_up_to(self.wrong_keys(rows, column, min(column + 8192, columns)), limits)
-                   for column in range(0, columns, 8192))
+        return None, sum(count_up_to(self.wrong_keys(rows, column, min(column + 8192, columns)),
+                                     limits) for column in range(0, columns, 8192))
 
     def wrong_keys(self, rows, first, stop):
         """Keys of some columns, infinity where the column is of the query's own class: [B, N].
@@ -370,38 +385,41 @@ class Ranker:
             values[:, low - first:high - first].masked_fill_(own_class, torch.inf)
         return values
 
-    def wrong_nearer_one(self, rows, matches, keys, true, b):
-        """The number in doubt of wrong_nearer: for some rows [P], of the b-th match [P] each: [P].
+    def nearer_of_doubtful(self, rows, a, b, matches, keys, true, wrong_keys):
+        """Of the wrong columns in doubt how many are as near as a match, or nearer: [P].
 
-        matches, keys [P, W]: columns and keys of the true matches; true [P]: the b-th key.
+        For the b-th match [P] of the queries rows[a], a [P]. matches, keys [P, W]: columns and
+        keys of their true matches; true [P]: the b-th key. wrong_keys [B, G]: of rows, or None.
         """
-        below, above = true - self.tolerance[rows], true + self.tolerance[rows]
-        each, place = rows.unique(return_inverse=True)
-        wrong_keys = self.wrong_keys(each, 0, len(self.others))                  # [at most P, G]
-        surely, pair, column = split_at(wrong_keys, place, below, above)
-        exact = self.sq_distances(rows[pair], column)
+        queries = rows[a]
+        below, above = true - self.tolerance[queries], true + self.tolerance[queries]
+        if wrong_keys is None:
+            each, a = queries.unique(return_inverse=True)
+            wrong_keys = self.wrong_keys(each, 0, len(self.others))              # [at most P, G]
+        pair, column = between(wrong_keys, a, below, above)
+        exact = self.sq_distances(queries[pair], column)
         # Of the true matches within tolerance the one wanted is found by its place in their order.
         before = (keys <= below.unsqueeze(1)).sum(1)
         match_pair, place = ((keys > below.unsqueeze(1)) & (keys <= above.unsqueeze(1))
                              ).nonzero(as_tuple=True)
-        match_exact = self.sq_distances(rows[match_pair], matches[match_pair, place])
+        match_exact = self.sq_distances(queries[match_pair], matches[match_pair, place])
         order = match_exact.argsort()
         order = order[match_pair[order].argsort(stable=True)]
-        number = torch.bincount(match_pair, minlength=len(rows))
+        number = torch.bincount(match_pair, minlength=len(queries))
         wanted = match_exact[order][number.cumsum(0) - number + b - before]      # [P]
         nearer = exact <= (wanted * (1 + ROUNDING))[pair]
-        return surely + torch.bincount(pair[nearer], minlength=len(rows))
+        return torch.bincount(pair[nearer], minlength=len(queries))
 
     def sq_distances(self, rows, columns):
         """Squared distances in float64 of pairs of rows [N] and columns [N]: [N]."""
-        return (self.queries[rows] - self.others[columns]).square().sum(1)
+        return (self.queries[rows].double() - self.others[columns].double()).square().sum(1)
 
     def wrong_nearer_in_float64(self, rows, matches):
         """As wrong_nearer, with all distances in float64."""
         wrong = []
         step = max(1, len(rows) // 2)
         for some, columns in zip(rows.split(step), matches.split(step)):
-            distances = torch.cdist(self.queries[some], self.others,
+            distances = torch.cdist(self.queries[some].double(), self.others64,
                                     compute_mode="donot_use_mm_for_euclid_dist").square_()
             true = distances.gather(1, columns.clamp_min(0)).masked_fill_(columns < 0, torch.inf)
             true = true.sort(1)[0] if self.every else true.amin(1, keepdim=True)
@@ -415,8 +433,7 @@ def count_up_to(keys, limits):
 
     A few limits are compared with every key; many are looked up in the rows, sorted, after keys
     above all limits were made equal, which sorts faster. numpy, whose comparisons and sorts are
-    several times faster on a CPU, works on some rows at a time, which stay in its cache; keys is
-    overwritten.
+    several times faster on a CPU, works on some rows at a time, which stay in its cache.
     """
     if keys.dtype != torch.float32 or keys.is_cuda:
         if limits.shape[1] <= 2:
@@ -435,36 +452,42 @@ def count_up_to(keys, limits):
         return counts
     above = torch.nextafter(limits.amax(1), torch.tensor(torch.inf)).numpy()
     step = max(1, 2 ** 18 // width)
+    kept = np.empty((min(step, len(keys)), width), dtype=np.float32)
     for first in range(0, len(keys), step):
         part = keys[first:first + step].numpy()
-        np.minimum(part, above[first:first + step, None], out=part)
+        part = np.minimum(part, above[first:first + step, None], out=kept[:len(part)])
         part.sort(axis=1)
         counts[first:first + step] = torch.searchsorted(
-            keys[first:first + step], limits[first:first + step], right=True)
+            torch.from_numpy(part), limits[first:first + step], right=True)
     return counts
 
 
-def split_at(keys, places, below, above):
-    """How many keys of a row are at most below, and which are between below and above.
+def between(keys, places, below, above):
+    """The keys of a row that are above below, and above at most: (place in places, column) [N].
 
-    keys [R, G], places [P]: which of its rows each below [P] and above [P] is for. Returns
-    (counts [P], place in places [N], column [N]), all int64, in the order of places.
+    keys [R, G], places [P]: which of its rows each below [P] and above [P] is for. In the order of
+    places; both int64.
     """
-    counts, rows, columns = [], [], []
+    if keys.is_cuda:
+        some = keys[places]
+        row, column = ((some > below.unsqueeze(1)) & (some <= above.unsqueeze(1))
+                       ).nonzero(as_tuple=True)
+        return row, column
+    # numpy does this several times faster, on some rows at a time that stay in a cache.
+    keys, places, bounds = keys.numpy(), places.numpy(), (below.numpy(), above.numpy())
     step = max(1, 2 ** 18 // keys.shape[1])
+    kept = np.empty((step, keys.shape[1]), dtype=keys.dtype)
+    masks = np.empty((2, step, keys.shape[1]), dtype=bool)
+    rows, columns = [], []
     for first in range(0, len(places), step):
-        part = slice(first, first + step)
-        some = keys[places[part]]
-        least, most = some <= below[part, None], some <= above[part, None]
-        if keys.is_cuda:
-            row, column = (most > least).nonzero(as_tuple=True)
-        else:  # numpy finds the few that are true several times faster
-            found = np.flatnonzero(most.numpy() > least.numpy())
-            row, column = map(torch.from_numpy, np.divmod(found, keys.shape[1]))
-        counts.append(least.sum(1))
+        part = slice(first, min(first + step, len(places)))
+        some = np.take(keys, places[part], axis=0, out=kept[:part.stop - first], mode="clip")
+        least, most = (np.less_equal(some, bound[part, None], out=mask[:len(some)])
+                       for bound, mask in zip(bounds, masks))
+        row, column = np.divmod(np.flatnonzero(np.greater(most, least, out=most)), keys.shape[1])
         rows.append(row + first)
         columns.append(column)
-    return torch.cat(counts), torch.cat(rows), torch.cat(columns)
+    return torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(columns))
 
 
 def sorted_rows(values):
@@ -562,7 +585,8 @@ def kmeans(embeddings, num_clusters, iterations=20, seed=0):
     centre = embeddings.mean(0)
     embeddings = embeddings - centre  # keeps the digits that tell rows apart
     centroids = embeddings[start.to(embeddings.device)]
-    assignments, sq_distances = nearest_centroids(embeddings, centroids)
+    sq_norms = embeddings.square().sum(1)                                        # [N]
+    assignments, sq_distances = nearest_centroids(embeddings, sq_norms, centroids)
     for _ in range(iterations):
         counts = torch.bincount(assignments, minlength=num_clusters)             # [K]
         sums = torch.zeros_like(centroids).index_add_(0, assignments, embeddings)
@@ -571,14 +595,14 @@ def kmeans(embeddings, num_clusters, iterations=20, seed=0):
         centroids[empty] = embeddings[sq_distances.topk(len(empty)).indices]
         moved = (centroids != previous).any(1)                                   # [K]
         before = assignments
-        assignments, sq_distances = moved_centroids(embeddings, centroids, moved, assignments,
-                                                    sq_distances)
+        assignments, sq_distances = moved_centroids(embeddings, sq_norms, centroids, moved,
+                                                    assignments, sq_distances)
         if torch.equal(assignments, before):
             break
     return assignments, centroids + centre
 
 
-def moved_centroids(embeddings, centroids, moved, assignments, sq_distances):
+def moved_centroids(embeddings, sq_norms, centroids, moved, assignments, sq_distances):
     """As nearest_centroids of embeddings [N, D], when only the centroids in moved [K] are new.
 
     assignments, sq_distances [N]: what nearest_centroids gave before. Rows whose own centroid
@@ -586,42 +610,49 @@ def moved_centroids(embeddings, centroids, moved, assignments, sq_distances):
     """
     own_moved = moved[assignments]                                               # [N]
     if moved.float().mean() + own_moved.float().mean() > 1.5:
-        return nearest_centroids(embeddings, centroids)
+        return nearest_centroids(embeddings, sq_norms, centroids)
     assignments, sq_distances = assignments.clone(), sq_distances.clone()
     rows, columns = own_moved.nonzero().squeeze(1), moved.nonzero().squeeze(1)
-    assignments[rows], sq_distances[rows] = nearest_centroids(embeddings[rows], centroids)
+    assignments[rows], sq_distances[rows] = nearest_centroids(embeddings[rows], sq_norms[rows],
+                                                              centroids)
     rows = (~own_moved).nonzero().squeeze(1)
     if len(columns) and len(rows):
-        nearest, distances = nearest_centroids(embeddings[rows], centroids[columns])
+        nearest, distances = nearest_centroids(embeddings[rows], sq_norms[rows],
+                                               centroids[columns])
         nearer = distances < sq_distances[rows]
         assignments[rows[nearer]] = columns[nearest[nearer]]
         sq_distances[rows[nearer]] = distances[nearer]
     return assignments, sq_distances
 
 
-def nearest_centroids(embeddings, centroids):
-    """embeddings [N, D], centroids [K, D] -> (nearest index [N], its squared distance [N])."""
+def nearest_centroids(embeddings, sq_norms, centroids):
+    """The nearest of centroids [K, D] for each row -> (index [N], its squared distance [N]).
+
+    embeddings [N, D], sq_norms [N]: their squared lengths.
+    """
     assignments = torch.empty(len(embeddings), dtype=torch.int64, device=embeddings.device)
-    sq_distances = embeddings.new_empty(len(embeddings))
-    sq_norms, columns = centroids.square().sum(1), centroids.t()
-    parts = blocks(len(embeddings), len(centroids))
-    kept = embeddings.new_empty(parts[0].stop if parts else 0, len(centroids))
-    for rows in parts:
-        block = kept[:rows.stop - rows.start]
-        torch.addmm(sq_norms, embeddings[rows], columns, alpha=-2, out=block)
-        assignments[rows] = lowest(block)
-        sq_distances[rows] = block.gather(1, assignments[rows].unsqueeze(1)).squeeze(1)
-    return assignments, (sq_distances + embeddings.square().sum(1)).clamp_min_(0)
+    sq_distances = torch.empty_like(sq_norms)
+    half_norms, columns = centroids.square().sum(1) / 2, centroids.t()
 
+    def assign(rows):
+        # |c|^2 / 2 - x.c orders the centroids c of a row x as the distances do.
+        keys = torch.addmm(half_norms, embeddings[rows], columns, alpha=-1)      # [B, K]
+        if keys.is_cuda:
+            least, index = keys.min(1)
+        else:  # numpy's argmin is several times faster on a CPU
+            index = torch.from_numpy(keys.numpy().argmin(1))
+            least = keys.gather(1, index.unsqueeze(1)).squeeze(1)
+        assignments[rows], sq_distances[rows] = index, least
 
-def lowest(block):
-    """The column of the least value of each row, the first of equals: [B, K] -> [B] int64."""
-    if block.is_cuda:
-        return block.argmin(1)
-    rows = range(0, len(block), max(1, 2 ** 18 // block.shape[1]))
-    # numpy's argmin is several times faster on a CPU.
-    return torch.from_numpy(np.concatenate(in_threads(
-        lambda first: block[first:first + rows.step].numpy().argmin(1), rows)))
+    number = len(embeddings) * len(centroids)
+    if embeddings.is_cuda or number <= 2 ** 20:  # as much as threads take to start
+        for rows in blocks(len(embeddings), len(centroids)):
+            assign(rows)
+    else:  # blocks small enough for a cache, and for memory that is used again
+        step = max(1, 2 ** 18 // len(centroids))
+        in_threads(assign, [slice(start, start + step)
+                            for start in range(0, len(embeddings), step)])
+    return assignments, (2 * sq_distances + sq_norms).clamp_min_(0)
 
 
 def contingency(assignments, labels):
@@ -684,16 +715,10 @@ def distance_ratio(embeddings, labels):
     distance of their pairs. Between: the mean distance of the classes' centres of mass. 0 if no
     class has a pair, infinite if all centres coincide. The reference code's --dist_measure.
     """
-    order = labels.argsort(stable=True)
-    embeddings = centred(embeddings)[1][order]
-    labels = labels[order].unique(return_inverse=True)[1]
+    embeddings, labels = centred(embeddings)[1], labels.unique(return_inverse=True)[1]
     counts = torch.bincount(labels)                                              # [C]
     within = embeddings.new_zeros(len(counts))
-    # Rows are sorted by class, so pairs of a class lie 1, 2, ... up to its size apart.
-    for offset in range(1, int(counts.max())):
-        same = labels[offset:] == labels[:-offset]
-        distances = (embeddings[offset:][same] - embeddings[:-offset][same]).norm(dim=1)
-        within.index_add_(0, labels[offset:][same], distances)
+    within = within.index_add_(0, labels, sums_to_own_class(embeddings, labels)) / 2
     pairs = counts * (counts - 1) / 2
     within = within[pairs > 0] / pairs[pairs > 0]
     centres = embeddings.new_zeros(len(counts), embeddings.shape[1])
@@ -723,22 +748,61 @@ def spectral_decay(embeddings):
     return max(0.0, -math.log(len(shares)) - shares.log().mean().item())
 
 
+def sums_to_own_class(rows, labels):
+    """The sum of each row's distances to the rows of its class: [N, D] float64, [N] -> [N].
+
+    labels: from 0 to the number of classes - 1.
+    """
+    order = labels.argsort(stable=True)
+    rows, labels = rows[order], labels[order]
+    stops = torch.bincount(labels).cumsum(0)                                     # [C]
+    largest = int(torch.bincount(labels).max())
+    step = max(1, min(max(32, largest), BLOCK_ELEMENTS // (4 * largest)))
+    sums = torch.empty_like(rows[:, 0])
+    for start in range(0, len(rows), step):
+        # Sorted by class, the columns of the classes of some rows are consecutive.
+        part = slice(start, min(start + step, len(rows)))
+        first, stop = int(torch.searchsorted(labels, labels[start])), int(
+            stops[labels[part.stop - 1]])
+        distances = torch.cdist(rows[part], rows[first:stop],
+                                compute_mode="donot_use_mm_for_euclid_dist")
+        same = labels[part].unsqueeze(1) == labels[first:stop]
+        sums[order[part]] = (distances * same).sum(1)
+    return sums
+
+
+@in_full_precision
 def mean_distances(embeddings, labels):
     """Mean distance of pairs of one class, and of pairs of two classes -> (float, float).
 
-    embeddings [N, D], labels [N]. NaN where there is no such pair. All pairs are counted.
+    embeddings [N, D], labels [N]. NaN where there is no such pair. All pairs are counted; those of
+    one class in float64, the sum over all, of more than 4,096 rows, from products in float32.
     """
-    rows = centred(embeddings)[1]
-    same_sum = all_sum = same_count = 0.0
-    for part in blocks(len(rows), 4 * len(rows)):
-        distances = torch.cdist(rows[part], rows)                                # [B, N]
-        same = labels[part].unsqueeze(1) == labels
-        same_sum += (distances * same).sum().item()
-        all_sum += distances.sum().item()
-        same_count += same.sum().item()
-    number, same_count = len(rows) * (len(rows) - 1), same_count - len(rows)
-    return (same_sum / same_count if same_count else float("nan"),
-            (all_sum - same_sum) / (number - same_count) if number > same_count else float("nan"))
+    embeddings, labels = centred(embeddings)[1], labels.unique(return_inverse=True)[1]
+    number, counts = len(labels), torch.bincount(labels)
+    same, same_sum = int((counts * (counts - 1)).sum()), float(
+        sums_to_own_class(embeddings, labels).sum())
+    scale = embeddings.abs().max().clamp_min(1e-300)
+    rows = (embeddings / scale).to(torch.float64 if number <= 4096 else torch.float32)
+    sq_norms, ones = rows.square().sum(1, keepdim=True), torch.ones_like(rows[:, :1])
+    left, right = torch.cat([-2 * rows, sq_norms, ones], 1), torch.cat([rows, ones, sq_norms], 1)
+
+    def sum_from(start):  # of the pairs of a block of rows with themselves and with later rows
+        block, total = left[start:start + 256], 0.0
+        for first in range(start, number, 8192):
+            distances = torch.mm(block, right[first:first + 8192].t()).clamp_min_(0).sqrt_()
+            if first == start:
+                inside = distances[:, :len(block)]
+                inside.fill_diagonal_(0)  # whatever rounding left there
+                inside /= 2               # its pairs stand there twice
+            total += float(distances.sum(dtype=torch.float64))
+        return 2 * total
+
+    starts = range(0, number, 256)
+    all_sum = sum(map(sum_from, starts) if rows.is_cuda else in_threads(sum_from, starts))
+    all_sum, different = all_sum * float(scale), number * (number - 1) - same
+    return (same_sum / same if same else float("nan"),
+            (all_sum - same_sum) / different if different else float("nan"))
 
 
 @torch.no_grad()
@@ -999,7 +1063,12 @@ def number_labels(arrays):
     Numbers of different types are equal as numbers; where some labels are strings all are. The
     result has the shape of the arrays in a row, [N1 + N2 + ...].
     """
-    arrays = [np.char.decode(labels) if labels.dtype.kind == "S" else labels for labels in arrays]
+    try:
+        arrays = [np.char.decode(labels) if labels.dtype.kind == "S" else labels
+                  for labels in arrays]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the label {error.object!r} is bytes that are not UTF-8 text; save labels "
+                         "as numbers or strings") from error
     if any(labels.dtype.kind not in "iufb" for labels in arrays):
         arrays = [labels.astype(str) for labels in arrays]
     numbers = {}

@@ -701,7 +701,7 @@ def spots(count, dimensions, spread, seed=0):
 @pytest.mark.parametrize("spread", [1e-1, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7])
 @pytest.mark.parametrize("dimensions", [8, 128, 600])
 def test_rank_scores_of_tight_clusters(monkeypatch, dimensions, spread):
-    doubtful = spied(monkeypatch, evaluate.Ranker, "wrong_nearer_one")
+    doubtful = spied(monkeypatch, evaluate.Ranker, "nearer_of_doubtful")
     rows, labels = spots(240, dimensions, spread)
     assert_exact(rows, labels)
     assert spread > 1e-3 or doubtful
@@ -1144,12 +1144,34 @@ def test_moved_centroids_takes_what_cannot_have_changed_from_before():
     for count, moving in itertools.product((1, 5, 40), (0, 1, 3, 8)):
         rows = torch.randn(count, 6, generator=generator)
         centroids = torch.randn(8, 6, generator=generator)
-        before = evaluate.nearest_centroids(rows, centroids)
+        sq_norms = rows.square().sum(1)
+        before = evaluate.nearest_centroids(rows, sq_norms, centroids)
         moved = torch.arange(8) < moving
         centroids = centroids + moved.unsqueeze(1) * torch.randn(8, 6, generator=generator)
-        found = evaluate.moved_centroids(rows, centroids, moved, *before)
+        found = evaluate.moved_centroids(rows, sq_norms, centroids, moved, *before)
         assert found[0].tolist() == float64_distances(rows, centroids).argmin(1).tolist()
-        torch.testing.assert_close(found[1], evaluate.nearest_centroids(rows, centroids)[1])
+        again = evaluate.nearest_centroids(rows, sq_norms, centroids)
+        torch.testing.assert_close(found[1], again[1])
+
+
+def test_mean_distances_of_more_rows_than_are_taken_in_float64():
+    """From products in float32, in tiles: the mean over all pairs is the float64 one."""
+    generator = torch.Generator().manual_seed(0)
+    rows = 3 + torch.randn(9000, 4, generator=generator)
+    labels = torch.randint(1500, (9000,), generator=generator)
+    labels[:700] = 1500  # a large class, too
+    d_ap, d_an = evaluate.mean_distances(rows, labels)
+    sums = {True: 0.0, False: 0.0}
+    for part in torch.arange(9000).split(1000):
+        apart = torch.cdist(rows[part].double(), rows.double(),
+                            compute_mode="donot_use_mm_for_euclid_dist")
+        same = labels[part].unsqueeze(1) == labels
+        sums[True] += float(apart[same].sum())
+        sums[False] += float(apart[~same].sum())
+    counts = torch.bincount(labels)
+    pairs = int((counts * (counts - 1)).sum())
+    assert d_ap == pytest.approx(sums[True] / pairs, rel=1e-12)
+    assert d_an == pytest.approx(sums[False] / (9000 * 8999 - pairs), rel=1e-6)
 
 
 # ---- clusters against classes
