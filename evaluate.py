@@ -1067,8 +1067,8 @@ def number_labels(arrays):
         arrays = [np.char.decode(labels) if labels.dtype.kind == "S" else labels
                   for labels in arrays]
     except UnicodeDecodeError as error:
-        raise ValueError(f"the label {error.object!r} is bytes that are not UTF-8 text; save labels "
-                         "as numbers or strings") from error
+        raise ValueError(f"the label {error.object!r} is bytes that are not UTF-8 text; save "
+                         "labels as numbers or strings") from error
     if any(labels.dtype.kind not in "iufb" for labels in arrays):
         arrays = [labels.astype(str) for labels in arrays]
     numbers = {}

@@ -3,7 +3,8 @@
 python benchmarks/evaluation.py scores synthetic embeddings of the sizes of CUB200, In-Shop and
 Stanford Online Products (D = 128, seeded) with evaluate.py and with whichever peers are
 installed, and prints times as ratios to the bare product of matrices over the same blocks, into
-memory that is kept or that is new for each block, or to the peer. Each measurement runs in a process of its own, so that its peak memory is its own.
+memory that is kept or that is new for each block, or to the peer. Each measurement runs in a
+process of its own, so that its peak memory is its own.
 --sizes adds how time grows with the number of rows.
 """
 
@@ -129,8 +130,8 @@ def sklearn_scores(queries, labels, gallery, gallery_labels, k_vals):
 
 
 JOBS = {job.__name__: job for job in (
-    product, product_fresh, recall, ranks, clusters, scores, whole, pml_metrics, faiss_search, faiss_clusters,
-    pml_scores, sklearn_scores)}
+    product, product_fresh, recall, ranks, clusters, scores, whole, pml_metrics, faiss_search,
+    faiss_clusters, pml_scores, sklearn_scores)}
 
 
 def measure(job, data, k_vals, repeats):
