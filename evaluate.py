@@ -25,6 +25,8 @@ BLOCK_ELEMENTS = 2 ** 25  # numbers held at a time: 128 MiB in float32
 ROUNDING = 2e-14  # squared distances that differ by less, relatively, are the same
 RANK_METRICS = ("recall", "precision@1", "mrr", "r_precision", "map@r", "map")
 CLUSTER_METRICS = ("nmi", "ami", "f1")
+NMI_AVERAGES = ("arithmetic", "geometric")  # the first is the default, here and below
+PROTOCOLS = ("all_vs_all", "random_gallery")
 METRICS = (*RANK_METRICS, *CLUSTER_METRICS, "dist_ratio", "rho", "distances")
 DEFAULT_METRICS = ("recall", "map@r", "nmi", "f1")
 
@@ -39,15 +41,9 @@ def add_arguments(parser):
                             "8; online_products 1 10 100 1000; in-shop 1 10 20 30 50; vehicle_id "
                             "1 5 (the literature's)")
     add_metric_arguments(group)
-    group.add_argument("--vehicle_protocol", choices=("all_vs_all", "random_gallery"),
-                       default="all_vs_all",
-                       help="vehicle_id: all_vs_all compares each test list with itself (the "
-                            "reference code); random_gallery takes one random image of each "
-                            "vehicle as gallery, the rest as queries, and averages ten repeats "
-                            "(the dataset's own). Default %(default)s")
     group.add_argument("--cluster_every", type=int, default=1, metavar="N",
                        help="measure nmi, ami and f1 in every N-th evaluated epoch only, and "
-                            "after the last. Default %(default)s (reference code)")
+                            "after epoch --n_epochs. Default %(default)s (reference code)")
     group.add_argument("--save_embeddings", action="store_true",
                        help="also save the best epoch's test embeddings as embeddings.npz, from "
                             "which python evaluate.py gives the same metrics")
@@ -77,14 +73,20 @@ def add_metric_arguments(group):
                        help=f"what is measured, of {', '.join(METRICS)}, or all; README, Metrics, "
                             "says what each is. Default " + " ".join(DEFAULT_METRICS) + " (those "
                             "of the reference code, and map@r)")
-    group.add_argument("--nmi_average", choices=("arithmetic", "geometric"), default="arithmetic",
+    group.add_argument("--nmi_average", choices=NMI_AVERAGES, default=NMI_AVERAGES[0],
                        help="NMI divides by this mean of the two entropies; the reference results "
                             "were made with the geometric one, which gives slightly more. Default "
                             "%(default)s (scikit-learn)")
+    group.add_argument("--vehicle_protocol", choices=PROTOCOLS, default=PROTOCOLS[0],
+                       help="vehicle_id: all_vs_all compares each test list with itself (the "
+                            "reference code); random_gallery takes one random image of each "
+                            "vehicle as gallery, the rest as queries, and averages ten repeats "
+                            "(the dataset's own). Default %(default)s")
     group.add_argument("--eval_memory", type=float, default=None, metavar="GIB",
-                       help="memory for blocks of distances, in GiB; less is slower, the results "
-                            "are the same. Default 1 on the CPU, a quarter of what is free on a "
-                            "GPU")
+                       help="the most memory for the blocks of distances that ranks are counted "
+                            "in, in GiB; very little is slower, the results are the same. Default "
+                            "1 on the CPU, of which small blocks use a part, a quarter of what is "
+                            "free on a GPU")
 
 
 def blocks(rows, columns):
@@ -168,6 +170,17 @@ def centred(queries, gallery=None):
     return (others if gallery is None else queries.double() - centre), others
 
 
+def near_one(*parts):
+    """Tensors times a power of two that brings them near 1 -> (tensors, the power's inverse).
+
+    Any shapes. No digit changes, and squares of what comes out fit into float32.
+    """
+    largest = max(float(bound.abs()) for part in parts for bound in part.aminmax())
+    most = 120 if parts[0].dtype == torch.float32 else 1000
+    exponent = min(most, max(-most, math.frexp(largest)[1]))
+    return [part * 2.0 ** -exponent for part in parts], 2.0 ** exponent
+
+
 def first_match_ranks(queries, query_labels, gallery=None, gallery_labels=None, own=None,
                       memory=None):
     """Rank of each query's nearest true match, [Q] int64; 0 where the gallery holds none.
@@ -198,7 +211,7 @@ def in_full_precision(function):
 
 @in_full_precision
 def rank_scores(queries, query_labels, gallery=None, gallery_labels=None, own=None, every=True,
-                memory=None):
+                memory=None, same=None):
     """What the ranks of the true matches say about each query -> dict of vectors [Q].
 
     queries [Q, D], query_labels [Q]; gallery [G, D] and gallery_labels [G], or None; own [Q] as in
@@ -217,11 +230,17 @@ def rank_scores(queries, query_labels, gallery=None, gallery_labels=None, own=No
 
     One pass over blocks of distances, in float32; where two are too close to be told apart in it
     (nearer than four times the greatest error measured) they are compared again in float64, so
-    the result is that of float64. memory: bytes for the blocks.
+    the result is that of float64. memory: bytes for the blocks. same: what a true match is, if not
+    an equal label: callable(query labels [B, 1, ...], gallery labels [1, G, ...]) -> bool [B, G];
+    labels are then tensors of any kind whose first dimension is Q or G. It is slower.
     """
     other_labels = query_labels if gallery is None else gallery_labels
     own = own_rows(queries, gallery, own)
     others = queries if gallery is None else gallery
+    if same is not None:
+        return scores_by_comparison(queries, query_labels, others, other_labels, own, every, same)
+    if own is not None and not torch.equal(other_labels[own], query_labels):
+        raise ValueError("own must be the gallery's rows of the queries; their labels differ")
     # Gallery and queries sorted by class, classes by size: the true matches of a query are then
     # consecutive columns, and the queries of a block have about equally many.
     labels = torch.cat([query_labels, other_labels]).unique(return_inverse=True)[1]
@@ -267,13 +286,9 @@ class Ranker:
     def __init__(self, queries, others, own, starts, sizes, every):
         self.queries, self.others, self.own = queries, others, own
         self.starts, self.sizes, self.every = starts, sizes, every
-        # Near the origin float32 keeps most digits of a product, and of one size they fit into it.
-        # A power of two, within the range of the type, changes no digit.
-        largest = max(float(bound.abs()) for part in (queries, others) for bound in part.aminmax())
+        # Near the origin float32 keeps most digits of a product.
         wide = torch.promote_types(queries.dtype, torch.float32)
-        most_bits = 120 if wide == torch.float32 else 1000
-        scale = 2.0 ** min(most_bits, max(-most_bits, -math.frexp(largest)[1]))
-        queries, others = queries.to(wide) * scale, others.to(wide) * scale
+        (queries, others), _ = near_one(queries.to(wide), others.to(wide))
         centre = others.mean(0, dtype=torch.float64).to(wide)
         queries, others = queries.sub_(centre).float(), others.sub_(centre).float()
         half = others.square().sum(1) / 2                                        # [G]
@@ -298,21 +313,8 @@ class Ranker:
         matches = torch.where(place < size, start + place, -1)                   # [B, W]
         if self.own is not None:
             matches = matches.masked_fill(matches == self.own[rows, None], -1)
-        count = (matches >= 0).sum(1)                                            # [B]
-        scores = {"matches": count, "first_rank": count}
-        wrong = self.wrong_nearer(rows, matches)                                 # [B, W] or [B, 1]
-        j = torch.arange(1, wrong.shape[1] + 1, device=wrong.device)
-        ranks = j + wrong
-        if len(j):
-            scores["first_rank"] = ranks[:, 0].masked_fill(count == 0, 0)
-        if self.every:
-            least = count.clamp_min(1)
-            precision = (j / ranks.double()).masked_fill(j > count.unsqueeze(1), 0)
-            within = (ranks <= count.unsqueeze(1)) & (precision > 0)
-            scores["r_precision"] = within.sum(1) / least.double()
-            scores["map@r"] = (precision * within).sum(1) / least
-            scores["map"] = precision.sum(1) / least
-        return scores
+        return scores_of_ranks(self.wrong_nearer(rows, matches), (matches >= 0).sum(1),
+                               self.every)
 
     def wrong_nearer(self, rows, matches):
         """How many wrong columns are as near as the j-th nearest true match, or nearer: [B, W].
@@ -332,10 +334,11 @@ class Ranker:
         wrong_keys, counts = self.count_wrong(rows, limits)
         wrong, perhaps = counts.chunk(2, 1)
         doubtful = perhaps - wrong                                               # [B, W]
-        number = int(doubtful.sum())
-        if number > len(rows) * len(self.others) // 16:  # identical or collapsed embeddings
+        columns, pairs = int(doubtful.sum()), int((doubtful > 0).sum())
+        # Identical or collapsed embeddings, or many true matches: each pair means a look at a row.
+        if columns > len(rows) * len(self.others) // 16 or pairs > 64 * len(rows):
             return self.wrong_nearer_in_float64(rows, matches)
-        if number:
+        if pairs:
             i, j = doubtful.nonzero(as_tuple=True)
             step = max(1, len(rows) // 2)
             for a, b in zip(i.split(step), j.split(step)):
@@ -426,6 +429,47 @@ class Ranker:
             limits = true.masked_fill(true == torch.inf, -torch.inf) * (1 + ROUNDING)
             wrong.append(count_up_to(self.hide_own_class(distances, some), limits))
         return torch.cat(wrong)
+
+
+def scores_of_ranks(wrong, count, every):
+    """The vectors of rank_scores [B] from the wrong rows before each true match.
+
+    wrong [B, W]: how many are as near as the j-th nearest true match, or nearer; count [B]: how
+    many true matches there are. Without every [B, 1] is enough.
+    """
+    j = torch.arange(1, wrong.shape[1] + 1, device=wrong.device)
+    ranks = j + wrong                                                            # [B, W]
+    first = ranks[:, 0].masked_fill(count == 0, 0) if len(j) else torch.zeros_like(count)
+    scores = {"matches": count, "first_rank": first}
+    if every:
+        least = count.clamp_min(1)
+        precision = (j / ranks.double()).masked_fill(j > count.unsqueeze(1), 0)
+        within = (ranks <= count.unsqueeze(1)) & (precision > 0)
+        scores["r_precision"] = within.sum(1) / least.double()
+        scores["map@r"] = (precision * within).sum(1) / least
+        scores["map"] = precision.sum(1) / least
+    return scores
+
+
+def scores_by_comparison(queries, query_labels, others, other_labels, own, every, same):
+    """rank_scores by a comparison of labels of one's own, distances [B, G] in float64."""
+    found = []
+    for rows in blocks(len(queries), 8 * len(others)):
+        sq_distances = torch.cdist(queries[rows].double(), others.double(),
+                                   compute_mode="donot_use_mm_for_euclid_dist").square_()
+        true = same(query_labels[rows].unsqueeze(1), other_labels.unsqueeze(0))  # [B, G]
+        if true.shape != sq_distances.shape or true.dtype != torch.bool:
+            raise ValueError(f"same must give a bool tensor of shape {list(sq_distances.shape)}; "
+                             f"it gives {true.dtype} of shape {list(true.shape)}")
+        if own is not None:
+            true = true.scatter(1, own[rows].unsqueeze(1), False)
+            sq_distances.scatter_(1, own[rows].unsqueeze(1), torch.inf)
+        count = true.sum(1)
+        limits = sq_distances.masked_fill(~true, torch.inf).sort(1)[0][:, :int(count.max())]
+        limits = limits.masked_fill(limits == torch.inf, -torch.inf) * (1 + ROUNDING)
+        wrong = count_up_to(sq_distances.masked_fill_(true, torch.inf), limits)
+        found.append(scores_of_ranks(wrong, count, every))
+    return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
 
 def count_up_to(keys, limits):
@@ -524,13 +568,13 @@ def recall_at_k(queries, query_labels, gallery=None, gallery_labels=None, k_vals
 
 
 def rank_metrics(queries, query_labels, gallery=None, gallery_labels=None, k_vals=(1, 2, 4, 8),
-                 own=None, metrics=RANK_METRICS, memory=None):
+                 own=None, metrics=RANK_METRICS, memory=None, same=None):
     """Means over the queries of what rank_scores says -> dict of floats in [0, 1].
 
-    queries [Q, D], query_labels [Q], gallery, gallery_labels, own, memory: as in rank_scores.
-    metrics: some of RANK_METRICS. "recall@k" for each k: share of queries with a true match among
-    their k nearest. "precision@1": the same as recall@1. "mrr": mean of one over the rank of the
-    nearest true match. "r_precision", "map@r", "map": as in rank_scores. Queries whose class is
+    queries [Q, D], query_labels [Q], gallery, gallery_labels, own, memory, same: as in
+    rank_scores. metrics: some of RANK_METRICS. "recall@k" for each k: share of queries with a true
+    match among their k nearest. "precision@1": the same as recall@1. "mrr": mean of one over the
+    rank of the nearest true match. "r_precision", "map@r", "map": as in rank_scores. Queries whose class is
     nowhere in the gallery are left out of every mean. ValueError if that leaves none, or for a k
     outside 1 to the number of neighbours.
     """
@@ -538,7 +582,7 @@ def rank_metrics(queries, query_labels, gallery=None, gallery_labels=None, k_val
     if "recall" in metrics:
         check_k_vals(k_vals, number_compared(queries, gallery, own))
     every = not {"r_precision", "map@r", "map"}.isdisjoint(metrics)
-    scores = rank_scores(queries, query_labels, gallery, gallery_labels, own, every, memory)
+    scores = rank_scores(queries, query_labels, gallery, gallery_labels, own, every, memory, same)
     scores = {name: values[scores["matches"] > 0].double() for name, values in scores.items()}
     ranks = scores["first_rank"]
     if not len(ranks):
@@ -582,6 +626,7 @@ def kmeans(embeddings, num_clusters, iterations=20, seed=0):
         embeddings = embeddings.float()
     generator = torch.Generator().manual_seed(seed)
     start = torch.randperm(len(embeddings), generator=generator)[:num_clusters]
+    (embeddings,), scale = near_one(embeddings)
     centre = embeddings.mean(0)
     embeddings = embeddings - centre  # keeps the digits that tell rows apart
     centroids = embeddings[start.to(embeddings.device)]
@@ -589,7 +634,7 @@ def kmeans(embeddings, num_clusters, iterations=20, seed=0):
     assignments, sq_distances = nearest_centroids(embeddings, sq_norms, centroids)
     for _ in range(iterations):
         counts = torch.bincount(assignments, minlength=num_clusters)             # [K]
-        sums = torch.zeros_like(centroids).index_add_(0, assignments, embeddings)
+        sums = sums_of_groups(embeddings, assignments, num_clusters)
         previous, centroids = centroids, sums / counts.clamp_min(1).unsqueeze(1)
         empty = (counts == 0).nonzero().squeeze(1)
         centroids[empty] = embeddings[sq_distances.topk(len(empty)).indices]
@@ -599,7 +644,21 @@ def kmeans(embeddings, num_clusters, iterations=20, seed=0):
                                                     assignments, sq_distances)
         if torch.equal(assignments, before):
             break
-    return assignments, centroids + centre
+    return assignments, (centroids + centre) * scale
+
+
+def sums_of_groups(rows, groups, number):
+    """The sum of the rows [N, D] of each group, groups [N] below number -> [number, D].
+
+    The same on each call, also on a GPU, whose additions otherwise come in any order.
+    """
+    sums = rows.new_zeros(number, rows.shape[1])
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(before or rows.is_cuda)
+    try:
+        return sums.index_add_(0, groups, rows)
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def moved_centroids(embeddings, sq_norms, centroids, moved, assignments, sq_distances):
@@ -716,16 +775,14 @@ def distance_ratio(embeddings, labels):
     class has a pair, infinite if all centres coincide. The reference code's --dist_measure.
     """
     embeddings, labels = centred(embeddings)[1], labels.unique(return_inverse=True)[1]
+    (embeddings,), _ = near_one(embeddings)
     counts = torch.bincount(labels)                                              # [C]
-    within = embeddings.new_zeros(len(counts))
-    within = within.index_add_(0, labels, sums_to_own_class(embeddings, labels)) / 2
-    pairs = counts * (counts - 1) / 2
-    within = within[pairs > 0] / pairs[pairs > 0]
-    centres = embeddings.new_zeros(len(counts), embeddings.shape[1])
-    centres = centres.index_add_(0, labels, embeddings) / counts.unsqueeze(1)
-    total = sum(torch.cdist(centres[rows], centres).sum()
-                for rows in blocks(len(centres), len(centres)))
-    between = float(total) / max(1, len(centres) * (len(centres) - 1))
+    sums = sums_of_groups(sums_to_own_class(embeddings, labels).unsqueeze(1), labels, len(counts))
+    pairs = counts * (counts - 1)
+    within = sums.squeeze(1)[pairs > 0] / pairs[pairs > 0]
+    centres = sums_of_groups(embeddings, labels, len(counts)) / counts.unsqueeze(1)
+    between = (sum_across_classes(centres, torch.arange(len(centres), device=centres.device))
+               / max(1, len(centres) * (len(centres) - 1)))
     if not len(within):
         return 0.0
     return float(within.mean()) / between if between > 0 else float("inf")
@@ -772,37 +829,52 @@ def sums_to_own_class(rows, labels):
 
 
 @in_full_precision
-def mean_distances(embeddings, labels):
-    """Mean distance of pairs of one class, and of pairs of two classes -> (float, float).
+def sum_across_classes(rows, labels):
+    """The sum of the distances of all ordered pairs of rows of two classes -> float.
 
-    embeddings [N, D], labels [N]. NaN where there is no such pair. All pairs are counted; those of
-    one class in float64, the sum over all, of more than 4,096 rows, from products in float32.
+    rows [N, D] float64 of size about 1, labels [N] from 0 on. In tiles; from products in float32
+    for more than 4,096 rows.
     """
-    embeddings, labels = centred(embeddings)[1], labels.unique(return_inverse=True)[1]
-    number, counts = len(labels), torch.bincount(labels)
-    same, same_sum = int((counts * (counts - 1)).sum()), float(
-        sums_to_own_class(embeddings, labels).sum())
-    scale = embeddings.abs().max().clamp_min(1e-300)
-    rows = (embeddings / scale).to(torch.float64 if number <= 4096 else torch.float32)
+    order = labels.argsort(stable=True)
+    rows, labels = rows[order], labels[order]
+    stops = torch.bincount(labels).cumsum(0)[labels]                             # [N]
+    rows = rows.to(torch.float64 if len(rows) <= 4096 else torch.float32)
     sq_norms, ones = rows.square().sum(1, keepdim=True), torch.ones_like(rows[:, :1])
     left, right = torch.cat([-2 * rows, sq_norms, ones], 1), torch.cat([rows, ones, sq_norms], 1)
 
     def sum_from(start):  # of the pairs of a block of rows with themselves and with later rows
-        block, total = left[start:start + 256], 0.0
-        for first in range(start, number, 8192):
-            distances = torch.mm(block, right[first:first + 8192].t()).clamp_min_(0).sqrt_()
+        block, total = slice(start, start + 256), 0.0
+        # Sorted by class, the columns of the block's classes come first.
+        same_stop = int(stops[block][-1])
+        for first in range(start, len(rows), 8192):
+            distances = torch.mm(left[block], right[first:first + 8192].t()).clamp_min_(0).sqrt_()
+            if first < same_stop:
+                same = labels[block].unsqueeze(1) == labels[first:min(first + 8192, same_stop)]
+                distances[:, :same.shape[1]].masked_fill_(same, 0)
             if first == start:
-                inside = distances[:, :len(block)]
-                inside.fill_diagonal_(0)  # whatever rounding left there
-                inside /= 2               # its pairs stand there twice
+                distances[:, :len(distances)] /= 2  # pairs within the block stand there twice
             total += float(distances.sum(dtype=torch.float64))
         return 2 * total
 
-    starts = range(0, number, 256)
-    all_sum = sum(map(sum_from, starts) if rows.is_cuda else in_threads(sum_from, starts))
-    all_sum, different = all_sum * float(scale), number * (number - 1) - same
-    return (same_sum / same if same else float("nan"),
-            (all_sum - same_sum) / different if different else float("nan"))
+    starts = range(0, len(rows), 256)
+    return sum(map(sum_from, starts) if rows.is_cuda else in_threads(sum_from, starts))
+
+
+def mean_distances(embeddings, labels):
+    """Mean distance of pairs of one class, and of pairs of two classes -> (float, float).
+
+    embeddings [N, D], labels [N]. NaN where there is no such pair. All pairs are counted; those of
+    two classes, of more than 4,096 rows, from products in float32.
+    """
+    embeddings, labels = centred(embeddings)[1], labels.unique(return_inverse=True)[1]
+    (embeddings,), scale = near_one(embeddings)
+    counts = torch.bincount(labels)
+    same = int((counts * (counts - 1)).sum())
+    different = len(labels) * (len(labels) - 1) - same
+    return (scale * float(sums_to_own_class(embeddings, labels).sum()) / same if same
+            else float("nan"),
+            scale * sum_across_classes(embeddings, labels) / different if different
+            else float("nan"))
 
 
 @torch.no_grad()
@@ -1017,7 +1089,10 @@ def draw_embeddings(path, dataset, embeddings, method="pca", seed=0, most=2000):
 
 
 def save_embeddings(path, embeddings, labels, **settings):
-    """Writes embeddings [N, D], labels [N] and the run's k_vals and seed for read_embeddings."""
+    """Writes embeddings [N, D], labels [N] and the run's settings for score_files.
+
+    settings: k_vals, seed, metrics, nmi_average, vehicle_protocol, device, gallery_file.
+    """
     with auxiliaries.written_whole(path) as file:
         np.savez(file, embeddings=embeddings.cpu().numpy(), labels=np.asarray(labels), **settings)
 
@@ -1049,19 +1124,27 @@ def read_embeddings(path):
                          f"labels {list(labels.shape)}; expected numbers [N, D] and labels [N]")
     for name, shapes in (("seed", ((), (1,))), ("k_vals", ((), (np.size(arrays.get("k_vals")),)))):
         value = arrays.get(name, np.ones((), dtype=int))
-        if np.shape(value) not in shapes or value.dtype.kind not in "iu":
+        if np.shape(value) not in shapes or value.dtype.kind not in "iu" or not np.size(value):
             raise ValueError(f"{path}: {name} is {np.asarray(value).tolist()}; expected a whole "
                              "number, for k_vals one or more")
+    for name, allowed in (("metrics", METRICS), ("nmi_average", NMI_AVERAGES),
+                          ("vehicle_protocol", PROTOCOLS)):
+        values = np.ravel(arrays.get(name, allowed[0])).tolist()
+        if not values or not set(values) <= set(allowed):
+            raise ValueError(f"{path}: {name} is {values}; it may be {', '.join(allowed)}")
     if embeddings.dtype != np.float64:
-        arrays["embeddings"] = embeddings.astype(np.float32)
+        exact = np.float32 if embeddings.dtype.itemsize <= 2 or embeddings.dtype.kind == "f" \
+            else np.float64
+        arrays["embeddings"] = embeddings.astype(exact)
     return arrays
 
 
 def number_labels(arrays):
     """Arrays of labels [N] of any types -> one int64 tensor for all, equal for equal labels.
 
-    Numbers of different types are equal as numbers; where some labels are strings all are. The
-    result has the shape of the arrays in a row, [N1 + N2 + ...].
+    Numbered in their order, so that a run's own labels keep theirs. Numbers of different types are
+    equal as numbers; where some labels are strings all are. The result has the shape of the arrays
+    in a row, [N1 + N2 + ...]. ValueError for labels that cannot be compared.
     """
     try:
         arrays = [np.char.decode(labels) if labels.dtype.kind == "S" else labels
@@ -1069,39 +1152,61 @@ def number_labels(arrays):
     except UnicodeDecodeError as error:
         raise ValueError(f"the label {error.object!r} is bytes that are not UTF-8 text; save "
                          "labels as numbers or strings") from error
-    if any(labels.dtype.kind not in "iufb" for labels in arrays):
+    for labels in arrays:
+        if labels.dtype.kind not in "iufbU" or labels.dtype.kind == "f" and np.isnan(labels).any():
+            raise ValueError(f"labels of type {labels.dtype}, or NaN among them; save labels as "
+                             "numbers or strings")
+    if any(labels.dtype.kind == "U" for labels in arrays):
         arrays = [labels.astype(str) for labels in arrays]
-    numbers = {}
-    return torch.tensor([numbers.setdefault(label, len(numbers)) for labels in arrays
-                         for label in labels.tolist()])
+    lists = [labels.tolist() for labels in arrays]
+    numbers = {label: i for i, label in enumerate(sorted(set().union(*lists)))}
+    return torch.tensor([numbers[label] for labels in lists for label in labels])
 
 
 def score_files(args):
-    """The metrics of saved embeddings, by the options of main -> (metrics, what was compared)."""
+    """The metrics of saved embeddings, by the options of main -> (metrics, what was compared).
+
+    What the options leave open is as in the run that saved the file, if it says so. The second
+    result is a dict of scalars and strings.
+    """
     files = [read_embeddings(path) for path in (args.embeddings, args.gallery) if path]
     classes = number_labels([file["labels"] for file in files])
     labels = classes.split([len(file["labels"]) for file in files])
-    device = auxiliaries.select_device(args.gpu)
+
+    def setting(name, *default):
+        given = getattr(args, name, None)
+        return np.ravel(files[0].get(name, default) if given is None else given).tolist()
+
+    on_gpu = "cuda" in setting("device") and torch.cuda.is_available()
+    device = auxiliaries.select_device((0 if on_gpu else -1) if args.gpu is None else args.gpu)
     rows = [torch.from_numpy(file["embeddings"]).to(device) for file in files]
     labels = [part.to(device) for part in labels]
     gallery = (rows[1], labels[1]) if args.gallery else (None, None)
-    k_vals = args.k_vals or np.atleast_1d(files[0].get("k_vals", (1, 2, 4, 8))).tolist()
-    seed = int(np.ravel(files[0].get("seed", 1))[0]) if args.seed is None else args.seed
     check_embeddings(rows[0], labels[0], *gallery)
-    metrics = METRICS if "all" in args.metrics else args.metrics
+    (seed,), (average,), (protocol,) = (setting("seed", 1), setting("nmi_average", "arithmetic"),
+                                        setting("vehicle_protocol", "all_vs_all"))
+    metrics = METRICS if "all" in setting("metrics") else setting("metrics", *DEFAULT_METRICS)
+    random = protocol == "random_gallery"
+    if random and args.gallery:
+        raise ValueError("--vehicle_protocol random_gallery draws its own gallery; leave out "
+                         "--gallery")
+    available = len(labels[0].unique()) if random else number_compared(rows[0], gallery[0])
+    k_vals = setting("k_vals") or [k for k in (1, 2, 4, 8) if k <= max(1, available)]
     of_classes = {*RANK_METRICS, *CLUSTER_METRICS}.intersection(metrics)
     if of_classes and len(classes.unique()) < 2:
         raise ValueError("all labels are of one class; there is nothing to tell apart")
-    scores = evaluate_embeddings(rows[0], labels[0], *gallery, k_vals, seed, metrics=metrics,
-                                 nmi_average=args.nmi_average,
-                                 memory=memory_bytes(args.eval_memory, device))
+    scoring = dict(seed=seed, metrics=metrics, nmi_average=average,
+                   memory=memory_bytes(args.eval_memory, device))
+    scores = (scores_of_random_gallery(rows[0], labels[0], k_vals, **scoring) if random else
+              evaluate_embeddings(rows[0], labels[0], *gallery, k_vals, **scoring))
     sizes = torch.bincount(labels[-1], minlength=int(classes.max()) + 1)
-    lone = int((sizes[labels[0]] < (1 if args.gallery else 2)).sum())
-    compared = (f"{len(rows[0]):,} queries of {len(labels[0].unique()):,} classes "
-                + (f"against {len(rows[1]):,}" if args.gallery else "against each other")
-                + f"; {lone:,} without a true match are left out; seed {seed}, NMI with the "
-                f"{args.nmi_average} mean")
-    return scores, compared
+    return scores, {
+        "queries": len(rows[0]), "classes": len(labels[0].unique()),
+        "compared_with": f"a gallery of {len(rows[1]):,}" if args.gallery else protocol,
+        "without_match": int((sizes[labels[0]] < (1 if args.gallery else 2)).sum()),
+        "zero_vectors": sum(int((part == 0).all(1).sum()) for part in rows),
+        "seed": seed, "nmi_average": average,
+        "not_given": "" if args.gallery else "".join(setting("gallery_file"))}
 
 
 def memory_bytes(gib, device):
@@ -1117,29 +1222,36 @@ def main(argv=None):
     """Scores files of embeddings [N, D]; prints a table, or JSON; one message on bad input."""
     parser = argparse.ArgumentParser(
         description="Scores embeddings from any model, saved as arrays embeddings [N, D] and "
-                    "labels [N] (numbers or strings) in an npz file.")
+                    "labels [N] (numbers or strings) in an npz file. What is not given is as in "
+                    "the run that saved the file, if main.py did.")
     parser.add_argument("embeddings", help="npz file of the queries")
     parser.add_argument("--gallery", metavar="FILE", help="npz file that the queries are compared "
                         "with. Default: with each other, each left out of its own neighbours")
     add_metric_arguments(parser)
+    parser.set_defaults(metrics=None, nmi_average=None, vehicle_protocol=None)  # as in the file
     parser.add_argument("--k_vals", type=int, nargs="+", metavar="K",
                         help="recall at k. Default: those in the file, else 1 2 4 8")
     parser.add_argument("--seed", type=int, metavar="S",
                         help="of the clusters. Default: the one in the file, else 1")
-    parser.add_argument("--gpu", type=int, default=-1, metavar="ID",
-                        help="CUDA device, -1 for the CPU. Default %(default)s")
+    parser.add_argument("--gpu", type=int, metavar="ID",
+                        help="CUDA device, -1 for the CPU. Default: as the run that saved the "
+                             "file, else the CPU")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args(argv)
     try:
         with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
-            scores, compared = score_files(args)
+            scores, about = score_files(args)
     except (ValueError, OSError) as error:
         raise SystemExit(f"evaluate.py: error: {auxiliaries.last_line(error)}") from error
     if args.json:
         print(json.dumps({name: value if math.isfinite(value) else None
-                          for name, value in scores.items()}))
+                          for name, value in scores.items()} | about))
         return scores
-    print(compared)
+    print("{queries:,} queries of {classes:,} classes, {compared_with}; {without_match:,} without "
+          "a true match are left out; seed {seed}, NMI with the {nmi_average} mean".format(**about)
+          + f"; {about['zero_vectors']:,} zero vectors" * bool(about["zero_vectors"]))
+    if about["not_given"]:
+        print(f"note: the run compared these with {about['not_given']}, which --gallery takes")
     for name, value in scores.items():
         print(f"{name:12} {value:.4f}  {value!r}")
     return scores

@@ -405,12 +405,17 @@ class Run:
 
     def save_embeddings(self):
         """Writes each evaluation set's embeddings for python evaluate.py."""
+        opt = self.opt
         for (name, *sets), rows in zip(self.evaluation_sets, self.embedded):
-            for kind, dataset, part in zip(("embeddings", "gallery"), sets, rows):
+            files = [f"{kind}_{name}".replace(" ", "_").rstrip("_") + ".npz"
+                     for kind in ("embeddings", "gallery")]
+            for file, dataset, part in zip(files, sets, rows):
                 if dataset is not None:
-                    file = f"{kind}_{name}".replace(" ", "_").rstrip("_") + ".npz"
-                    evaluate.save_embeddings(self.path(file), part, dataset.labels,
-                                             k_vals=self.opt.k_vals, seed=self.opt.seed)
+                    evaluate.save_embeddings(
+                        self.path(file), part, dataset.labels, k_vals=opt.k_vals, seed=opt.seed,
+                        metrics=opt.metrics, nmi_average=opt.nmi_average,
+                        vehicle_protocol=opt.vehicle_protocol, device=self.device.type,
+                        gallery_file="" if sets[1] is None else files[1])
 
     def draw(self):
         """Writes InfoPlot_Base.svg: losses and metrics over the epochs, the best values on top."""

@@ -960,7 +960,7 @@ class Diagnosis:
     """
 
     NAMES = ("active", "d_ap", "d_an", "std", "length")
-    COLLAPSED = 0.01  # spread over length below which all embeddings are one point
+    COLLAPSED = 0.1  # spread over length below which the embeddings are nearly one point
 
     def __init__(self, loss):
         self.sums = {}

@@ -1174,6 +1174,77 @@ def test_mean_distances_of_more_rows_than_are_taken_in_float64():
     assert d_an == pytest.approx(sums[False] / (9000 * 8999 - pairs), rel=1e-6)
 
 
+def test_mean_distances_of_tight_classes_of_many_rows():
+    """Rounding of pairs that nearly coincide stays out of the mean over two classes."""
+    generator = torch.Generator().manual_seed(0)
+    clumps = torch.nn.functional.normalize(torch.randn(3, 16, generator=generator), dim=1)
+    rows = clumps[[0, 1]].repeat(3000, 1) + 1e-4 * torch.randn(6000, 16, generator=generator)
+    rows = torch.cat([rows, clumps[2:]])
+    d_ap, d_an = evaluate.mean_distances(rows, torch.tensor([0] * 6000 + [1]))
+    exact = (rows[:-1] - rows[-1]).double().norm(dim=1).mean()
+    assert d_an == pytest.approx(float(exact), rel=1e-6)
+    some = torch.cdist(rows[:6000:3].double(), rows[:6000].double(),
+                       compute_mode="donot_use_mm_for_euclid_dist")
+    assert d_ap == pytest.approx(float(some.sum()) / (2000 * 5999), rel=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e19, 1e30])
+def test_cluster_and_distance_metrics_do_not_depend_on_the_scale(scale):
+    rows, labels = blobs([20, 15, 9], 8, 0.5)
+    rows = rows * 2.0 ** round(math.log2(scale))
+    plain, _ = blobs([20, 15, 9], 8, 0.5)
+    assert evaluate.kmeans(rows, 3)[0].tolist() == evaluate.kmeans(plain, 3)[0].tolist()
+    assert evaluate.distance_ratio(rows, labels) == evaluate.distance_ratio(plain, labels)
+    assert evaluate.mean_distances(rows, labels) == pytest.approx(
+        [2.0 ** round(math.log2(scale)) * value for value in
+         evaluate.mean_distances(plain, labels)], rel=1e-12)
+
+
+def test_many_true_matches_take_the_float64_pass(monkeypatch):
+    """With half of the gallery to each class a look at a row for each close call would not end."""
+    calls = spied(monkeypatch, evaluate.Ranker, "wrong_nearer_in_float64")
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.nn.functional.normalize(torch.randn(1, 16, generator=generator), dim=1)
+    rows = rows + 0.03 * torch.randn(8000, 16, generator=generator)
+    labels = torch.arange(8000) % 2
+    own = torch.arange(0, 8000, 400)
+    assert_exact(rows[::400], labels[::400], rows, labels, own=own.tolist())
+    assert calls
+
+
+def test_ranks_by_a_comparison_of_ones_own():
+    """Equality as a comparison gives what labels give; a rule on pairs of labels what loops do."""
+    rows, labels = blobs([9, 7, 4, 1], 5, 1.0)
+    for own in (None, "gallery"):
+        problem = ((rows, labels) if own is None else
+                   (rows[:8], labels[:8], torch.cat([rows, rows[:3]]),
+                    torch.cat([labels, labels[:3]])))
+        place = None if own is None else torch.arange(8)
+        expected = evaluate.rank_scores(*problem, own=place)
+        found = evaluate.rank_scores(*problem, own=place, same=lambda a, b: a == b)
+        assert expected.keys() == found.keys()
+        for name in expected:
+            assert found[name].tolist() == pytest.approx(expected[name].tolist(), rel=1e-12), name
+    levels = torch.stack([labels, labels % 2], 1)  # same super-class, another class
+    same = lambda a, b: (a[..., 1] == b[..., 1]) & (a[..., 0] != b[..., 0])  # noqa: E731
+    first = evaluate.rank_scores(rows, levels, same=same)["first_rank"].tolist()
+    for i in range(len(rows)):
+        order = sorted((float((rows[i] - rows[j]).double().norm()), j) for j in range(len(rows))
+                       if j != i)
+        hits = [rank for rank, (_, j) in enumerate(order, 1)
+                if levels[i, 1] == levels[j, 1] and levels[i, 0] != levels[j, 0]]
+        assert first[i] == (hits[0] if hits else 0)
+    assert "recall@2" in evaluate.rank_metrics(rows, levels, k_vals=[2], same=same)
+    with pytest.raises(ValueError, match="bool tensor of shape"):
+        evaluate.rank_scores(rows, labels, same=lambda a, b: a)
+
+
+def test_own_rows_have_the_queries_labels():
+    with pytest.raises(ValueError, match="their labels differ"):
+        evaluate.rank_scores(unit_rows(2, 3), torch.tensor([0, 1]), unit_rows(4, 3),
+                             torch.tensor([1, 1, 0, 1]), own=torch.tensor([0, 1]))
+
+
 # ---- clusters against classes
 
 
@@ -2102,7 +2173,7 @@ def test_a_saved_file_gives_the_same_numbers_to_the_last_digit(tmp_path, capsys,
     expected = evaluate.evaluate_embeddings(rows, labels, k_vals=[1, 3], seed=7, metrics=metrics)
     lines, scores = printed(capsys, tmp_path / "e.npz", "--metrics", *metrics)
     assert list(scores) == list(expected) and scores == expected
-    assert len(lines) == 1 and "68 queries of 4 classes against each other" in lines[0]
+    assert len(lines) == 1 and "68 queries of 4 classes, all_vs_all" in lines[0]
     assert "seed 7" in lines[0] and "arithmetic" in lines[0] and "; 0 without" in lines[0]
 
 
@@ -2152,7 +2223,8 @@ def test_json_holds_the_same_numbers(tmp_path, capsys, metrics, count):
     path = small_file(tmp_path / "e.npz", count)
     scores = evaluate.main([path, "--json", "--k_vals", "1", "--metrics", *metrics])
     output = capsys.readouterr().out
-    assert json.loads(output, parse_constant=pytest.fail) == scores
+    found = json.loads(output, parse_constant=pytest.fail)
+    assert {name: found[name] for name in scores} == scores and "without_match" in found
     assert len(output.splitlines()) == 1
 
 
@@ -2169,7 +2241,10 @@ def test_json_is_strict_where_a_metric_is_infinite(tmp_path, capsys):
 def test_json_is_all_that_is_printed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     scores = evaluate.main([small_file(tmp_path / "e.npz"), "--json", "--gpu", "0"])
-    assert json.loads(capsys.readouterr().out) == scores
+    found = json.loads(capsys.readouterr().out)
+    assert found == scores | {"queries": 40, "classes": 5, "compared_with": "all_vs_all",
+                              "without_match": 0, "zero_vectors": 0, "seed": 1,
+                              "nmi_average": "arithmetic", "not_given": ""}
 
 
 def test_a_file_against_a_gallery(tmp_path, capsys):
@@ -2180,13 +2255,58 @@ def test_a_file_against_a_gallery(tmp_path, capsys):
         unit_rows(20, 6), torch.arange(20) % 7, unit_rows(30, 6, 1), torch.arange(30) % 5, seed=1,
         metrics=evaluate.METRICS)
     # Classes 5 and 6, twice five of the 20 queries, are not in the gallery.
-    assert "20 queries of 7 classes against 30; 5 without" in lines[0]
+    assert "20 queries of 7 classes, a gallery of 30; 5 without" in lines[0]
 
 
 def test_lone_queries_of_a_file_are_counted(tmp_path, capsys):
     path = small_file(tmp_path / "e.npz", labels=np.array([0] * 20 + [1] * 15 + [2, 3, 4, 5, 6]))
     lines, _ = printed(capsys, path)
-    assert "40 queries of 7 classes against each other; 5 without" in lines[0]
+    assert "40 queries of 7 classes, all_vs_all; 5 without" in lines[0]
+
+
+def test_the_default_k_are_those_that_a_small_file_has(tmp_path, capsys):
+    path = small_file(tmp_path / "e.npz", embeddings=np.eye(6), labels=np.arange(6) % 2)
+    assert list(printed(capsys, path)[1])[:3] == ["recall@1", "recall@2", "recall@4"]
+    assert "recall@8" not in printed(capsys, path)[1]
+
+
+def test_zero_vectors_are_counted(tmp_path, capsys):
+    rows = unit_rows(40, 6)
+    rows[[3, 17]] = 0
+    assert "; 2 zero vectors" in printed(capsys, small_file(tmp_path / "e.npz",
+                                                            embeddings=rows.numpy()))[0][0]
+    assert "zero vectors" not in printed(capsys, small_file(tmp_path / "f.npz"))[0][0]
+
+
+def test_a_file_is_scored_as_its_run_was(tmp_path, capsys):
+    """Metrics, NMI's mean, the protocol: what the command line leaves open is the run's."""
+    rows, labels = blobs([9, 8, 7, 6], 8, 0.9)
+    settings = dict(k_vals=[2], seed=5, metrics=["recall", "mrr", "nmi"], nmi_average="geometric",
+                    vehicle_protocol="random_gallery", device="cpu", gallery_file="")
+    evaluate.save_embeddings(tmp_path / "e.npz", rows, labels, **settings)
+    lines, scores = printed(capsys, tmp_path / "e.npz")
+    assert scores == evaluate.scores_of_random_gallery(rows, labels, [2], 5, settings["metrics"],
+                                                       "geometric")
+    assert "random_gallery" in lines[0] and "geometric" in lines[0]
+    _, scores = printed(capsys, tmp_path / "e.npz", "--vehicle_protocol", "all_vs_all",
+                        "--metrics", "nmi", "--nmi_average", "arithmetic")
+    assert scores == evaluate.evaluate_embeddings(rows, labels, seed=5, metrics=["nmi"])
+    evaluate.save_embeddings(tmp_path / "q.npz", rows, labels, **{
+        **settings, "vehicle_protocol": "all_vs_all", "gallery_file": "gallery.npz"})
+    assert "compared these with gallery.npz" in printed(capsys, tmp_path / "q.npz")[0][1]
+    with pytest.raises(SystemExit, match="draws its own gallery"):
+        evaluate.main([str(tmp_path / "e.npz"), "--gallery", str(tmp_path / "q.npz")])
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_labels_in_any_order_give_the_runs_numbers(tmp_path, capsys, seed):
+    """Sums over classes run in the order of the labels, so a file must keep that order."""
+    labels = torch.randint(23, (300,), generator=torch.Generator().manual_seed(seed))
+    rows = unit_rows(300, 6, seed)
+    evaluate.save_embeddings(tmp_path / "e.npz", rows, labels, k_vals=[1], seed=1)
+    _, scores = printed(capsys, tmp_path / "e.npz", "--metrics", "all")
+    assert scores == evaluate.evaluate_embeddings(rows, labels, k_vals=[1], seed=1,
+                                                  metrics=evaluate.METRICS)
 
 
 NAMES = np.array(["cat", "dog", "emu", "a long name", "ö"])
@@ -2228,7 +2348,12 @@ BAD_ARRAYS = {
     "one class": ({"labels": np.zeros(40)}, "one class"),
     "no match": ({"labels": np.arange(40)}, "no query has a true match"),
     "k": ({"k_vals": np.array([1, 40])}, "--k_vals 40: .*1 to 39"),
-    "a default k": ({"embeddings": np.eye(6), "labels": np.arange(6) % 2}, "k.* 8.*1 to 5"),
+    "no k": ({"k_vals": np.zeros(0, int)}, "k_vals is .*one or more"),
+    "labels that are NaN": ({"labels": np.full(40, np.nan)}, "NaN among them"),
+    "labels of two fields": ({"labels": np.zeros(40, dtype=[("a", "i4"), ("b", "i4")])}, "type"),
+    "an unknown metric": ({"metrics": np.array(["recall", "accuracy"])}, "metrics is .*accuracy"),
+    "an unknown mean": ({"nmi_average": np.array("harmonic")}, "nmi_average is .*harmonic"),
+    "a protocol that is a number": ({"vehicle_protocol": np.array(3)}, "vehicle_protocol is"),
     "one row": ({"embeddings": np.eye(6)[:1], "labels": np.zeros(1)}, "image|match|class"),
     "no row": ({"embeddings": np.eye(6)[:0], "labels": np.zeros(0)}, r"\[0, 6\]"),
     "no dimension": ({"embeddings": np.zeros((40, 0))}, r"\[40, 0\]"),
@@ -2262,7 +2387,6 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path, capsys, arrays, message):
     ({"labels": np.arange(39)}, r"gallery .*\[40, 6\] with 39 labels"),
     ({"embeddings": unit_rows(40, 5).numpy()}, "query.* 6 dimensions, gallery.* 5"),
     ({"labels": np.arange(40) + 5}, "no query has a true match"),
-    ({"embeddings": np.eye(6)[:3], "labels": np.arange(3)}, "--k_vals 4 8: .*1 to 3"),
     ({"embeddings": np.eye(6)[:0], "labels": np.arange(0)}, r"gallery .*\[0, 6\]")])
 def test_a_bad_gallery_is_refused_in_one_line(tmp_path, capsys, arrays, message):
     assert_refused(capsys, message, small_file(tmp_path / "e.npz"), "--gallery",
