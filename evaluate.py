@@ -574,9 +574,9 @@ def rank_metrics(queries, query_labels, gallery=None, gallery_labels=None, k_val
     queries [Q, D], query_labels [Q], gallery, gallery_labels, own, memory, same: as in
     rank_scores. metrics: some of RANK_METRICS. "recall@k" for each k: share of queries with a true
     match among their k nearest. "precision@1": the same as recall@1. "mrr": mean of one over the
-    rank of the nearest true match. "r_precision", "map@r", "map": as in rank_scores. Queries whose class is
-    nowhere in the gallery are left out of every mean. ValueError if that leaves none, or for a k
-    outside 1 to the number of neighbours.
+    rank of the nearest true match. "r_precision", "map@r", "map": as in rank_scores. Queries whose
+    class is nowhere in the gallery are left out of every mean. ValueError if that leaves none, or
+    for a k outside 1 to the number of neighbours.
     """
     check_embeddings(queries, query_labels, gallery, gallery_labels)
     if "recall" in metrics:
