@@ -308,13 +308,48 @@ class Ranker:
 
     def scores(self, rows):
         """The vectors of rank_scores for some queries [B], given by their places."""
+        count = self.sizes[rows] - int(self.own is not None)                        # [B]
+        wrong = (self.wrong_nearer(rows, self.matches(rows)) if self.every else
+                 self.wrong_before_nearest(rows))
+        return scores_of_ranks(wrong, count, self.every)
+
+    def matches(self, rows):
+        """The columns of some queries' true matches, in any order: [B] -> [B, W], -1 for none."""
         start, size = self.starts[rows, None], self.sizes[rows, None]            # [B, 1]
         place = torch.arange(int(size.max()), device=start.device)               # [W]
         matches = torch.where(place < size, start + place, -1)                   # [B, W]
         if self.own is not None:
             matches = matches.masked_fill(matches == self.own[rows, None], -1)
-        return scores_of_ranks(self.wrong_nearer(rows, matches), (matches >= 0).sum(1),
-                               self.every)
+        return matches
+
+    def wrong_before_nearest(self, rows):
+        """wrong_nearer for the nearest true match alone, in fewer steps: [B, 1]."""
+        low, own_class = self.own_class(rows)
+        near = torch.mm(self.rows32[rows], self.columns32[:, low:low + own_class.shape[1]])
+        near.masked_fill_(~own_class, torch.inf)
+        if self.own is not None:
+            near.scatter_(1, self.own[rows, None] - low, torch.inf)
+        tolerance = self.tolerance[rows, None]
+        true = near.amin(1, keepdim=True) if near.shape[1] else tolerance + torch.inf  # [B, 1]
+        limits = torch.cat([true - tolerance, true + tolerance], 1)
+        limits = limits.masked_fill_(limits == torch.inf, -torch.inf)            # [B, 2]
+        columns = len(self.others)
+        # Few limits are quickly compared: tiles of keys then stay in a processor's cache.
+        tile = columns if near.is_cuda else 8192
+        wrong, perhaps = sum(
+            count_up_to(self.wrong_keys(rows, first, min(first + tile, columns), low, own_class),
+                        limits) for first in range(0, columns, tile)).chunk(2, 1)
+        doubtful = (perhaps > wrong).squeeze(1).nonzero().squeeze(1)
+        if len(doubtful):
+            wrong[doubtful] = self.wrong_nearer(rows[doubtful], self.matches(rows[doubtful]))
+        return wrong
+
+    def own_class(self, rows):
+        """Which columns are of some queries' [B] own class -> (the first column, [B, N] bool)."""
+        start, stop = self.starts[rows, None], (self.starts + self.sizes)[rows, None]
+        low, high = int(start.min()), int(stop.max())
+        place = torch.arange(low, high, device=start.device)
+        return low, (place >= start) & (place < stop)
 
     def wrong_nearer(self, rows, matches):
         """How many wrong columns are as near as the j-th nearest true match, or nearer: [B, W].
@@ -324,15 +359,15 @@ class Ranker:
         """
         if not matches.shape[1]:
             return matches
-        low, high = self.span(rows)
-        near = torch.mm(self.rows32[rows], self.columns32[:, low:high])
+        low, own_class = self.own_class(rows)
+        near = torch.mm(self.rows32[rows], self.columns32[:, low:low + own_class.shape[1]])
         keys = near.gather(1, (matches - low).clamp_min(0)).masked_fill_(matches < 0, torch.inf)
         true = sorted_rows(keys) if self.every else keys.amin(1, keepdim=True)
         tolerance = self.tolerance[rows, None]
         limits = torch.cat([true - tolerance, true + tolerance], 1)
         limits = limits.masked_fill_(limits == torch.inf, -torch.inf)            # [B, 2 W]
-        wrong_keys, counts = self.count_wrong(rows, limits)
-        wrong, perhaps = counts.chunk(2, 1)
+        wrong_keys = self.wrong_keys(rows, 0, len(self.others), low, own_class)  # [B, G]
+        wrong, perhaps = count_up_to(wrong_keys, limits).chunk(2, 1)
         doubtful = perhaps - wrong                                               # [B, W]
         columns, pairs = int(doubtful.sum()), int((doubtful > 0).sum())
         # Identical or collapsed embeddings, or many true matches: each pair means a look at a row.
@@ -346,23 +381,11 @@ class Ranker:
                                                        wrong_keys)
         return wrong
 
-    def count_wrong(self, rows, limits):
-        """How many wrong columns have a key up to each of a row's limits: [B, T] int64.
-
-        Returns (all keys [B, G], counts); None for the keys where they were not kept.
-        """
-        columns = len(self.others)
-        if limits.is_cuda or limits.shape[1] > 2:
-            keys = self.wrong_keys(rows, 0, columns)
-            return keys, count_up_to(keys, limits)
-        # Few limits are quickly compared: tiles of keys then stay in a processor's cache.
-        return None, sum(count_up_to(self.wrong_keys(rows, column, min(column + 8192, columns)),
-                                     limits) for column in range(0, columns, 8192))
-
-    def wrong_keys(self, rows, first, stop):
+    def wrong_keys(self, rows, first, stop, low, own_class):
         """Keys of some columns, infinity where the column is of the query's own class: [B, N].
 
-        The result is overwritten by the next call in the same thread.
+        low, own_class: as own_class gives them. The result is overwritten by the next call in the
+        same thread.
         """
         # Each thread writes to memory of its own again and again: fresh memory is slow.
         number = len(rows) * (stop - first)
@@ -370,35 +393,20 @@ class Ranker:
             self.kept.memory = self.rows32.new_empty(number)
         keys = self.kept.memory[:number].view(len(rows), stop - first)
         torch.mm(self.rows32[rows], self.columns32[:, first:stop], out=keys)
-        return self.hide_own_class(keys, rows, first)
-
-    def span(self, rows):
-        """The first column of the classes of some queries, and the one after their last."""
-        return int(self.starts[rows].min()), int((self.starts + self.sizes)[rows].max())
-
-    def hide_own_class(self, values, rows, first=0):
-        """Sets values [B, N], of columns from first on, to infinity where of a query's own class.
-        """
-        low, high = self.span(rows)
-        low, high = max(low, first), min(high, first + values.shape[1])
-        if low < high:
-            place = torch.arange(low, high, device=values.device)
-            start = self.starts[rows, None]
-            own_class = (place >= start) & (place < start + self.sizes[rows, None])
-            values[:, low - first:high - first].masked_fill_(own_class, torch.inf)
-        return values
+        begin, end = max(low, first), min(low + own_class.shape[1], stop)
+        if begin < end:
+            keys[:, begin - first:end - first].masked_fill_(own_class[:, begin - low:end - low],
+                                                            torch.inf)
+        return keys
 
     def nearer_of_doubtful(self, rows, a, b, matches, keys, true, wrong_keys):
         """Of the wrong columns in doubt how many are as near as a match, or nearer: [P].
 
         For the b-th match [P] of the queries rows[a], a [P]. matches, keys [P, W]: columns and
-        keys of their true matches; true [P]: the b-th key. wrong_keys [B, G]: of rows, or None.
+        keys of their true matches; true [P]: the b-th key. wrong_keys [B, G]: of rows.
         """
         queries = rows[a]
         below, above = true - self.tolerance[queries], true + self.tolerance[queries]
-        if wrong_keys is None:
-            each, a = queries.unique(return_inverse=True)
-            wrong_keys = self.wrong_keys(each, 0, len(self.others))              # [at most P, G]
         pair, column = between(wrong_keys, a, below, above)
         exact = self.sq_distances(queries[pair], column)
         # Of the true matches within tolerance the one wanted is found by its place in their order.
@@ -427,7 +435,9 @@ class Ranker:
             true = distances.gather(1, columns.clamp_min(0)).masked_fill_(columns < 0, torch.inf)
             true = true.sort(1)[0] if self.every else true.amin(1, keepdim=True)
             limits = true.masked_fill(true == torch.inf, -torch.inf) * (1 + ROUNDING)
-            wrong.append(count_up_to(self.hide_own_class(distances, some), limits))
+            low, own_class = self.own_class(some)
+            distances[:, low:low + own_class.shape[1]].masked_fill_(own_class, torch.inf)
+            wrong.append(count_up_to(distances, limits))
         return torch.cat(wrong)
 
 
