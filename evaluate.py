@@ -718,7 +718,7 @@ def nearest_centroids(embeddings, sq_norms, centroids):
         for rows in blocks(len(embeddings), len(centroids)):
             assign(rows)
     else:  # blocks small enough for a cache, and for memory that is used again
-        step = max(1, 2 ** 18 // len(centroids))
+        step = max(128, 2 ** 18 // len(centroids))
         in_threads(assign, [slice(start, start + step)
                             for start in range(0, len(embeddings), step)])
     return assignments, (2 * sq_distances + sq_norms).clamp_min_(0)
