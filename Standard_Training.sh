@@ -4,7 +4,8 @@
 # reference's published result, in percent: NMI, F1, Recall @ k (k as in --k_vals), ResNet50, one
 # seed, best epoch on the test classes. No values were published for GoogLeNet and VehicleID, nor for
 # ProxyNCA on Online Products and In-Shop, whose more than ten thousand proxies the reference left
-# out. crossentropy is not among the reference runs; glyphs is this project's own quick check.
+# out. The reference has these four losses; python benchmarks/glyphs.py trains every loss there is.
+# glyphs is this project's own quick check.
 #
 # Schedules are the reference script's where its list is known; lines marked * take the schedule of
 # the margin run on the same dataset. "Triplet/Softhard" is the sampling now called softhard.

@@ -2,38 +2,52 @@
 
 Every loss is a torch.nn.Module with one contract: forward(embeddings, labels, indices_tuple=None)
 -> scalar. It works on any device and float type, does its arithmetic in float32 at least, and
-gives a zero that stays in the graph where a batch holds no valid tuple. indices_tuple replaces the
-loss's own sampler: a [T, 3] tensor, a list of tuples, or index tensors (a, p, n) or (a1, p, a2, n)
-as the miners of other libraries return them. unit_norm says whether the loss wants embeddings of
-length one, samplings which --sampling it takes (the default first), and the two samples_per_class
-bounds how many images of a class a batch should hold. A loss in which tuples can be satisfied sets
-self.active in forward, the share of tuples that were not, a 0-dimensional tensor for the log. To
-add a loss: write the class here, its flags in add_arguments, its line in LOSSES.
+gives a zero that stays in the graph, a regulariser of its own aside, where a batch holds no valid
+tuple. indices_tuple replaces the loss's own sampler: a [T, 3] tensor, a list of tuples, or a tuple
+of index vectors, (a, p, n) or (a1, p, a2, n), as the miners of other libraries return them.
+
+unit_norm says whether the loss wants embeddings of length one, samplings which --sampling it takes
+(the default first), and the two samples_per_class bounds how many images of a class a batch should
+hold. A loss in which tuples can be satisfied sets self.active in forward, the share of tuples that
+were not, a 0-dimensional tensor for the log. lr_factor: how much faster than the network its own
+weights learn by default. stops_gradients = True and rotation_invariant = False say what --check
+cannot expect of it. To add a loss: write the class here, its flags in add_arguments, its line in
+LOSSES; then python losses.py --check NAME looks for what is commonly wrong with a new loss.
 """
 
+import argparse
 import functools
 import inspect
 import math
 import sys
+import time
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
-from samplers import Sampler, pairwise_sq_distances
+import samplers
+from samplers import Sampler, draw_columns, pairwise_sq_distances
 
 # The first is the default.
-TRIPLET_SAMPLINGS = ("distance", "semihard", "softhard", "random", "multisimilarity")
+TRIPLET_SAMPLINGS = ("distance", "semihard", "softhard", "random", "hard", "multisimilarity",
+                     "all", "rho")
+PAIR_SAMPLINGS = ("none", *TRIPLET_SAMPLINGS)  # none: all pairs of the batch
 
 
 def add_arguments(parser):
     """Adds the group 'loss' to an argparse parser; its hyper-parameters are scalars."""
     group = parser.add_argument_group("loss", "what is minimised, and its hyper-parameters")
+
+    def number(name, default, text, kind=float, **options):
+        group.add_argument(f"--{name}", type=kind, default=default, help=text,
+                           metavar=name.split("_")[-1].upper(), **options)
+
     group.add_argument("--loss", choices=LOSSES, default="marginloss",
                        help="marginloss (Wu et al. 2017), triplet (Schroff et al. 2015), npair "
                             "(Sohn 2016), proxynca (Movshovitz-Attias et al. 2017), crossentropy: "
-                            "a linear classifier on the embedding, arcface (Deng et al. 2019). "
-                            "Default %(default)s, as in the "
-                            "reference runs")
+                            "a linear classifier on the embedding; the README says what the "
+                            "others are. Default %(default)s, as in the reference runs")
     group.add_argument("--margin", type=float, default=0.2, metavar="M",
                        help="triplet: margin between squared distances; marginloss: half-width "
                             "around beta in plain distance, both on the unit sphere (distances 0 "
@@ -58,9 +72,9 @@ def add_arguments(parser):
                        help="proxynca: sum the denominator over all proxies (a softmax) instead "
                             "of all but the image's own (paper and reference runs)")
     group.add_argument("--l2npair", type=float, default=0.02, metavar="L",
-                       help="npair: weight of the mean squared length of anchor and positive; too "
-                            "small and embeddings grow without bound; useful 0.001 to 0.1. "
-                            "Default %(default)s (reference runs)")
+                       help="npair, angular: weight of the mean squared length of anchor and "
+                            "positive; too small and embeddings grow without bound; useful 0.001 "
+                            "to 0.1. Default %(default)s (reference runs)")
     group.add_argument("--arcface_scale", type=float, default=64.0, metavar="S",
                        help="arcface: factor of the cosines, above 0; useful 16 to 128. Default "
                             "%(default)s (paper)")
@@ -68,51 +82,213 @@ def add_arguments(parser):
                        help="arcface: margin in radians, 0 to pi; useful 0.1 to 0.6. Default "
                             "%(default)s (paper)")
     group.add_argument("--loss_lr", type=float, default=None, metavar="LR",
-                       help="learning rate of a loss's own weights where no flag above names it "
-                            "(crossentropy and arcface). Default: --lr, as in the reference "
-                            "code; glyphs 1e-2")
+                       help="learning rate of a loss's own weights, classifier or proxies, where "
+                            "no flag above names it. Default --lr, as in the reference code; 100 "
+                            "times that for proxyanchor, proxynca++ and softtriple, as in their "
+                            "authors' code; glyphs 1e-2")
+    number("contrastive_margin", 1.0, "contrastive: distance that pairs of two classes keep; "
+           "unit-norm rows lie 0 to 2 apart; useful 0.3 to 1.4. Default %(default)s (Rev. "
+           "Training Strategies)")
+    group.add_argument("--contrastive_linear", action="store_true",
+                       help="contrastive: plain distances instead of squared ones, as in all "
+                            "known libraries; the paper squares")
+    number("lifted_margin", 1.0, "lifted: margin, a plain distance; useful 0.5 to 2. Default "
+           "%(default)s (paper)")
+    number("lifted_l2", 0.005, "lifted: weight of the mean squared length of the embeddings; "
+           "useful 0.001 to 0.1. Default %(default)s")
+    number("multisimilarity_alpha", 2.0, "multisimilarity: sharpness for positives, above 0; "
+           "useful 1 to 20. Default %(default)s (paper)")
+    number("multisimilarity_beta", 50.0, "multisimilarity: sharpness for negatives, above 0; "
+           "useful 10 to 80. Default %(default)s (paper)")
+    number("multisimilarity_lambda", 1.0, "multisimilarity: cosine from which a pair counts much; "
+           "useful 0.3 to 1. Default %(default)s (paper); the authors' code has 0.5")
+    number("proxyanchor_alpha", 32.0, "proxyanchor: sharpness, above 0; useful 16 to 64. Default "
+           "%(default)s (paper)")
+    number("proxyanchor_delta", 0.1, "proxyanchor: margin, a cosine; useful 0 to 0.4. Default "
+           "%(default)s (paper)")
+    number("proxyncapp_temperature", 1 / 9, "proxynca++: temperature of the squared distances, "
+           "above 0; useful 0.03 to 1. Default 1/9 (paper)")
+    number("cosface_scale", 64.0, "cosface: factor of the cosines, above 0; useful 16 to 128. "
+           "Default %(default)s (paper)")
+    number("cosface_margin", 0.35, "cosface: margin, a cosine, 0 or more; useful 0.1 to 0.5. "
+           "Default %(default)s (paper)")
+    number("sphereface_margin", 4, "sphereface: whole-numbered factor of the angle, 1 or more; "
+           "useful 2 to 4. Default %(default)s (paper)", int)
+    number("sphereface_lambda", 5.0, "sphereface: least weight of the plain cosine beside the "
+           "one with the margin, which starts at 1,500 and falls; 0 or more. Default %(default)s")
+    number("sphereface_scale", 64.0, "sphereface: factor of the cosines, above 0; useful 16 to "
+           "128. Default %(default)s")
+    number("normsoftmax_temperature", 0.05, "normsoftmax: temperature of the cosines, above 0; "
+           "useful 0.02 to 0.2. Default %(default)s (paper)")
+    number("softtriple_centers", 10, "softtriple: centres of each class, 1 or more; useful 2 to "
+           "10. Default %(default)s (paper)", int)
+    number("softtriple_lambda", 20.0, "softtriple: factor of the similarities, above 0; useful 5 "
+           "to 40. Default %(default)s (paper)")
+    number("softtriple_gamma", 0.1, "softtriple: temperature of the choice of a centre, above 0; "
+           "useful 0.05 to 0.5. Default %(default)s (paper)")
+    number("softtriple_delta", 0.01, "softtriple: margin, a cosine, 0 or more; useful 0 to 0.1. "
+           "Default %(default)s (paper)")
+    number("softtriple_tau", 0.2, "softtriple: weight of what merges a class's centres, 0 or "
+           "more. Default %(default)s (paper)")
+    number("circle_margin", 0.4, "circle: relaxation, a cosine, between -1 and 1; useful 0.2 to "
+           "0.5. Default %(default)s (paper, retrieval)")
+    number("circle_gamma", 80.0, "circle: sharpness, above 0; useful 32 to 256. Default "
+           "%(default)s (paper, retrieval)")
+    number("ntxent_temperature", 0.1, "ntxent: temperature of the cosines, above 0; useful 0.01 "
+           "to 0.5. Default %(default)s (paper, ImageNet)")
+    number("supcon_temperature", 0.1, "supcon: temperature of the cosines, above 0; useful 0.01 "
+           "to 0.5. Default %(default)s (paper)")
+    number("angular_alpha", 45.0, "angular: bound of the angle at the negative, in degrees, above "
+           "0 and below 90; useful 30 to 55. Default %(default)s (paper)")
+    number("angular_weight", 2.0, "angular: weight of the angular term, the n-pair term having 1; "
+           "0 or more. Default %(default)s (paper)")
+    number("histogram_bins", 100, "histogram: intervals between cosines -1 and 1, 1 or more; "
+           "fewer for fewer pairs; useful 10 to 200. Default %(default)s (paper: width 0.02)", int)
+    number("snr_margin", 0.2, "snr: margin between noise-to-signal ratios, 0 or more; useful 0.05 "
+           "to 1. Default %(default)s")
+    number("snr_lambda", 0.005, "snr: weight of the mean absolute sum of an embedding's elements, "
+           "0 or more. Default %(default)s")
+    number("fastap_bins", 10, "fastap: intervals between squared distances 0 and 4, 1 or more; "
+           "useful 10 to 25. Default %(default)s (paper)", int)
+    number("smoothap_temperature", 0.01, "smoothap: width of the sigmoid that compares cosines, "
+           "above 0; useful 0.001 to 0.1. Default %(default)s (paper)")
+    number("recallatk_k", [1, 2, 4, 8, 16], "recallatk: the k whose recall is averaged, 1 or "
+           "more. Default 1 2 4 8 16 (paper)", int, nargs="+")
+    number("recallatk_tau1", 1.0, "recallatk: width of the sigmoid that compares a rank with k, "
+           "above 0; useful 0.5 to 5. Default %(default)s (paper)")
+    number("recallatk_tau2", 0.01, "recallatk: width of the sigmoid that compares cosines, above "
+           "0; useful 0.005 to 0.1. Default %(default)s (paper)")
+    number("quadruplet_margin1", 0.2, "quadruplet: margin against the anchor's negative, a "
+           "squared distance, 0 or more; useful 0.05 to 1. Default %(default)s")
+    number("quadruplet_margin2", 0.2, "quadruplet: margin against a pair of two other classes, a "
+           "squared distance, 0 or more; the paper has it below the first one. Default "
+           "%(default)s")
 
 
 def full_precision(forward):
     """Runs a loss's forward in float32 or float64, not autocast: half types cannot hold a loss.
 
-    forward(self, embeddings [B, D], labels [B], indices_tuple) -> scalar, as a decorator.
+    forward(self, embeddings [B, D], labels [B], indices_tuple) -> scalar, as a decorator. It
+    raises ValueError for embeddings and labels that do not fit each other or the loss, and
+    FloatingPointError, with the row, for embeddings that are not finite; what needs a look at the
+    values is left out on a GPU, which would have to wait for it.
     """
     @functools.wraps(forward)
     def wrapped(self, embeddings, labels, indices_tuple=None):
+        check_batch(self, embeddings, labels)
+        labels = labels.long()
         embeddings = embeddings.float() if embeddings.dtype.itemsize < 4 else embeddings
         with torch.autocast(embeddings.device.type, enabled=False):
             return forward(self, embeddings, labels, indices_tuple)
     return wrapped
 
 
-def as_index_tuples(indices_tuple, device, width=None):
-    """Any accepted form of indices_tuple -> LongTensor [T, width] on the device.
+def check_batch(loss, embeddings, labels):
+    """The errors of full_precision: embeddings [B, D], labels [B]."""
+    name = type(loss).__name__
+    if embeddings.dim() != 2 or labels.shape != embeddings.shape[:1]:
+        raise ValueError(f"{name}: embeddings of shape {list(embeddings.shape)} with labels of "
+                         f"shape {list(labels.shape)}; it takes [B, D] and [B]")
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"{name}: labels of type {labels.dtype}; they must be whole numbers")
+    if embeddings.is_cuda:
+        return
+    finite = torch.isfinite(embeddings.detach().sum(1))
+    if not finite.all():
+        finite = torch.isfinite(embeddings).all(1)  # a sum may overflow
+    if not finite.all():
+        row = int(finite.int().argmin())
+        raise FloatingPointError(f"{name}: {int((~finite).sum())} of {len(finite)} embeddings are "
+                                 f"not finite, the first is row {row} of the batch, of class "
+                                 f"{int(labels[row])}; often the learning rate (--lr) is too high")
+    classes = getattr(loss, "num_classes", None)
+    if classes is not None and len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+        raise ValueError(f"{name} has weights for {classes} classes, 0 to {classes - 1}; the "
+                         f"labels are from {int(labels.min())} to {int(labels.max())}")
+
+
+def check_range(above=-math.inf, least=-math.inf, most=math.inf, below=math.inf, **flags):
+    """ValueError for a scalar, given under its flag's name, outside of what makes sense."""
+    allowed = " and ".join(f"{word} {bound:g}" for word, bound in (
+        ("above", above), ("at least", least), ("at most", most), ("below", below))
+        if math.isfinite(bound))
+    for name, value in flags.items():
+        if not (above < value < below and least <= value <= most):
+            raise ValueError(f"--{name} {value}: it must be {allowed or 'a finite number'}")
+
+
+def make_sampler(loss, sampling, **options):
+    """samplers.Sampler for a loss, None for "none"; ValueError for one that it cannot use.
+
+    options: scalars, the Sampler's own arguments.
+    """
+    if sampling not in loss.samplings:
+        raise ValueError(f"{type(loss).__name__} cannot use --sampling {sampling}; it takes "
+                         f"{', '.join(loss.samplings) or 'none'}")
+    return None if sampling == "none" else Sampler(sampling, **options)
+
+
+def index_vectors(indices_tuple, labels):
+    """Three index vectors (a, p, n), or four (a1, p, a2, n), as tensors; None for another form.
+
+    labels [B]: of the batch that they index. ValueError for vectors that do not fit together.
+    """
+    if not isinstance(indices_tuple, (tuple, list)) or not hasattr(
+            next(iter(indices_tuple), None), "shape"):
+        return None
+    vectors = [torch.as_tensor(vector, dtype=torch.long, device=labels.device)
+               for vector in indices_tuple]
+    lengths = [len(vector) if vector.dim() else 0 for vector in vectors]
+    if isinstance(indices_tuple, list) or not (
+            len(lengths) == 3 and len(set(lengths)) == 1
+            or len(lengths) == 4 and lengths[0] == lengths[1] and lengths[2] == lengths[3]):
+        raise ValueError(f"indices_tuple is a {type(indices_tuple).__name__} of {len(lengths)} "
+                         f"index vectors of lengths {lengths}; it takes a tuple of three (a, p, n)"
+                         " or of two pairs (a1, p, a2, n) of equal lengths, or [T, 3]")
+    for vector in vectors:
+        check_indices(vector, labels)
+    return vectors
+
+
+def check_indices(indices, labels):
+    """ValueError for indices [T, ...] outside of the batch, labels [B]; not looked at on a GPU."""
+    if not indices.is_cuda and indices.numel() and not (
+            -1 <= indices.min() and indices.max() < len(labels)):
+        raise ValueError(f"indices_tuple has indices from {int(indices.min())} to "
+                         f"{int(indices.max())}; the batch has {len(labels)} embeddings")
+
+
+def pair_mask(first, second, valid, labels):
+    """The pairs (first[t], second[t]) that are valid, [T] each, as a mask [B, B]."""
+    number = len(labels)
+    # One element more than pairs: it takes what is not valid.
+    pair = torch.where(valid, first * number + second, number * number)
+    mask = torch.zeros(number * number + 1, dtype=torch.bool, device=labels.device)
+    return mask.index_fill_(0, pair, True)[:-1].view(number, number)
+
+
+def as_index_tuples(indices_tuple, labels, width=None):
+    """Any accepted form of indices_tuple -> LongTensor [T, width] on the device of labels [B].
 
     A tensor [T, width] as it is; a list of tuples becomes rows; three index vectors (a, p, n)
     become columns; four (a1, p, a2, n), pairs as other libraries' miners give them, become all
-    triplets whose two pairs share their anchor. width: what is wanted, None for 3 or more. Raises
-    ValueError for anything else.
+    triplets whose two pairs share their anchor, as many as samplers.MOST_TRIPLETS. width: what is
+    wanted, None for 3 or more. Raises ValueError for anything else. A row with -1 among its first
+    three is none: it is -1 as a whole.
     """
-    if isinstance(indices_tuple, tuple) and hasattr(next(iter(indices_tuple), None), "shape"):
-        indices_tuple = tuple(torch.as_tensor(vector) for vector in indices_tuple)
-        lengths = [len(vector) for vector in indices_tuple]
-        if len(lengths) == 4 and lengths[0] == lengths[1] and lengths[2] == lengths[3]:
-            anchors, positives, other_anchors, negatives = indices_tuple
-            first, second = (anchors.unsqueeze(1) == other_anchors).nonzero(as_tuple=True)
-            indices_tuple = anchors[first], positives[first], negatives[second]
-        elif len(lengths) != 3 or len(set(lengths)) != 1:
-            raise ValueError(f"indices_tuple has {len(lengths)} index tensors of lengths "
-                             f"{lengths}; it takes three (a, p, n) or two pairs (a1, p, a2, n) of "
-                             "equal lengths")
-        indices_tuple = torch.stack(indices_tuple, dim=1)
-    tuples = torch.as_tensor(indices_tuple, dtype=torch.long, device=device)
+    vectors = index_vectors(indices_tuple, labels)
+    if vectors is not None and len(vectors) == 4:
+        pairs = [pair_mask(*pair, pair[0] >= 0, labels) for pair in (vectors[:2], vectors[2:])]
+        return Sampler.every_triplet(*pairs)
+    tuples = torch.as_tensor(indices_tuple, dtype=torch.long, device=labels.device) \
+        if vectors is None else torch.stack(vectors, dim=1)
     tuples = tuples.reshape(-1, 3) if tuples.numel() == 0 else tuples
     if tuples.dim() != 2 or tuples.shape[1] < 3 or width not in (None, tuples.shape[1]):
         raise ValueError("indices_tuple is neither [T, 3], nor a list of (anchor, positive, "
                          "negative), nor index tensors of these: its shape is "
                          f"{list(tuples.shape)}")
-    return tuples
+    check_indices(tuples, labels)
+    return tuples.masked_fill((tuples[:, :3] < 0).any(1, keepdim=True), -1)
 
 
 def triplets_for(sampler, embeddings, labels, indices_tuple):
@@ -124,7 +300,7 @@ def triplets_for(sampler, embeddings, labels, indices_tuple):
     if indices_tuple is None:
         triplets = sampler.give(embeddings, labels, padded=True)
     else:
-        triplets = as_index_tuples(indices_tuple, embeddings.device, width=3)
+        triplets = as_index_tuples(indices_tuple, labels, width=3)
     return triplets[:, 0] >= 0, *triplets.clamp_min(0).unbind(1)
 
 
@@ -145,25 +321,136 @@ def distance_from_square(sq_distances):
     return sq_distances.clamp_min(1e-16).sqrt()
 
 
+class NPairTuples:
+    """A batch's tuples (anchor, positive, negatives), given or drawn by the sampler npair.
+
+    embeddings [B, D], labels [B]. anchors, positives, valid: [T]; is_negative [T, N]. Where valid
+    is False there is no tuple, and indices are 0.
+    """
+
+    def __init__(self, sampler, embeddings, labels, indices_tuple):
+        if indices_tuple is None:  # an anchor's negatives are the positives of all others
+            positives = sampler.npair_positives(labels)                          # [B]
+            anchors, valid = torch.arange(len(labels), device=labels.device), positives >= 0
+            if not embeddings.is_cuda:  # a GPU would have to wait for the number of classes
+                anchors, positives, valid = anchors[valid], positives[valid], valid[valid]
+            self.negatives = positives = positives.clamp_min(0)
+            self.is_negative = valid & ~torch.eye(len(valid), dtype=torch.bool,
+                                                  device=labels.device)
+        else:
+            tuples = as_index_tuples(indices_tuple, labels)                      # [T, 2 + N]
+            valid, self.is_negative = tuples[:, 0] >= 0, tuples[:, 2:] >= 0
+            tuples = tuples.clamp_min(0)
+            anchors, positives, self.negatives = tuples[:, 0], tuples[:, 1], tuples[:, 2:]
+        self.anchors, self.positives, self.valid = anchors, positives, valid
+
+    def products(self, rows, embeddings):
+        """Inner products of a row [T, D] for each tuple and its negatives' embeddings: [T, N]."""
+        if self.negatives.dim() == 1:
+            return rows @ embeddings.index_select(0, self.negatives).t()
+        return (rows @ embeddings.t()).gather(1, self.negatives)
+
+    def npair_losses(self, embeddings, l2npair):
+        """Each tuple's term of the n-pair loss, its length penalty included: [B, D] -> [T]."""
+        a, p = (embeddings.index_select(0, part) for part in (self.anchors, self.positives))
+        logits = self.products(a, embeddings) - (a * p).sum(1, keepdim=True)     # [T, N]
+        return (log1p_sum_exp(logits, self.is_negative)
+                + l2npair * (a.square() + p.square()).sum(1))
+
+
+def pairs_for(sampler, embeddings, labels, indices_tuple):
+    """The positive and the negative pairs that count -> (positive [B, B], negative [B, B]) masks.
+
+    embeddings [B, D], labels [B]. Row i holds the pairs of anchor i. With indices_tuple or a
+    sampler of triplets: the pairs of their triplets; with the sampler multisimilarity: all that it
+    finds hard; without a sampler: all pairs of two images.
+    """
+    if indices_tuple is None and sampler is None:
+        same, positive = Sampler.pair_masks(labels)
+        return positive, ~same
+    if indices_tuple is None and sampler.method == "multisimilarity":
+        return sampler.hard_pairs(embeddings, labels)
+    vectors = index_vectors(indices_tuple, labels)
+    if vectors is not None and len(vectors) == 4:  # pairs, as they are
+        return tuple(pair_mask(*pair, pair[0] >= 0, labels)
+                     for pair in (vectors[:2], vectors[2:]))
+    valid, anchors, *others = triplets_for(sampler, embeddings, labels, indices_tuple)
+    return tuple(pair_mask(anchors, other, valid, labels) for other in others)
+
+
+def cosine_matrix(rows, columns=None):
+    """Cosine similarities of rows [R, D] and columns [C, D] (None: the rows) -> [R, C].
+
+    columns may be weights of another float type than the rows.
+    """
+    rows = F.normalize(rows, dim=1)
+    return rows @ (rows if columns is None else unit_weights(columns, rows)).t()
+
+
+def masked_logsumexp(values, mask):
+    """log of the sum of exp over each row of values [R, C] where mask is True -> [R].
+
+    -inf, without a gradient, for a row that is masked out.
+    """
+    return torch.logsumexp(values.masked_fill(~mask, -torch.inf), 1)
+
+
+def log1p_sum_exp(values, mask):
+    """log(1 + sum of exp) over each row of values [R, C] where mask is True -> [R]."""
+    return torch.logaddexp(masked_logsumexp(values, mask), values.new_zeros(()))
+
+
+def mean_where(values, mask):
+    """The mean of values where mask is True, both of one shape -> scalar; 0 if it is nowhere."""
+    return torch.where(mask, values, 0).sum() / mask.sum().clamp_min(1)
+
+
+def xavier_weights(num_classes, embed_dim):
+    """Class weights [C, D] as the authors of ArcFace start them."""
+    return torch.nn.Parameter(torch.nn.init.xavier_uniform_(torch.empty(num_classes, embed_dim)))
+
+
+def unit_weights(weights, embeddings):
+    """Weights [C, D] as unit vectors, in the float type of the embeddings [B, D]: [C, D]."""
+    return F.normalize(weights.to(embeddings.dtype), dim=1)
+
+
+def mean_cross_entropy(logits, labels):
+    """The mean over images of their cross-entropy, logits [B, C], labels [B]; 0 without images."""
+    return F.cross_entropy(logits, labels, reduction="sum") / max(1, len(labels))
+
+
+def anchors_only(embeddings, labels, indices_tuple):
+    """embeddings [B, D], labels [B] -> those of the tuples' anchors [T, D], [T]; all for None.
+
+    An anchor counts once for each tuple that it starts.
+    """
+    if indices_tuple is None:
+        return embeddings, labels
+    anchors = as_index_tuples(indices_tuple, labels)[:, 0]
+    anchors = anchors[anchors >= 0]  # -1 stands for no tuple
+    return embeddings[anchors], labels[anchors]
+
+
 class TripletLoss(torch.nn.Module):
     """Triplet loss: the mean over triplets of max(0, d(a, p)^2 - d(a, n)^2 + margin).
 
     Schroff et al., "FaceNet", CVPR 2015, eq. 2. margin: a squared distance. sampling: a method of
-    samplers.Sampler, distance_cutoff, mining_epsilon: see there. embeddings [B, D] unit-norm
-    rows, labels [B]. Departs from the paper: the mean over the sampled triplets, inactive ones
-    included, stands for the sum, as in the reference code.
+    samplers.Sampler; sampling_options, here and below: samplers.OPTIONS, see there. embeddings [B,
+    D] unit-norm rows, labels [B]. Departs from the paper: the mean over the sampled triplets,
+    inactive ones included, stands for the sum, as in the reference code.
     """
 
     unit_norm = True
     samplings = TRIPLET_SAMPLINGS
     min_samples_per_class, max_samples_per_class = 2, sys.maxsize
 
-    def __init__(self, margin=0.2, sampling="distance", distance_cutoff=None,
-                 mining_epsilon=0.1):
+    def __init__(self, margin=0.2, sampling="distance", **sampling_options):
         super().__init__()
+        check_range(least=0, margin=margin)
         self.margin = margin
-        self.sampler = Sampler(sampling, margin=margin, squared=True,
-                               distance_cutoff=distance_cutoff, mining_epsilon=mining_epsilon)
+        self.sampler = make_sampler(self, sampling, margin=margin, squared=True,
+                                    **sampling_options)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
@@ -194,15 +481,14 @@ class MarginLoss(torch.nn.Module):
     min_samples_per_class, max_samples_per_class = 2, sys.maxsize
 
     def __init__(self, num_classes, margin=0.2, beta=1.2, beta_constant=False, nu=0.0,
-                 sampling="distance", distance_cutoff=None,
-                 mining_epsilon=0.1):
+                 sampling="distance", **sampling_options):
         super().__init__()
-        if not nu >= 0:
-            raise ValueError(f"--nu {nu}: the weight of the boundaries is not negative")
+        check_range(least=0, margin=margin, nu=nu, beta=beta)
+        self.num_classes = num_classes
         self.margin = margin
         self.nu = nu
-        self.sampler = Sampler(sampling, margin=margin, squared=False,
-                               distance_cutoff=distance_cutoff, mining_epsilon=mining_epsilon)
+        self.sampler = make_sampler(self, sampling, margin=margin, squared=False,
+                                    **sampling_options)
         betas = torch.full((num_classes,), float(beta))
         if beta_constant:
             self.register_buffer("beta", betas)
@@ -238,30 +524,14 @@ class NPairLoss(torch.nn.Module):
 
     def __init__(self, l2npair=0.02):
         super().__init__()
-        if not l2npair >= 0:
-            raise ValueError(f"--l2npair {l2npair}: the weight of the length is not negative")
+        check_range(least=0, l2npair=l2npair)
         self.l2npair = l2npair
         self.sampler = Sampler("npair")
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
-        if indices_tuple is None:
-            tuples = self.sampler.give(embeddings, labels, padded=True)
-        else:
-            tuples = as_index_tuples(indices_tuple, embeddings.device)
-        valid = tuples[:, 0] >= 0                                                # [T]
-        anchors, positives = tuples[:, :2].clamp_min(0).unbind(1)
-        others = tuples[:, 1:]                                                   # [T, 1 + N]
-        similarities = embeddings.index_select(0, anchors) @ embeddings.t()      # [T, B]
-        logits = similarities.gather(1, others.clamp_min(0))                     # [T, 1 + N]
-        # -1 stands for no negative, except in the first column, which is the positive itself.
-        missing = others < 0
-        missing[:, 0] = False
-        logits = logits.masked_fill(missing, -torch.inf)
-        losses = torch.logsumexp(logits, 1) - logits[:, 0]                       # [T]
-        sq_norms = embeddings.square().sum(1)                                    # [B]
-        losses = losses + self.l2npair * (sq_norms[anchors] + sq_norms[positives])
-        return (losses * valid).sum() / valid.sum().clamp_min(1)
+        tuples = NPairTuples(self.sampler, embeddings, labels, indices_tuple)
+        return mean_where(tuples.npair_losses(embeddings, self.l2npair), tuples.valid)
 
 
 class ProxyNCALoss(torch.nn.Module):
@@ -287,6 +557,7 @@ class ProxyNCALoss(torch.nn.Module):
             raise ValueError(f"ProxyNCA with {num_classes} class: the sum over the other proxies "
                              "is empty; it needs two classes or "
                              "--proxynca_positive_in_denominator")
+        self.num_classes = num_classes
         self.positive_in_denominator = proxynca_positive_in_denominator
         self.proxies = torch.nn.Parameter(torch.randn(num_classes, embed_dim) / 8)
 
@@ -295,7 +566,7 @@ class ProxyNCALoss(torch.nn.Module):
         embeddings, labels = anchors_only(embeddings, labels, indices_tuple)
         # -d = 2 * 9 * cosine - 18; the constant cancels between numerator and denominator.
         scaled = F.normalize(embeddings, dim=1) * (2 * self.scale ** 2)
-        logits = scaled @ F.normalize(self.proxies.to(embeddings.dtype), dim=1).t()   # [B, C]
+        logits = scaled @ unit_weights(self.proxies, scaled).t()                 # [B, C]
         own = logits.gather(1, labels.unsqueeze(1))                              # [B, 1]
         if not self.positive_in_denominator:
             logits = logits.scatter(1, labels.unsqueeze(1), -torch.inf)
@@ -315,14 +586,14 @@ class CrossEntropyLoss(torch.nn.Module):
 
     def __init__(self, num_classes, embed_dim):
         super().__init__()
+        self.num_classes = num_classes
         self.classifier = torch.nn.Linear(embed_dim, num_classes)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
         embeddings, labels = anchors_only(embeddings, labels, indices_tuple)
         weight, bias = (p.to(embeddings.dtype) for p in self.classifier.parameters())
-        logits = F.linear(embeddings, weight, bias)                              # [B, C]
-        return F.cross_entropy(logits, labels, reduction="sum") / max(1, len(labels))
+        return mean_cross_entropy(F.linear(embeddings, weight, bias), labels)
 
 
 class ArcFaceLoss(torch.nn.Module):
@@ -341,25 +612,22 @@ class ArcFaceLoss(torch.nn.Module):
     min_samples_per_class, max_samples_per_class = 1, sys.maxsize
 
     def __init__(self, num_classes, embed_dim, arcface_scale=64.0, arcface_margin=0.5,
-                 sampling="none", distance_cutoff=None, mining_epsilon=0.1):
+                 sampling="none", **sampling_options):
         super().__init__()
-        if not arcface_scale > 0 or not 0 <= arcface_margin <= math.pi:
-            raise ValueError(f"ArcFace: --arcface_scale {arcface_scale} must be above 0 and "
-                             f"--arcface_margin {arcface_margin} between 0 and pi (radians)")
+        check_range(above=0, arcface_scale=arcface_scale)
+        check_range(least=0, most=math.pi, arcface_margin=arcface_margin)
+        self.num_classes = num_classes
         self.scale = arcface_scale
         self.margin = arcface_margin
-        self.sampler = None if sampling == "none" else Sampler(
-            sampling, distance_cutoff=distance_cutoff, mining_epsilon=mining_epsilon)
-        self.weight = torch.nn.Parameter(torch.nn.init.xavier_uniform_(
-            torch.empty(num_classes, embed_dim)))
+        self.sampler = make_sampler(self, sampling, **sampling_options)
+        self.weight = xavier_weights(num_classes, embed_dim)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
         if indices_tuple is None and self.sampler is not None:
             indices_tuple = self.sampler.give(embeddings, labels)
         embeddings, labels = anchors_only(embeddings, labels, indices_tuple)
-        weight = F.normalize(self.weight.to(embeddings.dtype), dim=1)
-        cosines = F.normalize(embeddings, dim=1) @ weight.t()                    # [B, C]
+        cosines = cosine_matrix(embeddings, self.weight)                         # [B, C]
         own = cosines.gather(1, labels.unsqueeze(1))                             # [B, 1]
         # The gradient of the sine is infinite where the cosine is 1 or -1.
         sine = (1 - own.square()).clamp_min(1e-12).sqrt()
@@ -367,19 +635,735 @@ class ArcFaceLoss(torch.nn.Module):
         beyond = own - self.margin * math.sin(self.margin)
         enlarged = torch.where(own > math.cos(math.pi - self.margin), enlarged, beyond)
         logits = self.scale * cosines.scatter(1, labels.unsqueeze(1), enlarged)
-        return F.cross_entropy(logits, labels, reduction="sum") / max(1, len(labels))
+        return mean_cross_entropy(logits, labels)
 
 
-def anchors_only(embeddings, labels, indices_tuple):
-    """embeddings [B, D], labels [B] -> those of the tuples' anchors [T, D], [T]; all for None.
+class ContrastiveLoss(torch.nn.Module):
+    """Contrastive loss: pairs of one class by d^2, others by max(0, margin - d)^2.
 
-    An anchor counts once for each tuple that it starts.
+    Hadsell, Chopra, LeCun, "Dimensionality Reduction by Learning an Invariant Mapping", CVPR 2006,
+    eq. 4; d is the Euclidean distance. contrastive_margin: a plain distance. contrastive_linear: d
+    and max(0, margin - d) instead of their squares. sampling none takes all pairs of the batch.
+    embeddings [B, D] unit-norm rows, labels [B]. Departs from the paper: the mean over positive
+    pairs plus the mean over the negative pairs nearer than the margin, without the factors 1/2,
+    stands for the sum.
     """
-    if indices_tuple is None:
-        return embeddings, labels
-    anchors = as_index_tuples(indices_tuple, embeddings.device)[:, 0]
-    anchors = anchors[anchors >= 0]  # -1 stands for no tuple
-    return embeddings[anchors], labels[anchors]
+
+    unit_norm = True
+    samplings = PAIR_SAMPLINGS
+    min_samples_per_class, max_samples_per_class = 2, sys.maxsize
+
+    def __init__(self, contrastive_margin=1.0, contrastive_linear=False, sampling="none",
+                 **sampling_options):
+        super().__init__()
+        check_range(above=0, contrastive_margin=contrastive_margin)
+        self.margin = contrastive_margin
+        self.power = 1 if contrastive_linear else 2
+        self.sampler = make_sampler(self, sampling, **sampling_options)
+
+    @full_precision
+    def forward(self, embeddings, labels, indices_tuple=None):
+        positive, negative = pairs_for(self.sampler, embeddings, labels, indices_tuple)
+        distances = distance_from_square(pairwise_sq_distances(embeddings))      # [B, B]
+        missing = F.relu(self.margin - distances)
+        near = negative & (missing > 0)
+        pairs = (positive.sum() + negative.sum()).clamp_min(1)
+        # Nearer than rounding allows to tell, a positive pair is where it should be.
+        self.active = ((positive & (distances > 1e-3)).sum() + near.sum()) / pairs
+        return (mean_where(distances ** self.power, positive)
+                + mean_where(missing ** self.power, near))
+
+
+class LiftedLoss(torch.nn.Module):
+    """Generalised lifted structure: max(0, log sum_p exp(d_ap) + log sum_n exp(margin - d_an)).
+
+    Hermans, Beyer, Leibe, "In Defense of the Triplet Loss for Person Re-Identification", 2017, eq.
+    8, after Oh Song et al., CVPR 2016: the mean over the anchors that have a positive and a
+    negative, d the plain Euclidean distance. lifted_margin: a plain distance. embeddings [B, D]
+    not normalised, labels [B]. sampling none takes all pairs of the batch. Departs from the paper:
+    lifted_l2 times the mean squared length of the embeddings keeps them from growing.
+    """
+
+    unit_norm = False
+    # Those by distance are for unit-norm rows.
+    samplings = tuple(name for name in PAIR_SAMPLINGS if name not in ("distance", "rho"))
+    min_samples_per_class, max_samples_per_class = 2, sys.maxsize
+
+    def __init__(self, lifted_margin=1.0, lifted_l2=0.005, sampling="none", **sampling_options):
+        super().__init__()
+        check_range(least=0, lifted_margin=lifted_margin, lifted_l2=lifted_l2)
+        self.margin = lifted_margin
+        self.l2 = lifted_l2
+        self.sampler = make_sampler(self, sampling, **sampling_options)
+
+    @full_precision
+    def forward(self, embeddings, labels, indices_tuple=None):
+        positive, negative = pairs_for(self.sampler, embeddings, labels, indices_tuple)
+        rows = embeddings - embeddings.mean(0)  # near the origin the products keep most digits
+        distances = distance_from_square(pairwise_sq_distances(rows))            # [B, B]
+        anchors = positive.any(1) & negative.any(1)                              # [B]
+        losses = F.relu(masked_logsumexp(distances, positive)
+                        + masked_logsumexp(self.margin - distances, negative))   # [B]
+        self.active = (anchors & (losses > 0)).sum() / anchors.sum().clamp_min(1)
+        return mean_where(losses, anchors) + self.l2 * embeddings.square().sum(1).mean()
+
+
+class MultiSimilarityLoss(torch.nn.Module):
+    """Multi-similarity: log(1 + sum_p e^(-a (s_p - l))) / a + log(1 + sum_n e^(b (s_n - l))) / b.
+
+    Wang et al., "Multi-Similarity Loss with General Pair Weighting for Deep Metric Learning", CVPR
+    2019, eq. 15: the mean over all images of the batch, s cosine similarities, sums over the pairs
+    that the sampling multisimilarity (eq. 7 and 8) leaves. multisimilarity_alpha: a,
+    multisimilarity_beta: b, multisimilarity_lambda: l, a cosine. sampling none takes all pairs.
+    embeddings [B, D] (normalised here), labels [B].
+    """
+
+    unit_norm = True
+    samplings = ("multisimilarity", *(name for name in PAIR_SAMPLINGS
+                                      if name != "multisimilarity"))
+    min_samples_per_class, max_samples_per_class = 2, sys.maxsize
+
+    def __init__(self, multisimilarity_alpha=2.0, multisimilarity_beta=50.0,
+                 multisimilarity_lambda=1.0, sampling="multisimilarity", **sampling_options):
+        super().__init__()
+        check_range(above=0, multisimilarity_alpha=multisimilarity_alpha,
+                    multisimilarity_beta=multisimilarity_beta)
+        check_range(least=-1, most=1, multisimilarity_lambda=multisimilarity_lambda)
+        self.alpha = multisimilarity_alpha
+        self.beta = multisimilarity_beta
+        self.threshold = multisimilarity_lambda
+        self.sampler = make_sampler(self, sampling, **sampling_options)
+
+    @full_precision
+    def forward(self, embeddings, labels, indices_tuple=None):
+        positive, negative = pairs_for(self.sampler, embeddings, labels, indices_tuple)
+        beyond = cosine_matrix(embeddings) - self.threshold                      # [B, B]
+        losses = (log1p_sum_exp(-self.alpha * beyond, positive) / self.alpha
+                  + log1p_sum_exp(self.beta * beyond, negative) / self.beta)     # [B]
+        return losses.sum() / max(1, len(losses))
+
+
+class CircleLoss(torch.nn.Module):
+    """Circle loss: log(1 + sum_n exp(g w_n (s_n - m)) sum_p exp(-g w_p (s_p - 1 + m))).
+
+    Sun et al., "Circle Loss: A Unified Perspective of Pair Similarity Optimization", CVPR 2020,
+    eq. 6 with the paper's one parameter m: weights w_n = max(0, s_n + m) and w_p = max(0, 1 + m -
+    s_p), which pass no gradient, s cosine similarities. For each anchor with a positive and a
+    negative; their mean. circle_margin: m, circle_gamma: g. embeddings [B, D] (normalised here),
+    labels [B]. sampling none takes all pairs of the batch.
+    """
+
+    unit_norm = True
+    samplings = PAIR_SAMPLINGS
+    min_samples_per_class, max_samples_per_class = 2, sys.maxsize
+    stops_gradients = True  # so the numbers' slope is not the gradient
+
+    def __init__(self, circle_margin=0.4, circle_gamma=80.0, sampling="none", **sampling_options):
+        super().__init__()
+        check_range(above=-1, below=1, circle_margin=circle_margin)
+        check_range(above=0, circle_gamma=circle_gamma)
+        self.margin = circle_margin
+        self.gamma = circle_gamma
+        self.sampler = make_sampler(self, sampling, **sampling_options)
+
+    @full_precision
+    def forward(self, embeddings, labels, indices_tuple=None):
+        positive, negative = pairs_for(self.sampler, embeddings, labels, indices_tuple)
+        cosines = cosine_matrix(embeddings)                                      # [B, B]
+        constant = cosines.detach()
+        negative_logits = F.relu(constant + self.margin) * (cosines - self.margin)
+        positive_logits = F.relu(1 + self.margin - constant) * (1 - self.margin - cosines)
+        losses = (masked_logsumexp(self.gamma * negative_logits, negative)
+                  + masked_logsumexp(self.gamma * positive_logits, positive))    # [B]
+        anchors = positive.any(1) & negative.any(1)
+        return mean_where(torch.logaddexp(losses, losses.new_zeros(())), anchors)
+
+
+class NTXentLoss(torch.nn.Module):
+    """NT-Xent: for each positive pair, -log of e^(s_ap/T) over itself and sum_n e^(s_an/T).
+
+    Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", ICML
+    2020, eq. 1: the mean over the positive pairs of the batch, s cosine similarities, n the images
+    of other classes. ntxent_temperature: T. embeddings [B, D] (normalised here), labels [B].
+    sampling none takes all pairs. Departs from the paper, where each image has one positive: with
+    more, an anchor's other positives are not in the denominator.
+    """
+
+    unit_norm = True
+    samplings = PAIR_SAMPLINGS
+    min_samples_per_class, max_samples_per_class = 2, sys.maxsize
+
+    def __init__(self, ntxent_temperature=0.1, sampling="none", **sampling_options):
+        super().__init__()
+        check_range(above=0, ntxent_temperature=ntxent_temperature)
+        self.temperature = ntxent_temperature
+        self.sampler = make_sampler(self, sampling, **sampling_options)
+
+    @full_precision
+    def forward(self, embeddings, labels, indices_tuple=None):
+        positive, negative = pairs_for(self.sampler, embeddings, labels, indices_tuple)
+        logits = cosine_matrix(embeddings) / self.temperature                    # [B, B]
+        negatives = masked_logsumexp(logits, negative).unsqueeze(1)              # [B, 1]
+        losses = torch.logaddexp(logits, negatives) - logits                     # [B, B]
+        return mean_where(losses, positive & negative.any(1, keepdim=True))
+
+
+class SupConLoss(torch.nn.Module):
+    """Supervised contrastive: the mean over positives of -log(e^(s_ap/T) / sum_i e^(s_ai/T)).
+
+    Khosla et al., "Supervised Contrastive Learning", NeurIPS 2020, eq. 2 (L_out, the mean outside
+    of the logarithm): i runs over all other images of the batch, positives included; then the mean
+    over the anchors that have a positive. s: cosine similarities. supcon_temperature: T.
+    embeddings [B, D] (normalised here), labels [B]. sampling none takes all pairs.
+    """
+
+    unit_norm = True
+    samplings = PAIR_SAMPLINGS
+    min_samples_per_class, max_samples_per_class = 2, sys.maxsize
+
+    def __init__(self, supcon_temperature=0.1, sampling="none", **sampling_options):
+        super().__init__()
+        check_range(above=0, supcon_temperature=supcon_temperature)
+        self.temperature = supcon_temperature
+        self.sampler = make_sampler(self, sampling, **sampling_options)
+
+    @full_precision
+    def forward(self, embeddings, labels, indices_tuple=None):
+        positive, negative = pairs_for(self.sampler, embeddings, labels, indices_tuple)
+        logits = cosine_matrix(embeddings) / self.temperature                    # [B, B]
+        everything = masked_logsumexp(logits, positive | negative)               # [B]
+        count = positive.sum(1)
+        mean = torch.where(positive, logits, 0).sum(1) / count.clamp_min(1)      # [B]
+        return mean_where(everything - mean, count > 0)
+
+
+class AngularLoss(torch.nn.Module):
+    """N-pair loss plus an angular one: log(1 + sum_n exp(4 t (a + p).n - 2 (1 + t) a.p)).
+
+    Wang et al., "Deep Metric Learning with Angular Loss", ICCV 2017, eq. 8 and 9: t = tan^2 of
+    angular_alpha, which is in degrees and bounds the angle at the negative; the mean over anchors.
+    The n-pair loss on the embeddings as they are has weight 1, the angular one, on unit vectors,
+    angular_weight. The negatives of an anchor are the positives of the batch's other classes.
+    l2npair: as in NPairLoss. embeddings [B, D] not normalised, labels [B]. Departs from the paper:
+    the anchors of other classes are no negatives, as in the n-pair loss.
+    """
+
+    unit_norm = False
+    samplings = ("npair",)
+    min_samples_per_class, max_samples_per_class = 2, sys.maxsize
+
+    def __init__(self, angular_alpha=45.0, angular_weight=2.0, l2npair=0.02):
+        super().__init__()
+        check_range(above=0, below=90, angular_alpha=angular_alpha)
+        check_range(least=0, angular_weight=angular_weight, l2npair=l2npair)
+        self.sq_tangent = math.tan(math.radians(angular_alpha)) ** 2
+        self.weight = angular_weight
+        self.l2npair = l2npair
+        self.sampler = Sampler("npair")
+
+    @full_precision
+    def forward(self, embeddings, labels, indices_tuple=None):
+        tuples = NPairTuples(self.sampler, embeddings, labels, indices_tuple)
+        rows = F.normalize(embeddings, dim=1)
+        a, p = (rows.index_select(0, part) for part in (tuples.anchors, tuples.positives))
+        logits = (4 * self.sq_tangent * tuples.products(a + p, rows)
+                  - 2 * (1 + self.sq_tangent) * (a * p).sum(1, keepdim=True))    # [T, N]
+        losses = self.weight * log1p_sum_exp(logits, tuples.is_negative)         # [T]
+        return mean_where(losses + tuples.npair_losses(embeddings, self.l2npair), tuples.valid)
+
+
+class HistogramLoss(torch.nn.Module):
+    """Histogram loss: the chance that a random negative pair is more similar than a positive one.
+
+    Ustinova and Lempitsky, "Learning Deep Embeddings with Histogram Loss", NIPS 2016, eq. 2 to 4:
+    the cosines of the batch's positive and negative pairs are put, linearly, on the nodes of two
+    histograms h+ and h- over [-1, 1]; the loss is the sum over nodes r of h-(r) times the sum of
+    h+ up to r. histogram_bins: intervals, one fewer than nodes. embeddings [B, D] (normalised
+    here), labels [B]. indices_tuple picks the pairs. 0 without a positive or a negative pair.
+    """
+
+    unit_norm = True
+    samplings = ()
+    min_samples_per_class, max_samples_per_class = 2, sys.maxsize
+
+    def __init__(self, histogram_bins=100):
+        super().__init__()
+        check_range(least=1, histogram_bins=histogram_bins)
+        self.bins = histogram_bins
+
+    @full_precision
+    def forward(self, embeddings, labels, indices_tuple=None):
+        # Each pair stands twice in the masks, which changes no share.
+        pairs = pairs_for(None, embeddings, labels, indices_tuple)
+        places = (cosine_matrix(embeddings).clamp(-1, 1) + 1) * (self.bins / 2)  # [B, B]
+        positive, negative = (soft_histogram(places.view(1, -1), mask.reshape(1, -1), self.bins)
+                              / mask.sum().clamp_min(1) for mask in pairs)       # [1, bins + 1]
+        return (negative * positive.cumsum(1)).sum()
+
+
+def soft_histogram(places, mask, bins):
+    """places [R, N] from 0 to bins, where mask is True, shared by their two nodes: [R, bins + 1].
+
+    A place x gives 1 - |x - r| to the nodes r next to it.
+    """
+    node = places.detach().floor().clamp(0, bins - 1)
+    mask = mask.to(places.dtype)
+    share = (places - node) * mask
+    nodes = places.new_zeros(len(places), bins + 1)
+    nodes = nodes.scatter_add(1, node.long(), mask - share)
+    return nodes.scatter_add(1, node.long() + 1, share)
+
+
+class FastAPLoss(torch.nn.Module):
+    """FastAP: 1 minus average precision, from histograms of the squared distances to a query.
+
+    Cakir et al., "Deep Metric Learning to Rank", CVPR 2019, eq. 8 and 11: the mean over the images
+    with a positive of 1 - (1 / N+) sum_l h+_l H+_l / H_l. h+_l and h_l: histograms over [0, 4] of
+    the positives and of all others, each shared linearly by the two nearest of fastap_bins + 1
+    nodes; H+, H: their cumulative sums. The query itself is in none. embeddings [B, D] (normalised
+    here), labels [B]. indices_tuple picks the pairs.
+    """
+
+    unit_norm = True
+    samplings = ()
+    min_samples_per_class, max_samples_per_class = 2, sys.maxsize
+
+    def __init__(self, fastap_bins=10):
+        super().__init__()
+        check_range(least=1, fastap_bins=fastap_bins)
+        self.bins = fastap_bins
+
+    @full_precision
+    def forward(self, embeddings, labels, indices_tuple=None):
+        positive, negative = pairs_for(None, embeddings, labels, indices_tuple)
+        # On the unit sphere the squared distance is 2 - 2 s, from 0 to 4.
+        places = (1 - cosine_matrix(embeddings).clamp(-1, 1)) * (self.bins / 2)  # [B, B]
+        true = soft_histogram(places, positive, self.bins)                       # [B, bins + 1]
+        wrong = soft_histogram(places, negative, self.bins)
+        above = true.cumsum(1)
+        precision = above / (above + wrong.cumsum(1)).clamp_min(1e-12)
+        count = positive.sum(1)
+        return mean_where(1 - (true * precision).sum(1) / count.clamp_min(1), count > 0)
+
+
+class SmoothAPLoss(torch.nn.Module):
+    """Smooth-AP: 1 minus average precision, with sigmoids for the comparisons that make a rank.
+
+    Brown et al., "Smooth-AP: Smoothing the Path Towards Large-Scale Image Retrieval", ECCV 2020,
+    eq. 7: the mean over the queries with a positive of 1 - (1 / P) sum_i (1 + sum of g(s_j - s_i)
+    over the other positives j) / (1 + the same over all other images j). g(x) is the sigmoid of x
+    / smoothap_temperature, s cosine similarities to the query, which is itself in no sum. Classes
+    may differ in size. embeddings [B, D] (normalised here), labels [B]. indices_tuple picks the
+    pairs. How many positives there are is looked up, so a GPU waits.
+    """
+
+    unit_norm = True
+    samplings = ()
+    min_samples_per_class, max_samples_per_class = 2, sys.maxsize
+
+    def __init__(self, smoothap_temperature=0.01):
+        super().__init__()
+        check_range(above=0, smoothap_temperature=smoothap_temperature)
+        self.temperature = smoothap_temperature
+
+    @full_precision
+    def forward(self, embeddings, labels, indices_tuple=None):
+        positive, negative = pairs_for(None, embeddings, labels, indices_tuple)
+        valid, among_positives, among_all = smooth_ranks(cosine_matrix(embeddings), positive,
+                                                         negative, self.temperature)  # [B, W]
+        count = valid.sum(1)
+        precision = (among_positives / among_all * valid).sum(1) / count.clamp_min(1)
+        return mean_where(1 - precision, count > 0)
+
+
+def smooth_ranks(similarities, positive, negative, temperature):
+    """The ranks of each query's positives, by sigmoids -> (valid, among positives, among all).
+
+    similarities, positive, negative: [B, B]; results [B, W], W the most positives of a query, in
+    no order. A rank is 1 plus the sum over the other images of sigmoid((s_j - s_i) / temperature).
+    """
+    width = int(positive.sum(1).max()) if len(positive) else 0
+    valid, columns = positive.float().topk(width, 1)                             # [B, W]
+
+    def ranks_of(similarities, column):
+        own = similarities.gather(1, column)                                     # [B, 1]
+        nearer = torch.sigmoid((similarities - own) / temperature)               # [B, B]
+        nearer = nearer.scatter(1, column, 0)
+        true = (nearer * positive).sum(1)
+        return torch.stack([1 + true, 1 + true + (nearer * negative).sum(1)], 1)  # [B, 2]
+
+    if not width:
+        nothing = similarities[:, :0]
+        return nothing > 0, nothing, nothing
+    # Each column's [B, B] is made again in the backward pass instead of being kept.
+    ranks = torch.stack([torch.utils.checkpoint.checkpoint(
+        ranks_of, similarities, column, use_reentrant=False, preserve_rng_state=False)
+        for column in columns.split(1, 1)], 2)                                   # [B, 2, W]
+    return valid > 0, *ranks.unbind(1)
+
+
+class RecallAtKLoss(torch.nn.Module):
+    """Recall@k surrogate: 1 minus a smooth recall at k, the mean over several k.
+
+    Patel, Tolias, Matas, "Recall@k Surrogate Loss with Large Batches and Similarity Mixup", CVPR
+    2022, eq. 5 to 8: for each query the positives' ranks r come from sigmoids of width
+    recallatk_tau2, as in SmoothAPLoss; the recall at k is min(k, sum of sigmoid((k - r) /
+    recallatk_tau1)) / min(k, P). The query itself is in no sum. recallatk_k: the ks. embeddings
+    [B, D] (normalised here), labels [B]. indices_tuple picks the pairs. How many positives there
+    are is looked up, so a GPU waits.
+    """
+
+    unit_norm = True
+    samplings = ()
+    min_samples_per_class, max_samples_per_class = 2, sys.maxsize
+
+    def __init__(self, recallatk_k=(1, 2, 4, 8, 16), recallatk_tau1=1.0, recallatk_tau2=0.01):
+        super().__init__()
+        if not recallatk_k or min(recallatk_k) < 1:
+            raise ValueError(f"--recallatk_k {list(recallatk_k)}: each k must be at least 1")
+        check_range(above=0, recallatk_tau1=recallatk_tau1, recallatk_tau2=recallatk_tau2)
+        self.k_vals = tuple(recallatk_k)
+        self.tau1, self.tau2 = recallatk_tau1, recallatk_tau2
+
+    @full_precision
+    def forward(self, embeddings, labels, indices_tuple=None):
+        positive, negative = pairs_for(None, embeddings, labels, indices_tuple)
+        valid, _, ranks = smooth_ranks(cosine_matrix(embeddings), positive, negative, self.tau2)
+        count = valid.sum(1)                                                     # [B]
+        recall = 0
+        for k in self.k_vals:
+            found = (torch.sigmoid((k - ranks) / self.tau1) * valid).sum(1).clamp_max(k)
+            recall = recall + found / count.clamp(1, k) / len(self.k_vals)
+        return mean_where(1 - recall, count > 0)
+
+
+class SNRLoss(torch.nn.Module):
+    """Triplet loss on noise-to-signal ratios d(a, x) = var(a - x) / var(a) of the embeddings.
+
+    Yuan et al., "Signal-to-Noise Ratio: A Robust Distance Metric for Deep Metric Learning", CVPR
+    2019, section 3.3: max(0, d_ap - d_an + snr_margin), plus snr_lambda times the mean absolute
+    sum of an embedding's elements, which keeps their mean near zero. Variances are over the D
+    elements. embeddings [B, D] unit-norm rows, labels [B]. Departs from the paper: the mean over
+    the triplets above zero stands for the sum, as in the code of Roth et al. 2020; 0 without one.
+    """
+
+    unit_norm = True
+    samplings = TRIPLET_SAMPLINGS
+    min_samples_per_class, max_samples_per_class = 2, sys.maxsize
+    rotation_invariant = False  # a variance depends on the axes
+
+    def __init__(self, snr_margin=0.2, snr_lambda=0.005, sampling="distance", **sampling_options):
+        super().__init__()
+        check_range(least=0, snr_margin=snr_margin, snr_lambda=snr_lambda)
+        self.margin = snr_margin
+        self.weight = snr_lambda
+        self.sampler = make_sampler(self, sampling, **sampling_options)
+
+    @full_precision
+    def forward(self, embeddings, labels, indices_tuple=None):
+        valid, anchors, positives, negatives = triplets_for(self.sampler, embeddings, labels,
+                                                            indices_tuple)       # [T] each
+        # The variance of a difference is the squared distance of the centred rows, over D.
+        rows = embeddings - embeddings.mean(1, keepdim=True)
+        signal = rows.square().sum(1).clamp_min(1e-12)[anchors]                  # [T]
+        d_ap = pair_sq_distances(rows, anchors, positives) / signal
+        d_an = pair_sq_distances(rows, anchors, negatives) / signal
+        losses = F.relu(d_ap - d_an + self.margin) * valid
+        above_zero = (losses > 0).sum()
+        self.active = above_zero / valid.sum().clamp_min(1)
+        return (losses.sum() / above_zero.clamp_min(1)
+                + self.weight * embeddings.sum(1).abs().mean())
+
+
+class QuadrupletLoss(torch.nn.Module):
+    """Quadruplet loss: a triplet term and one against a pair of two other classes.
+
+    Chen et al., "Beyond Triplet Loss: a Deep Quadruplet Network for Person Re-identification",
+    CVPR 2017, eq. 7: max(0, d_ap - d_an + quadruplet_margin1) + max(0, d_ap - d_nl +
+    quadruplet_margin2), d squared Euclidean distances, l a random image of a third class.
+    embeddings [B, D] unit-norm rows, labels [B]. indices_tuple may be (a, p, n, l), [T, 4], too.
+    Departs from the paper: the margins are constants, the mean over the sampled tuples stands for
+    the sum; a triplet without a third class counts by its first term alone.
+    """
+
+    unit_norm = True
+    samplings = TRIPLET_SAMPLINGS
+    min_samples_per_class, max_samples_per_class = 2, sys.maxsize
+
+    def __init__(self, quadruplet_margin1=0.2, quadruplet_margin2=0.2, sampling="distance",
+                 **sampling_options):
+        super().__init__()
+        check_range(least=0, quadruplet_margin1=quadruplet_margin1,
+                    quadruplet_margin2=quadruplet_margin2)
+        self.margin1, self.margin2 = quadruplet_margin1, quadruplet_margin2
+        self.sampler = make_sampler(self, sampling, **{
+            **sampling_options, "margin": quadruplet_margin1, "squared": True})
+
+    @full_precision
+    def forward(self, embeddings, labels, indices_tuple=None):
+        if indices_tuple is None:
+            tuples = self.sampler.give(embeddings, labels, padded=True)          # [T, 3]
+        else:
+            tuples = as_index_tuples(indices_tuple, labels)                      # [T, 3 or 4]
+        if tuples.shape[1] == 3:
+            tuples = self.complete(tuples, labels)
+        elif tuples.shape[1] != 4:
+            raise ValueError("QuadrupletLoss: indices_tuple must be [T, 3] or [T, 4]; it is "
+                             f"{list(tuples.shape)}")
+        valid, third = tuples[:, 0] >= 0, tuples[:, 3] >= 0                      # [T]
+        anchors, positives, negatives, others = tuples.clamp_min(0).unbind(1)
+        sq_ap = pair_sq_distances(embeddings, anchors, positives)                # [T]
+        first = F.relu(sq_ap - pair_sq_distances(embeddings, anchors, negatives) + self.margin1)
+        second = F.relu(sq_ap - pair_sq_distances(embeddings, negatives, others) + self.margin2)
+        losses = (first + second * third) * valid
+        number = valid.sum().clamp_min(1)
+        self.active = (losses > 0).sum() / number
+        return losses.sum() / number
+
+    @staticmethod
+    def complete(triplets, labels):
+        """triplets [T, 3], labels [B] -> [T, 4]: and a random image of a third class, or -1."""
+        anchors, _, negatives = labels[triplets.clamp_min(0)].unbind(1)
+        pieces = [draw_columns(((labels != a.unsqueeze(1)) & (labels != n.unsqueeze(1))).float())
+                  for a, n in zip(*(part.split(max(1, 4 * len(labels)))
+                                    for part in (anchors, negatives)))]
+        return torch.cat([triplets, torch.cat(pieces).unsqueeze(1)], 1)
+
+
+class ProxyAnchorLoss(torch.nn.Module):
+    """Proxy-anchor: each proxy pulls its class's images and pushes others, the hard ones more.
+
+    Kim et al., "Proxy Anchor Loss for Deep Metric Learning", CVPR 2020, eq. 4: the mean over the
+    proxies with an image in the batch of log(1 + sum over their images of exp(-a (s - delta))),
+    plus the mean over all proxies of log(1 + sum over other images of exp(a (s + delta))), s
+    cosine similarities. proxyanchor_alpha: a; proxyanchor_delta: a cosine. embeddings [B, D]
+    (normalised here), labels [B] below num_classes. indices_tuple picks the anchors that count.
+    """
+
+    unit_norm = True
+    samplings = ()
+    min_samples_per_class, max_samples_per_class = 1, sys.maxsize
+    lr_factor = 100  # authors' code
+
+    def __init__(self, num_classes, embed_dim, proxyanchor_alpha=32.0, proxyanchor_delta=0.1):
+        super().__init__()
+        check_range(above=0, proxyanchor_alpha=proxyanchor_alpha)
+        check_range(least=-1, most=1, proxyanchor_delta=proxyanchor_delta)
+        self.num_classes = num_classes
+        self.alpha = proxyanchor_alpha
+        self.delta = proxyanchor_delta
+        self.proxies = torch.nn.Parameter(torch.empty(num_classes, embed_dim))
+        torch.nn.init.kaiming_normal_(self.proxies, mode="fan_out")
+
+    @full_precision
+    def forward(self, embeddings, labels, indices_tuple=None):
+        embeddings, labels = anchors_only(embeddings, labels, indices_tuple)
+        if not len(labels):
+            return embeddings.sum() + 0 * self.proxies.sum()
+        cosines = cosine_matrix(embeddings, self.proxies)                        # [B, C]
+        own = labels.unsqueeze(1)
+        pull = self.alpha * (self.delta - cosines.gather(1, own).squeeze(1))     # [B]
+        # log(1 + sum of exp) of each class's images; the 1 is an image of value 0.
+        most = pull.new_zeros(self.num_classes).scatter_reduce(0, labels, pull.detach(), "amax")
+        total = (-most).exp().index_add(0, labels, (pull - most[labels]).exp())  # [C]
+        present = torch.zeros_like(most).index_fill_(0, labels, 1)
+        positive_terms = (most + total.log()) * present
+        push = (self.alpha * (cosines + self.delta)).scatter(1, own, -torch.inf)
+        negative_terms = torch.logaddexp(torch.logsumexp(push, 0), push.new_zeros(()))   # [C]
+        return positive_terms.sum() / present.sum() + negative_terms.mean()
+
+
+class ProxyNCAPlusPlusLoss(torch.nn.Module):
+    """ProxyNCA++: cross-entropy of softmax(-d(x, p) / T) over all proxies, d squared distances.
+
+    Teh, DeVries, Taylor, "ProxyNCA++: Revisiting and Revitalizing Proxy Neighborhood Component
+    Analysis", ECCV 2020, eq. 5 and section 3.4: of unit vectors, the image's own proxy in the sum,
+    at the temperature T, proxyncapp_temperature. embeddings [B, D] (normalised here), labels [B]
+    below num_classes. indices_tuple picks the anchors that count. The paper's pooling, layer
+    normalisation and Adam with an epsilon of 1 are not part of a loss and not built here.
+    """
+
+    unit_norm = True
+    samplings = ()
+    min_samples_per_class, max_samples_per_class = 1, sys.maxsize
+    lr_factor = 100  # the authors' is 1e5, with that epsilon
+
+    def __init__(self, num_classes, embed_dim, proxyncapp_temperature=1 / 9):
+        super().__init__()
+        check_range(above=0, proxyncapp_temperature=proxyncapp_temperature)
+        self.num_classes = num_classes
+        self.temperature = proxyncapp_temperature
+        self.proxies = torch.nn.Parameter(torch.randn(num_classes, embed_dim) / 8)
+
+    @full_precision
+    def forward(self, embeddings, labels, indices_tuple=None):
+        embeddings, labels = anchors_only(embeddings, labels, indices_tuple)
+        # -d = 2 s - 2; the constant cancels in the softmax.
+        scaled = F.normalize(embeddings, dim=1) * (2 / self.temperature)
+        return mean_cross_entropy(scaled @ unit_weights(self.proxies, scaled).t(), labels)
+
+
+class NormSoftmaxLoss(torch.nn.Module):
+    """Normalised softmax: the cross-entropy of cosines to class weights over a temperature.
+
+    Zhai and Wu, "Classification is a Strong Baseline for Deep Metric Learning", BMVC 2019, eq. 3.
+    normsoftmax_temperature: of the cosines. embeddings [B, D] (normalised here), labels [B] below
+    num_classes. indices_tuple picks the anchors that count. The paper's layer normalisation is the
+    network's and not built here.
+    """
+
+    unit_norm = True
+    samplings = ()
+    min_samples_per_class, max_samples_per_class = 1, sys.maxsize
+
+    def __init__(self, num_classes, embed_dim, normsoftmax_temperature=0.05):
+        super().__init__()
+        check_range(above=0, normsoftmax_temperature=normsoftmax_temperature)
+        self.num_classes = num_classes
+        self.temperature = normsoftmax_temperature
+        self.weight = xavier_weights(num_classes, embed_dim)
+
+    @full_precision
+    def forward(self, embeddings, labels, indices_tuple=None):
+        embeddings, labels = anchors_only(embeddings, labels, indices_tuple)
+        scaled = F.normalize(embeddings, dim=1) / self.temperature
+        return mean_cross_entropy(scaled @ unit_weights(self.weight, scaled).t(), labels)
+
+
+class CosFaceLoss(torch.nn.Module):
+    """CosFace: softmax over cosines to class weights, the own class's lowered by a margin.
+
+    Wang et al., "CosFace: Large Margin Cosine Loss for Deep Face Recognition", CVPR 2018, eq. 4:
+    the cross-entropy of logits s cos(theta_j), for the own class s (cos(theta_y) - m).
+    cosface_scale: s; cosface_margin: m, a cosine. embeddings [B, D] (normalised here), labels [B]
+    below num_classes. indices_tuple picks the anchors that count.
+    """
+
+    unit_norm = True
+    samplings = ()
+    min_samples_per_class, max_samples_per_class = 1, sys.maxsize
+
+    def __init__(self, num_classes, embed_dim, cosface_scale=64.0, cosface_margin=0.35):
+        super().__init__()
+        check_range(above=0, cosface_scale=cosface_scale)
+        check_range(least=0, most=2, cosface_margin=cosface_margin)
+        self.num_classes = num_classes
+        self.scale = cosface_scale
+        self.margin = cosface_margin
+        self.weight = xavier_weights(num_classes, embed_dim)
+
+    @full_precision
+    def forward(self, embeddings, labels, indices_tuple=None):
+        embeddings, labels = anchors_only(embeddings, labels, indices_tuple)
+        scaled = F.normalize(embeddings, dim=1) * self.scale
+        logits = scaled @ unit_weights(self.weight, scaled).t()                  # [B, C]
+        margins = logits.new_full((len(labels), 1), -self.scale * self.margin)
+        return mean_cross_entropy(logits.scatter_add(1, labels.unsqueeze(1), margins), labels)
+
+
+class SphereFaceLoss(torch.nn.Module):
+    """SphereFace: softmax over cosines to class weights, the own class's angle multiplied.
+
+    Liu et al., "SphereFace: Deep Hypersphere Embedding for Face Recognition", CVPR 2017, eq. 7 and
+    8: the own class's logit is s psi(theta), psi(theta) = (-1)^k cos(m theta) - 2 k for theta from
+    k pi / m to (k + 1) pi / m. sphereface_margin: m. The margin is phased in, as in the paper: the
+    logit is (l cos(theta) + psi(theta)) / (1 + l), where l falls with the number t of training
+    steps as 1500 / (1 + t / 10), a common choice, down to sphereface_lambda. embeddings [B, D]
+    (normalised here), labels [B] below num_classes. indices_tuple picks the anchors that count.
+    Departs from the paper: s is the constant sphereface_scale, not the length of the embedding,
+    since retrieval is by distances of unit vectors.
+    """
+
+    unit_norm = True
+    samplings = ()
+    min_samples_per_class, max_samples_per_class = 1, sys.maxsize
+
+    def __init__(self, num_classes, embed_dim, sphereface_margin=4, sphereface_lambda=5.0,
+                 sphereface_scale=64.0):
+        super().__init__()
+        check_range(least=1, sphereface_margin=sphereface_margin)
+        check_range(least=0, sphereface_lambda=sphereface_lambda)
+        check_range(above=0, sphereface_scale=sphereface_scale)
+        if sphereface_margin != int(sphereface_margin):
+            raise ValueError(f"--sphereface_margin {sphereface_margin}: a whole number is needed")
+        self.num_classes = num_classes
+        self.margin = int(sphereface_margin)
+        self.least = sphereface_lambda
+        self.scale = sphereface_scale
+        self.weight = xavier_weights(num_classes, embed_dim)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    @full_precision
+    def forward(self, embeddings, labels, indices_tuple=None):
+        embeddings, labels = anchors_only(embeddings, labels, indices_tuple)
+        steps = self.steps.to(embeddings.dtype)
+        plain = (1500 / (1 + steps / 10)).clamp_min(self.least)                  # l
+        if self.training:
+            self.steps += 1
+        rows = F.normalize(embeddings, dim=1)
+        cosines = rows @ unit_weights(self.weight, rows).t()                     # [B, C]
+        own = cosines.gather(1, labels.unsqueeze(1)).clamp(-1, 1)                # [B, 1]
+        # cos(m theta) is Chebyshev's polynomial of cos(theta), whose slope is finite everywhere.
+        before, multiple = torch.ones_like(own), own
+        for _ in range(self.margin - 1):
+            before, multiple = multiple, 2 * own * multiple - before
+        turns = (own.detach().acos() * (self.margin / math.pi)).floor().clamp_max(self.margin - 1)
+        psi = (1 - 2 * (turns % 2)) * multiple - 2 * turns
+        enlarged = (plain * own + psi) / (1 + plain)
+        logits = self.scale * cosines.scatter(1, labels.unsqueeze(1), enlarged.to(own.dtype))
+        return mean_cross_entropy(logits, labels)
+
+
+class SoftTripleLoss(torch.nn.Module):
+    """SoftTriple: softmax over classes of similarities to several centres a class, with a margin.
+
+    Qian et al., "SoftTriple Loss: Deep Metric Learning Without Triplet Sampling", ICCV 2019, eq. 7
+    to 10: the similarity to a class is the mean of the cosines s_k to its centres, weighted by
+    softmax(s_k / gamma); the loss is the cross-entropy of lambda times it, softtriple_delta
+    subtracted for the own class, plus tau times half the mean over the pairs of a class's centres
+    of their distance, which merges centres. softtriple_centers: of a class. embeddings [B, D]
+    (normalised here), labels [B] below num_classes. indices_tuple picks the anchors that count.
+    """
+
+    unit_norm = True
+    samplings = ()
+    min_samples_per_class, max_samples_per_class = 1, sys.maxsize
+    lr_factor = 100  # authors' code
+
+    def __init__(self, num_classes, embed_dim, softtriple_centers=10, softtriple_lambda=20.0,
+                 softtriple_gamma=0.1, softtriple_delta=0.01, softtriple_tau=0.2):
+        super().__init__()
+        check_range(least=1, softtriple_centers=softtriple_centers)
+        check_range(above=0, softtriple_lambda=softtriple_lambda,
+                    softtriple_gamma=softtriple_gamma)
+        check_range(least=0, softtriple_delta=softtriple_delta, softtriple_tau=softtriple_tau)
+        self.num_classes = num_classes
+        self.scale = softtriple_lambda
+        self.gamma = softtriple_gamma
+        self.margin = softtriple_delta
+        self.tau = softtriple_tau
+        self.centers = torch.nn.Parameter(torch.empty(num_classes, softtriple_centers, embed_dim))
+        torch.nn.init.kaiming_uniform_(self.centers.view(-1, embed_dim), a=math.sqrt(5))
+
+    @full_precision
+    def forward(self, embeddings, labels, indices_tuple=None):
+        embeddings, labels = anchors_only(embeddings, labels, indices_tuple)
+        centers = F.normalize(self.centers.to(embeddings.dtype), dim=2)          # [C, K, D]
+        rows = F.normalize(embeddings, dim=1)
+        cosines = (rows @ centers.flatten(0, 1).t()).unflatten(1, centers.shape[:2])  # [B, C, K]
+        similarities = ((cosines / self.gamma).softmax(2) * cosines).sum(2)      # [B, C]
+        margins = similarities.new_full((len(labels), 1), -self.margin)
+        logits = self.scale * similarities.scatter_add(1, labels.unsqueeze(1), margins)
+        loss = mean_cross_entropy(logits, labels)
+        number = centers.shape[1]
+        if self.tau == 0 or number == 1:
+            return loss
+        pairs = torch.triu_indices(number, number, 1, device=centers.device)
+        between = (centers @ centers.transpose(1, 2))[:, pairs[0], pairs[1]]     # [C, pairs]
+        # sqrt(2 - 2 s) is their distance; a little more keeps its gradient finite.
+        apart = (2 + 1e-5 - 2 * between).clamp_min(1e-6).sqrt()
+        # Each pair counts once in the sum, twice in the number, as in eq. 10.
+        return loss + self.tau * apart.sum() / (len(centers) * number * (number - 1))
 
 
 # name: (class, the flag with the learning rate of its own weights). A constructor parameter takes
@@ -391,6 +1375,25 @@ LOSSES = {
     "proxynca": (ProxyNCALoss, "proxy_lr"),
     "crossentropy": (CrossEntropyLoss, "loss_lr"),
     "arcface": (ArcFaceLoss, "loss_lr"),
+    "contrastive": (ContrastiveLoss, None),
+    "lifted": (LiftedLoss, None),
+    "multisimilarity": (MultiSimilarityLoss, None),
+    "circle": (CircleLoss, None),
+    "ntxent": (NTXentLoss, None),
+    "supcon": (SupConLoss, None),
+    "angular": (AngularLoss, None),
+    "histogram": (HistogramLoss, None),
+    "fastap": (FastAPLoss, None),
+    "smoothap": (SmoothAPLoss, None),
+    "recallatk": (RecallAtKLoss, None),
+    "snr": (SNRLoss, None),
+    "quadruplet": (QuadrupletLoss, None),
+    "proxyanchor": (ProxyAnchorLoss, "loss_lr"),
+    "proxynca++": (ProxyNCAPlusPlusLoss, "loss_lr"),
+    "normsoftmax": (NormSoftmaxLoss, "loss_lr"),
+    "cosface": (CosFaceLoss, "loss_lr"),
+    "sphereface": (SphereFaceLoss, "loss_lr"),
+    "softtriple": (SoftTripleLoss, "loss_lr"),
 }
 
 
@@ -402,9 +1405,282 @@ def loss_select(loss, opt, to_optim, num_classes):
     """
     loss_class, lr_option = LOSSES[loss]
     values = dict(vars(opt), num_classes=num_classes)
-    names = inspect.signature(loss_class).parameters
+    parameters = inspect.signature(loss_class).parameters
+    names = [name for name, parameter in parameters.items()
+             if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    if "sampling_options" in parameters:
+        names += [name for name in samplers.OPTIONS if name not in names]
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise ValueError(f"{loss_class.__name__} takes {missing[0]}, which no flag gives: add "
+                         f"--{missing[0]} to losses.add_arguments")
     criterion = loss_class(**{name: values[name] for name in names})
     weights = list(criterion.parameters())
+    if weights and lr_option not in values:
+        raise ValueError(f"{loss_class.__name__} has weights of its own; its line in "
+                         f"losses.LOSSES must name the flag with their learning rate, such as "
+                         f"loss_lr, not {lr_option}")
     if weights:
         to_optim = to_optim + [{"params": weights, "lr": values[lr_option], "weight_decay": 0}]
     return criterion, to_optim
+
+
+# ---- python losses.py --check NAME: what is commonly wrong with a new loss
+
+CHECK_CLASSES = 8
+
+
+class LossCheck:
+    """The checks of one loss of LOSSES, with the default flags, as methods check_*.
+
+    Each raises AssertionError where the loss fails; its docstring says what a failure means.
+    Embeddings are random, [B, D], unit-norm where the loss wants them so; samplers and weights are
+    seeded. tuples: where a loss samples, it is given the same tuples again.
+    """
+
+    def __init__(self, name):
+        self.name = name
+
+    def build(self, dtype=torch.float32, num_classes=CHECK_CLASSES, embed_dim=16, device="cpu"):
+        """The loss with the default flags, weights seeded."""
+        parser = argparse.ArgumentParser()
+        for module in (samplers, sys.modules[__name__]):
+            module.add_arguments(parser)
+        opt = parser.parse_args(["--loss", self.name])
+        opt.sampling = next(iter(LOSSES[self.name][0].samplings), "none")
+        opt.embed_dim = embed_dim
+        torch.manual_seed(0)
+        return loss_select(self.name, opt, [], num_classes)[0].to(device, dtype)
+
+    def rows(self, number, dtype=torch.float32, embed_dim=16, seed=0):
+        """Random embeddings [number, D] of the kind that the loss wants, a leaf of the graph."""
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randn(number, embed_dim, generator=generator, dtype=torch.float64)
+        if LOSSES[self.name][0].unit_norm:
+            rows = F.normalize(rows, dim=1)
+        return rows.to(dtype).requires_grad_()
+
+    def labels(self, number):
+        """Labels [number], images of a class apart in the batch."""
+        return torch.arange(number) % max(1, min(CHECK_CLASSES, number // 2))
+
+    def value(self, loss, rows, labels, tuples=None):
+        """The loss, with everything random seeded."""
+        torch.manual_seed(0)
+        return loss(rows, labels, tuples)
+
+    def tuples(self, loss, rows, labels):
+        """The tuples that the loss samples for this batch, or None where it samples none."""
+        if getattr(loss, "sampler", None) is None:
+            return None
+        torch.manual_seed(0)
+        tuples = loss.sampler.give(rows.detach(), labels)
+        return loss.complete(tuples, labels) if hasattr(loss, "complete") else tuples
+
+    def is_finite(self, loss, rows, labels, what, tuples=None):
+        """Asserts that value and gradients are finite, and the value in the graph."""
+        value = self.value(loss, rows, labels, tuples)
+        assert torch.is_tensor(value) and value.dim() == 0, f"{what}: not a scalar tensor"
+        assert torch.isfinite(value), f"{what}: the loss is {value.item()}"
+        assert value.requires_grad, f"{what}: the loss is not in the graph; multiply by 0 instead"
+        weights = [rows, *loss.parameters()]
+        gradients = torch.autograd.grad(value, weights, allow_unused=True)
+        assert gradients[0] is not None, f"{what}: the embeddings get no gradient"
+        for gradient in gradients:
+            assert gradient is None or torch.isfinite(gradient).all(), \
+                f"{what}: a gradient is not finite"
+
+    def check_contract(self):
+        """attributes missing, or a value that is no scalar: see the head of losses.py"""
+        loss_class = LOSSES[self.name][0]
+        for attribute in ("unit_norm", "samplings", "min_samples_per_class",
+                          "max_samples_per_class"):
+            assert hasattr(loss_class, attribute), f"the class has no {attribute}"
+        rows, labels = self.rows(16), self.labels(16)
+        value = self.value(self.build(), rows, labels)
+        assert torch.is_tensor(value) and value.dim() == 0, "the value is not a scalar tensor"
+        (gradient,) = torch.autograd.grad(value, rows, allow_unused=True)
+        assert gradient is not None and gradient.abs().sum() > 0, "the embeddings get no gradient"
+
+    def check_types_and_sizes(self):
+        """half precision overflows, or some batch size gives NaN: use @full_precision, clamp"""
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for number in (2, 3, 8, 64, 512):
+                self.is_finite(self.build(), self.rows(number, dtype), self.labels(number),
+                               f"{dtype}, batch of {number}")
+
+    def check_degenerate(self):
+        """a batch without tuples must give a zero in the graph, roots need a clamp"""
+        same = self.rows(1).detach().expand(8, -1)
+        axes = torch.eye(16)[torch.arange(8) // 2]
+        batches = {
+            "one class": (self.rows(8), torch.zeros(8, dtype=torch.long)),
+            "single images": (self.rows(8), torch.arange(8)),
+            "identical embeddings": (same.clone(), self.labels(8)),
+            "an antipodal pair": (torch.cat([same[:4], -same[:4]]), torch.arange(8) % 4),
+            "nothing left to learn": (axes.clone(), torch.arange(8) // 2)}
+        for what, (rows, labels) in batches.items():
+            self.is_finite(self.build(), rows.detach().requires_grad_(), labels, what)
+        self.is_finite(self.build(), self.rows(8), self.labels(8), "indices_tuple without a tuple",
+                       torch.empty(0, 3, dtype=torch.long))
+
+    def check_gradient(self):
+        """the gradient is not the slope: a detach(), .data, round or argmax on the way"""
+        loss = self.build(torch.float64, embed_dim=5).eval()
+        if getattr(loss, "stops_gradients", False):
+            return
+        rows, labels = self.rows(12, torch.float64, 5), self.labels(12)
+        tuples = self.tuples(loss, rows, labels)
+        weights = [weight for weight in loss.parameters() if weight.requires_grad]
+        # Sampled or mined anew, the tuples would jump where the embeddings move a little.
+        assert torch.autograd.gradcheck(lambda rows, *_: self.value(loss, rows, labels, tuples),
+                                        (rows, *weights), fast_mode=True, raise_exception=False), \
+            "the gradient differs from the slope"
+
+    def changed(self, change, what):
+        """Asserts that change(loss, rows, labels, tuples) -> the same leaves the value alone."""
+        loss = self.build(torch.float64).eval()
+        rows, labels = self.rows(24, torch.float64), self.labels(24)
+        tuples = self.tuples(loss, rows, labels)
+        before = self.value(loss, rows, labels, tuples)
+        with torch.no_grad():
+            after = self.value(*change(loss, rows, labels, tuples))
+        before = before.detach()
+        assert torch.allclose(before, after, rtol=1e-9, atol=1e-12), \
+            f"{what} changes the loss from {float(before):.10g} to {float(after):.10g}"
+
+    def check_order(self):
+        """the order of the images matters: an index is of the wrong vector"""
+        def change(loss, rows, labels, tuples):
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1))
+            if tuples is not None:
+                tuples = torch.where(tuples < 0, tuples, order.argsort()[tuples.clamp_min(0)])
+            return loss, rows[order], labels[order], tuples
+        self.changed(change, "another order of the batch")
+
+    def check_names_of_classes(self):
+        """what a class is called matters: labels are used as numbers"""
+        def change(loss, rows, labels, tuples):
+            names = torch.randperm(CHECK_CLASSES, generator=torch.Generator().manual_seed(1))
+            for weight in (*loss.parameters(), *loss.buffers()):
+                for dim, size in enumerate(weight.shape):
+                    if size == CHECK_CLASSES:  # a slice for each class
+                        weight.copy_(weight.index_select(dim, names.argsort()))
+            return loss, rows, names[labels], tuples
+        self.changed(change, "other numbers for the classes")
+
+    def check_rotation(self):
+        """the axes matter; if the equation wants that, say rotation_invariant = False"""
+        def change(loss, rows, labels, tuples):
+            generator = torch.Generator().manual_seed(1)
+            rotation = torch.linalg.qr(torch.randn(16, 16, generator=generator,
+                                                   dtype=torch.float64))[0]
+            for weight in loss.parameters():
+                for dim, size in enumerate(weight.shape):
+                    if weight.dim() > 1 and size == 16:
+                        weight.copy_((weight.transpose(dim, -1) @ rotation).transpose(dim, -1))
+            return loss, rows @ rotation, labels, tuples
+        if getattr(LOSSES[self.name][0], "rotation_invariant", True):
+            self.changed(change, "a rotation of the embedding space")
+
+    def check_learning(self):
+        """thirty steps down the loss bring classes no closer: a sign, or the wrong pairs"""
+        loss, labels = self.build(), self.labels(32)
+        rows = self.rows(32).detach() + 2 * self.rows(1, seed=1).detach()  # far from where they go
+        same, positive = Sampler.pair_masks(labels)
+
+        def apart(rows):  # how much nearer positives are than negatives
+            distances = pairwise_sq_distances(F.normalize(rows, dim=1))
+            return mean_where(distances, ~same) - mean_where(distances, positive)
+
+        before = apart(rows)
+        rows.requires_grad_()
+        optimizer = torch.optim.Adam([{"params": [rows], "lr": 0.02},
+                                      {"params": list(loss.parameters()), "lr": 0.1}])
+        torch.manual_seed(0)
+        for _ in range(30):
+            optimizer.zero_grad()
+            loss(F.normalize(rows, dim=1) if loss.unit_norm else rows, labels).backward()
+            optimizer.step()
+        after = apart(rows.detach())
+        assert after > before + 0.1, (f"negatives were {float(before):.2f} farther than positives "
+                                      f"in squared distance, then {float(after):.2f}")
+
+    def check_memory(self):
+        """a tensor of all triplets, B x B x B, which no GPU holds at a large batch"""
+        number, largest = 64, [0]
+
+        class Sizes(torch.overrides.TorchFunctionMode):
+            def __torch_function__(self, function, types, args=(), kwargs=None):
+                found = function(*args, **(kwargs or {}))
+                if torch.is_tensor(found):
+                    largest[0] = max(largest[0], found.numel())
+                return found
+
+        loss, rows, labels = self.build(), self.rows(number), self.labels(number)
+        with Sizes():
+            self.value(loss, rows, labels)
+        assert largest[0] <= 16 * number ** 2, (f"a tensor of {largest[0]:,} elements at a batch "
+                                                f"of {number}")
+
+    def check_bad_input(self):
+        """NaN, or labels of another length, must be an error: use @full_precision"""
+        rows, labels = self.rows(8), self.labels(8)
+        for what, bad_rows, bad_labels in (
+                ("an embedding that is NaN", torch.where(torch.arange(8)[:, None] == 3, torch.nan,
+                                                         rows), labels),
+                ("labels of another length", rows, labels[:-1])):
+            try:
+                self.value(self.build(), bad_rows, bad_labels)
+            except (ValueError, FloatingPointError):
+                continue
+            raise AssertionError(f"{what} is accepted")
+
+    def milliseconds(self, number=112, embed_dim=128):
+        """the loss does not take a batch of 112 with 100 classes"""
+        loss = self.build(num_classes=100, embed_dim=embed_dim)
+        rows, labels = self.rows(number, embed_dim=embed_dim), torch.arange(number) // 4
+        times = []
+        for _ in range(10):
+            start = time.perf_counter()
+            loss(rows, labels).backward()
+            times.append(time.perf_counter() - start)
+        return 1000 * min(times)
+
+    def run(self):
+        """All checks, printed as lines of a table -> whether all passed."""
+        good = True
+        checks = [name for name in dir(self) if name.startswith("check_")]
+        for check in (*checks, "milliseconds"):
+            if check == "milliseconds" and not good:
+                break
+            method = getattr(self, check)
+            try:
+                took = method()
+                message = "pass" if took is None else f"{took:.1f} ms"
+            except AssertionError as error:
+                message, good = f"FAIL  {error} ({method.__doc__})", False
+            except Exception as error:  # a new loss may raise anything
+                message, good = f"FAIL  {type(error).__name__}: {error} ({method.__doc__})", False
+            name = ("a step, B 112" if check == "milliseconds" else
+                    check.removeprefix("check_").replace("_", " "))
+            print(f"{self.name:16} {name:18} {message}", flush=True)
+        return good
+
+
+def main(argv=None):
+    """Checks the losses named on the command line -> a list of those that fail, of shape [F]."""
+    parser = argparse.ArgumentParser(
+        description="Looks for what is commonly wrong with a loss: types, degenerate batches, "
+                    "gradient, order and names of the classes, bad input. Any loss of the table "
+                    "LOSSES, with its default flags and sampling.")
+    parser.add_argument("--check", nargs="+", required=True, choices=(*LOSSES, "all"),
+                        metavar="NAME", help=f"{', '.join(LOSSES)}, or all")
+    names = parser.parse_args(argv).check
+    failed = [name for name in (LOSSES if "all" in names else names) if not LossCheck(name).run()]
+    print(f"failed: {', '.join(failed)}" if failed else "all checks passed")
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(bool(main()))

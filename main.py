@@ -80,16 +80,18 @@ def contradiction(opt):
     if opt.vehicle_protocol != "all_vs_all" and opt.dataset != "vehicle_id":
         return (f"--vehicle_protocol {opt.vehicle_protocol} is for --dataset vehicle_id; "
                 f"--dataset is {opt.dataset}")
-    if opt.sampling not in (None, *loss_class.samplings):
+    if opt.sampling not in (None, *(loss_class.samplings or ["none"])):
         takes = " or ".join(loss_class.samplings) or "none: leave it out"
         return f"--loss {opt.loss} cannot use --sampling {opt.sampling}; it takes {takes}"
     if (opt.trainer == "UnsupervisedEmbeddingsUsingAugmentations"
             and loss_class.min_samples_per_class < 2):
         return (f"--trainer {opt.trainer} does not use classes, which --loss {opt.loss} needs; "
                 "take a loss of pairs or triplets")
-    if opt.trainer == "TwoStreamMetricLoss" and opt.loss not in ("triplet", "marginloss"):
-        return (f"--trainer {opt.trainer} needs a loss of triplets, triplet or marginloss; --loss "
-                f"{opt.loss} is not")
+    of_triplets = [name for name, (loss, _) in losses.LOSSES.items()
+                   if loss.samplings == losses.TRIPLET_SAMPLINGS]
+    if opt.trainer == "TwoStreamMetricLoss" and opt.loss not in of_triplets:
+        return (f"--trainer {opt.trainer} needs a loss of triplets, {', '.join(of_triplets)}; "
+                f"--loss {opt.loss} is not")
     fewest, most = samples_per_class_bounds(opt)
     if fewest > most:
         return (f"--trainer {opt.trainer} needs {fewest} images of a class in a batch; --loss "
@@ -125,7 +127,8 @@ def fill_defaults(opt):
     default("tau", [15] if glyphs else [30, 55])
     default("lr", 1e-3 if glyphs else 1e-5)
     default("proxy_lr", 1e-2 if glyphs else 1e-5)
-    default("loss_lr", 1e-2 if glyphs else opt.lr)
+    default("loss_lr", 1e-2 if glyphs else
+            opt.lr * getattr(losses.LOSSES[opt.loss][0], "lr_factor", 1))
     default("classifier_lr", 10 * opt.lr)
     default("g_lr", opt.lr)
     third = opt.embed_dim // 3
@@ -175,6 +178,10 @@ def wrong_value(opt):
     if fewest > 1 and opt.bs == opt.samples_per_class:
         return (f"--bs {opt.bs} with --samples_per_class {opt.samples_per_class} is one class a "
                 f"batch: --loss {opt.loss} would find no negatives; take a larger --bs")
+    try:  # before the data is read
+        losses.loss_select(opt.loss, opt, [], num_classes=2)
+    except ValueError as error:
+        return str(error)
     if opt.trainer == "CascadedEmbeddings" and (sum(opt.embedding_sizes) != opt.embed_dim
                                                 or min(opt.embedding_sizes) < 1):
         return (f"--embedding_sizes {' '.join(map(str, opt.embedding_sizes))} must be above 0 and "

@@ -9,7 +9,11 @@ name in METHODS; a new way to compose batches is a class beside ClassBalancedBat
 import numpy as np
 import torch
 
-METHODS = ("random", "semihard", "softhard", "distance", "multisimilarity", "npair")
+METHODS = ("random", "semihard", "softhard", "hard", "distance", "rho", "multisimilarity", "all",
+           "npair")
+# Of Sampler, by their flags.
+OPTIONS = ("margin", "distance_cutoff", "mining_epsilon", "rho_probability")
+MOST_TRIPLETS = 2 ** 24  # that "all" and "multisimilarity" list: 900 MiB while they are made
 
 
 def add_arguments(parser):
@@ -28,15 +32,22 @@ def add_arguments(parser):
     sampling.add_argument("--sampling", choices=(*METHODS, "none"), default=None,
                           help="random: any positive, any negative. semihard: negatives just "
                                "behind the positive (FaceNet). softhard: random among the hard "
-                               "ones. distance: negatives spread evenly over all distances (Wu et "
-                               "al. 2017). multisimilarity: all pairs that are hard for their "
-                               "anchor (Wang et al. 2019). npair: one pair of each class. none: "
-                               "every image counts. Default distance for losses that sample "
-                               "tuples; npair samples its own, the others use none")
+                               "ones. hard: farthest positive, nearest negative (Hermans et al. "
+                               "2017). distance: negatives spread evenly over all distances (Wu "
+                               "et al. 2017). rho: the same, some negatives replaced by positives "
+                               "(Roth et al. 2020). multisimilarity: all pairs that are hard for "
+                               "their anchor (Wang et al. 2019). all: every triplet of a small "
+                               "batch. npair: one pair of each class. none: every image or pair "
+                               "counts. Default: the first that the README's table gives for the "
+                               "loss")
     sampling.add_argument("--mining_epsilon", type=float, default=0.1, metavar="E",
                           help="multisimilarity sampling: how much, in cosine similarity, a pair "
                                "may be easier than the anchor's hardest pair of the other kind; "
                                "useful 0.05 to 0.3. Default %(default)s (paper)")
+    sampling.add_argument("--rho_probability", type=float, default=0.3, metavar="P",
+                          help="rho sampling: share of the negatives that is replaced by "
+                               "positives, 0 to 1; useful 0.1 to 0.4. Default %(default)s (the "
+                               "paper has 0.15 to 0.4)")
     sampling.add_argument("--distance_cutoff", type=float, default=None, metavar="D",
                           help="distance sampling: drop negatives at this Euclidean distance or "
                                "farther on the unit sphere; the paper uses 1.4. Default: off, as "
@@ -49,9 +60,11 @@ def pairwise_sq_distances(rows, columns=None):
     rows [R, D], columns [C, D] (None: the rows) -> sq_distances [R, C]. The expansion is a matrix
     product, so a distance near zero carries a rounding error of about 1e-7 |x|^2 in float32.
     """
-    columns = rows if columns is None else columns
-    row_norms = rows.square().sum(1, keepdim=True)
-    column_norms = columns.square().sum(1)
+    row_norms = rows.square().sum(1, keepdim=True)                               # [R, 1]
+    if columns is None:
+        columns, column_norms = rows, row_norms.t()
+    else:
+        column_norms = columns.square().sum(1)
     return torch.addmm(row_norms + column_norms, rows, columns.t(), alpha=-2).clamp_min(0)
 
 
@@ -78,13 +91,14 @@ class Sampler:
     only). squared: whether that distance is the squared Euclidean one. lower_cutoff: distance
     sampling treats nearer negatives as if at this distance (0.5 in the paper). distance_cutoff: it
     drops negatives that far or farther (1.4 in the paper; None keeps all). mining_epsilon:
-    multisimilarity's margin, a difference of cosine similarities.
+    multisimilarity's margin, a difference of cosine similarities. rho_probability: the share of
+    negatives that rho replaces.
 
     Everything is drawn from torch's global generator of the embeddings' device.
     """
 
     def __init__(self, method="random", margin=0.2, squared=False, distance_cutoff=None,
-                 lower_cutoff=0.5, mining_epsilon=0.1):
+                 lower_cutoff=0.5, mining_epsilon=0.1, rho_probability=0.3):
         if method not in METHODS:
             raise ValueError(f"no sampling method {method!r}; --sampling takes "
                              f"{', '.join(METHODS)}")
@@ -96,12 +110,17 @@ class Sampler:
             raise ValueError(f"distance sampling between {lower_cutoff} and {distance_cutoff}: "
                              "the lower end must be above 0 and --distance_cutoff above the lower "
                              "end")
+        if not 0 <= rho_probability <= 1:
+            raise ValueError(f"--rho_probability {rho_probability}: a share is from 0 to 1")
+        if not 0 <= mining_epsilon < float("inf"):
+            raise ValueError(f"--mining_epsilon {mining_epsilon}: it must be 0 or more, finite")
         self.method = method
         self.margin = margin
         self.squared = squared
         self.distance_cutoff = distance_cutoff
         self.lower_cutoff = lower_cutoff
         self.mining_epsilon = mining_epsilon
+        self.rho_probability = rho_probability
         self.sample = getattr(self, method)
 
     @torch.no_grad()
@@ -172,6 +191,19 @@ class Sampler:
         return self.triplets(self.draw_preferred(hard_positive, positive),
                              self.draw_preferred(hard_negative, ~same))
 
+    def hard(self, embeddings, labels, others=None, other_labels=None):
+        """Farthest positive and nearest negative of each anchor -> [B, 3].
+
+        Hermans, Beyer, Leibe, "In Defense of the Triplet Loss for Person Re-Identification", 2017,
+        eq. 5 (batch hard).
+        """
+        same, positive = self.pair_masks(labels, other_labels)
+        distances = pairwise_sq_distances(embeddings, others)
+        farthest, positives = distances.masked_fill(~positive, -torch.inf).max(1)
+        nearest, negatives = distances.masked_fill(same, torch.inf).min(1)
+        return self.triplets(positives.masked_fill(farthest == -torch.inf, -1),
+                             negatives.masked_fill(nearest == torch.inf, -1))
+
     def distance(self, embeddings, labels, others=None, other_labels=None):
         """Random positive; negatives drawn with the inverse density of their distance -> [B, 3].
 
@@ -199,14 +231,45 @@ class Sampler:
             negatives = torch.where(negatives < 0, draw_columns((~same).float()), negatives)
         return self.triplets(draw_columns(positive.float()), negatives)
 
+    def rho(self, embeddings, labels, others=None, other_labels=None):
+        """As distance, but a share of the negatives is replaced by positives -> [B, 3].
+
+        Roth et al., "Revisiting Training Strategies and Generalization Performance in Deep Metric
+        Learning", ICML 2020, section 5: with rho_probability a triplet's negative becomes a random
+        image of the anchor's own class, which keeps the embedding from discarding directions.
+        """
+        triplets = self.distance(embeddings, labels, others, other_labels)
+        _, positive = self.pair_masks(labels, other_labels)
+        replaced = torch.rand(len(labels), device=labels.device) < self.rho_probability
+        replaced &= triplets[:, 0] >= 0
+        triplets[:, 2] = torch.where(replaced, draw_columns(positive.float()), triplets[:, 2])
+        return triplets
+
+    def all(self, embeddings, labels, others=None, other_labels=None):
+        """Every valid triplet of the batch -> [T, 3]; ValueError for more than MOST_TRIPLETS.
+
+        With M images of each class, B (M - 1) (B - M) of them: for small batches. How many there
+        are is looked up, so this method makes a GPU wait.
+        """
+        same, positive = self.pair_masks(labels, other_labels)
+        return self.every_triplet(positive, ~same)
+
     def multisimilarity(self, embeddings, labels, others=None, other_labels=None):
         """All triplets of an anchor's hard positives and hard negatives -> [T, 3].
+
+        How many there are is looked up, so this method makes a GPU wait. ValueError for more than
+        MOST_TRIPLETS.
+        """
+        return self.every_triplet(*self.hard_pairs(embeddings, labels, others, other_labels))
+
+    @torch.no_grad()
+    def hard_pairs(self, embeddings, labels, others=None, other_labels=None):
+        """The pairs that are hard for their anchor -> (positive [B, B], negative [B, B]) masks.
 
         Wang et al., "Multi-Similarity Loss with General Pair Weighting", CVPR 2019, eq. 7 and 8: a
         negative is hard if it is more similar than the least similar positive minus
         mining_epsilon, a positive if it is less similar than the most similar negative plus
-        mining_epsilon. How many there are is known only once they are found, so this method makes
-        a GPU wait.
+        mining_epsilon.
         """
         same, positive = self.pair_masks(labels, other_labels)
         rows = torch.nn.functional.normalize(embeddings, dim=1)
@@ -215,11 +278,8 @@ class Sampler:
         least = similarities.masked_fill(~positive, torch.inf).amin(1, keepdim=True)
         most = similarities.masked_fill(same, -torch.inf).amax(1, keepdim=True)
         # Said by what is not hard, so that embeddings that are not finite reach the loss.
-        hard_negative = ~same & ~(similarities <= least - self.mining_epsilon)
-        hard_positive = positive & ~(similarities >= most + self.mining_epsilon)
-        anchors, positives = hard_positive.nonzero(as_tuple=True)
-        pairs, negatives = hard_negative[anchors].nonzero(as_tuple=True)
-        return torch.stack([anchors[pairs], positives[pairs], negatives], 1)
+        return (positive & ~(similarities >= most + self.mining_epsilon),
+                ~same & ~(similarities <= least - self.mining_epsilon))
 
     def npair(self, embeddings, labels):
         """One random pair of each class with two images or more; others' positives as negatives.
@@ -228,22 +288,28 @@ class Sampler:
         anchor and all -1 elsewhere; column 2 + j holds class j's positive, -1 where there is none.
         Sohn, "Improved Deep Metric Learning with Multi-class N-pair Loss Objective", NIPS 2016.
         """
-        same, _ = self.pair_masks(labels)
-        keys = torch.rand(len(labels), device=labels.device)
+        positives = self.npair_positives(labels)
         place = torch.arange(len(labels), device=labels.device)
-        # Rank of each image among its class by random key (ties by position): 0 anchor, 1
-        # positive.
-        before = (keys < keys.unsqueeze(1)) | ((keys == keys.unsqueeze(1))
-                                               & (place < place.unsqueeze(1)))
-        rank = (same & before).sum(1)
-        seconds = same & (rank == 1)
-        positives = seconds.int().argmax(1).masked_fill((rank != 0) | ~seconds.any(1), -1)
         classes = positives >= 0
         negatives = positives.expand(len(labels), -1)
         negatives = negatives.masked_fill(torch.eye(len(labels), dtype=torch.bool,
                                                     device=labels.device), -1)
         rows = torch.cat([place.unsqueeze(1), positives.unsqueeze(1), negatives], dim=1)
-        return rows.masked_fill((~classes | (classes.sum() < 2)).unsqueeze(1), -1)
+        return rows.masked_fill(~classes.unsqueeze(1), -1)
+
+    @staticmethod
+    def npair_positives(labels):
+        """A random positive for one random anchor of each class: [B] -> [B], -1 for all others.
+
+        Classes of one image have none; -1 everywhere if there are fewer than two other classes.
+        """
+        order = torch.rand(len(labels), device=labels.device).argsort(stable=True)
+        order = order[labels[order].argsort(stable=True)]  # by class, at random inside
+        names = labels[order]
+        anchor = (names != names.roll(1)) & (names == names.roll(-1))  # a class's first of several
+        anchor &= anchor.sum() > 1
+        positives = torch.where(anchor, order.roll(-1), -1)
+        return torch.empty_like(order).scatter_(0, order, positives)
 
     @staticmethod
     def pair_masks(labels, other_labels=None):
@@ -256,6 +322,17 @@ class Sampler:
             return same, same
         same = labels.unsqueeze(1) == labels
         return same, same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+
+    @staticmethod
+    def every_triplet(positive, negative):
+        """Masks [B, G] of pairs -> the triplets of each anchor's pairs [T, 3]."""
+        number = int((positive.sum(1) * negative.sum(1)).sum())
+        if number > MOST_TRIPLETS:
+            raise ValueError(f"{number:,} triplets in a batch of {len(positive)}, more than "
+                             f"{MOST_TRIPLETS:,}: take a smaller --bs or another --sampling")
+        anchors, positives = positive.nonzero(as_tuple=True)
+        pairs, negatives = negative[anchors].nonzero(as_tuple=True)
+        return torch.stack([anchors[pairs], positives[pairs], negatives], 1)
 
     @staticmethod
     def draw_preferred(preferred, eligible):

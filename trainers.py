@@ -237,6 +237,9 @@ class BaseTrainer:
             self.skipped_steps += 1
             self.losses = {name: torch.zeros(()) for name in (*self.loss_weights, "total_loss")}
             return
+        except FloatingPointError as error:
+            raise FloatingPointError(f"epoch {self.epoch}, iteration {self.iteration + 1}: {error}"
+                                     ) from error
         total = self.weighted_sum(self.losses)
         self.losses = {name: loss.detach() for name, loss in self.losses.items()}
         self.losses["total_loss"] = total.detach()

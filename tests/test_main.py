@@ -32,8 +32,10 @@ import samplers
 import trainers
 
 ROOT = Path(main.__file__).resolve().parent
+# Each loss with its default sampling, and each sampling with a loss of triplets and one of pairs.
 PAIRS = [(name, sampling) for name, (loss_class, _) in losses.LOSSES.items()
-         for sampling in loss_class.samplings or ("none",)]
+         for sampling in loss_class.samplings[:None if name in ("triplet", "contrastive") else 1]
+         or ("none",)]
 
 
 def make_tree(folder, classes=8, images=6, size=20, seed=0):
@@ -644,6 +646,8 @@ CONTEXT = {
     "not_pretrained": ["--arch", "resnet18", "--image_size", "32"],
     "arch": ["--not_pretrained", "--image_size", "32"],
     "mining_epsilon": ["--sampling", "multisimilarity"],
+    "rho_probability": ["--sampling", "rho"],
+    "quadruplet_margin2": ["--samples_per_class", "2"],
     "plateau_patience": ["--n_epochs", "4", "--scheduler", "plateau", "--lr", "0"],
     "patience": ["--n_epochs", "3", "--lr", "0"],
     "eval_every": ["--n_epochs", "2"],
@@ -658,7 +662,8 @@ VALUES = {"bs": "12", "samples_per_class": "2", "k_vals": "3", "tau": "1", "arch
           "distance_cutoff": "0.6", "gamma": "0.5", "loss": "triplet", "dataset": "glyphs",
           "eval_memory": "0.5", "metrics": "recall mrr", "vehicle_protocol": "random_gallery",
           "embedding_sizes": "5 3", "g_weights": "1 2 1 1", "patience": "1",
-          "plateau_patience": "1"}
+          "plateau_patience": "1", "rho_probability": "1", "multisimilarity_lambda": "0.5",
+          "sphereface_lambda": "2000", "angular_alpha": "40", "recallatk_k": "1 2"}
 
 
 def context_of(flag):
@@ -888,7 +893,7 @@ def test_progress_line_on_a_terminal_only(small, monkeypatch, capsys):
     (["--embed_dim", "0"], ["--embed_dim 0"]),
     (["--distance_cutoff", "0.1"], ["--distance_cutoff", "0.1"]),
     (["--loss", "arcface", "--arcface_scale", "0"], ["--arcface_scale 0"]),
-    (["--loss", "arcface", "--arcface_margin", "4"], ["--arcface_margin 4", "pi"]),
+    (["--loss", "arcface", "--arcface_margin", "4"], ["--arcface_margin 4", "3.14"]),
     (["--trainer", "nosuch"], ["nosuch", "TwoStreamMetricLoss"]),
     (["--classifier_weight", "-1"], ["--classifier_weight -1"]),
     (["--classifier_lr", "nan"], ["--classifier_lr"]),
@@ -917,8 +922,8 @@ def test_progress_line_on_a_terminal_only(small, monkeypatch, capsys):
     *[([f"--{name}", "0"], [f"--{name} 0: the least value is 1"])
       for name in ("patience", "eval_every", "plateau_patience")],
     *[(["--trainer", "TwoStreamMetricLoss", "--loss", name],
-       ["--trainer TwoStreamMetricLoss", f"--loss {name}", "triplet or marginloss"])
-      for name in ("npair", "proxynca", "crossentropy", "arcface")],
+       ["--trainer TwoStreamMetricLoss", f"--loss {name}", "marginloss, triplet, snr"])
+      for name in ("npair", "proxynca", "crossentropy", "arcface", "contrastive")],
     *[(["--trainer", "UnsupervisedEmbeddingsUsingAugmentations", "--loss", name],
        ["--trainer Unsupervised", f"--loss {name}"])
       for name in ("proxynca", "crossentropy", "arcface")],

@@ -28,8 +28,12 @@ VARIANTS = {
     "distance": {"method": "distance"},
     "distance-cutoff-1.4": {"method": "distance", "distance_cutoff": 1.4},
     "distance-cutoff-0.9": {"method": "distance", "distance_cutoff": 0.9},
+    "hard": {"method": "hard"},
+    "rho": {"method": "rho"},
+    "rho-always-cutoff-1.4": {"method": "rho", "rho_probability": 1, "distance_cutoff": 1.4},
 }
 variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+TAKE_ALL = ("hard", "all", "multisimilarity")  # methods that draw nothing
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -43,14 +47,21 @@ def one_thread():
 
 # ---- oracles
 
-def allowed(d, positives, negatives, method, margin, distance_cutoff):
+def allowed(d, positives, negatives, method, margin=0.2, distance_cutoff=None,
+            rho_probability=0.3):
     """The (positive, negative) of one anchor, at distances d from all, that a method allows."""
+    if method == "hard" and positives and negatives:
+        farthest, nearest = max(d[p] for p in positives), min(d[n] for n in negatives)
+        positives = [p for p in positives if d[p] == farthest]
+        negatives = [n for n in negatives if d[n] == nearest]
     if method == "softhard" and positives and negatives:
         nearest, farthest = min(d[n] for n in negatives), max(d[p] for p in positives)
         positives = [p for p in positives if d[p] > nearest] or positives
         negatives = [n for n in negatives if d[n] < farthest] or negatives
-    if method == "distance" and distance_cutoff is not None:
+    if method in ("distance", "rho") and distance_cutoff is not None:
         negatives = [n for n in negatives if d[n] < distance_cutoff] or negatives
+    if method == "rho" and negatives:
+        negatives = (negatives if rho_probability < 1 else []) + positives
     pairs = set()
     for p in positives:
         chosen = negatives
@@ -60,13 +71,16 @@ def allowed(d, positives, negatives, method, margin, distance_cutoff):
     return pairs
 
 
-def eligible_pairs(embeddings, labels, method, margin=0.2, squared=False, distance_cutoff=None):
+def eligible_pairs(embeddings, labels, method, squared=False, **options):
     """For each anchor the set of (positive, negative) that the definition of the method allows.
 
     random    any positive, any negative
     semihard  any positive; negatives with d_ap < d_an < d_ap + margin, or all if there is none
     softhard  positives with d_ap > min d_an, or all; negatives with d_an < max d_ap, or all
     distance  any positive; negatives nearer than the cut-off, or all if there is none
+    hard      the positives with d_ap = max d_ap, the negatives with d_an = min d_an
+    rho       as distance, and any positive in the negative's place, if there is a negative
+    all       any positive, any negative
     """
     rows, labels = embeddings.double().tolist(), labels.tolist()
     pairs = []
@@ -76,8 +90,13 @@ def eligible_pairs(embeddings, labels, method, margin=0.2, squared=False, distan
             d = [math.sqrt(value) for value in d]
         positives = [i for i in range(len(rows)) if labels[i] == labels[a] and i != a]
         negatives = [i for i in range(len(rows)) if labels[i] != labels[a]]
-        pairs.append(allowed(d, positives, negatives, method, margin, distance_cutoff))
+        pairs.append(allowed(d, positives, negatives, method, **options))
     return pairs
+
+
+def listed(pairs):
+    """The oracle's pairs of each anchor as one set of triplets."""
+    return {(a, p, n) for a, allowed in enumerate(pairs) for p, n in allowed}
 
 
 def distance_probabilities(distances, n):
@@ -208,7 +227,7 @@ def test_other_float_types_keep_exact_ties(variant, corner, dtype):
 
 @variants
 def test_every_eligible_triplet_can_be_drawn(variant):
-    """1,500 draws give the whole brute-force set; in three dimensions no triplet is very rare.
+    """800 draws give the whole brute-force set; in three dimensions no triplet is very rare.
 
     The classes have 3, 3, 1 and 2 images.
     """
@@ -217,9 +236,9 @@ def test_every_eligible_triplet_can_be_drawn(variant):
     embeddings = unit_rows(9, 3, torch.Generator().manual_seed(3))
     pairs = eligible_pairs(embeddings, labels, **variant)
     sampler, seen = Sampler(**variant), set()
-    for _ in range(1500):
+    for _ in range(800):
         seen |= set(map(tuple, sampler.give(embeddings, labels).tolist()))
-    assert seen == {(a, p, n) for a, allowed in enumerate(pairs) for p, n in allowed}
+    assert seen == listed(pairs)
 
 
 def test_semihard_band_by_hand():
@@ -248,6 +267,14 @@ def test_softhard_by_hand():
     labels = torch.tensor([0, 0, 0, 1, 2, 3])
     drawn = {tuple(Sampler("softhard").give(embeddings, labels)[0].tolist()) for _ in range(60)}
     assert drawn == {(0, 2, 3), (0, 2, 4)}
+
+
+def test_hard_by_hand():
+    """The same points: the farthest positive is that at 3, the nearest negative that at 2."""
+    embeddings = torch.tensor([0, 1, 3, 2, 2.5, 4], dtype=torch.float64)[:, None]
+    labels = torch.tensor([0, 0, 0, 1, 2, 3])
+    triplets = Sampler("hard").give(embeddings, labels)
+    assert triplets.tolist() == [[0, 2, 3], [1, 2, 3], [2, 0, 4]]  # 2.5 is nearer to 3 than 2
 
 
 def test_cutoff_falls_back_to_a_random_negative():
@@ -279,10 +306,7 @@ def test_padded_marks_anchors_without_a_triplet(corner, variant):
 
 @pytest.mark.parametrize("method", samplers.METHODS)
 def test_seed_decides_the_draw_and_the_embeddings_stay(method):
-    """torch.manual_seed is all the state; embeddings that need a gradient are not changed.
-
-    multisimilarity takes all that qualifies: it draws nothing.
-    """
+    """torch.manual_seed is all the state; embeddings that need a gradient are not changed."""
     embeddings = unit_rows(24, 8, torch.Generator().manual_seed(0)).requires_grad_()
     before, labels = embeddings.detach().clone(), torch.arange(24) // 4
     draws = []
@@ -290,7 +314,7 @@ def test_seed_decides_the_draw_and_the_embeddings_stay(method):
         torch.manual_seed(seed)
         draws.append(Sampler(method).give(embeddings, labels).tolist())
     assert draws[0] == draws[1] and len(draws[0]) > 0
-    assert (draws[1] == draws[2]) == (method == "multisimilarity")
+    assert (draws[1] == draws[2]) == (method in TAKE_ALL)
     assert torch.equal(embeddings, before) and embeddings.grad is None
 
 
@@ -307,7 +331,99 @@ def test_non_finite_embeddings_give_indices_of_the_batch(variant, bad):
         assert int(triplets.max()) < 8 and int(triplets.min()) >= -1
 
 
+# ---- all
+
+def check_all(triplets, expected):
+    """Just the expected set of triplets, each once, as LongTensor [T, 3]."""
+    assert triplets.dtype == torch.long and triplets.shape == (len(expected), 3)
+    assert set(map(tuple, triplets.tolist())) == expected
+
+
+def test_all_is_every_triplet_of_the_loop():
+    """Random and degenerate batches, padded or not, and two sets; some batches have none."""
+    sampler, numbers = Sampler("all"), []
+    for embeddings, labels in [*random_batches(), *corner_batches().values()]:
+        expected = listed(eligible_pairs(embeddings, labels, "all"))
+        for padded in (False, True):
+            check_all(sampler.give(embeddings, labels, padded=padded), expected)
+        numbers.append(len(expected))
+    for sets in two_sets():
+        expected = listed(eligible_between(*sets, "all"))
+        check_all(torch.stack(sampler(*sets), 1), expected)
+        numbers.append(len(expected))
+    assert 0 in numbers and sum(number > 20 for number in numbers) > 30
+
+
+def test_all_counts_as_its_docstring_says():
+    """B = 24 images, M = 4 a class: B (M - 1) (B - M) triplets."""
+    assert len(Sampler("all").give(torch.zeros(24, 2), torch.arange(24) // 4)) == 24 * 3 * 20
+
+
+def test_every_triplet_of_any_masks():
+    """Masks of 0 to 9 rows and columns, some empty, pairs that are positive and negative too."""
+    numbers = np.random.default_rng(9)
+    for _ in range(100):
+        shape = tuple(numbers.integers(0, 10, size=2))
+        positive, negative = (numbers.random(shape) < numbers.choice([0, 0.2, 0.7, 1])
+                              for _ in range(2))
+        check_all(Sampler.every_triplet(torch.from_numpy(positive), torch.from_numpy(negative)),
+                  {(a, p, n) for a in range(shape[0]) for p in range(shape[1])
+                   for n in range(shape[1]) if positive[a, p] and negative[a, n]})
+
+
+@pytest.mark.parametrize("method", ["all", "multisimilarity"])
+def test_a_list_of_triplets_has_a_bound(method, monkeypatch):
+    """24 * 3 * 20 triplets, one more than allowed, is an error that names what to change."""
+    embeddings, labels = torch.zeros(24, 2), torch.arange(24) // 4  # all pairs are hard
+    monkeypatch.setattr(samplers, "MOST_TRIPLETS", 1440)
+    assert len(Sampler(method).give(embeddings, labels)) == 1440
+    monkeypatch.setattr(samplers, "MOST_TRIPLETS", 1439)
+    for call in (Sampler(method).give, Sampler(method)):
+        with pytest.raises(ValueError, match="1,440 triplets in a batch of 24.*--bs.*--sampling"):
+            call(embeddings, labels)
+
+
+def test_the_bound_is_met_before_the_list_is_made():
+    """Two classes in a batch of 4,096 would be 384 GiB of indices."""
+    with pytest.raises(ValueError, match="17,171,480,576 triplets"):
+        Sampler("all").give(torch.zeros(4096, 2), torch.arange(4096) % 2)
+
+
 # ---- multi-similarity mining
+
+def hard_pairs(embeddings, labels, epsilon):
+    """The loop's masks: positives with s_ap < max s_an + epsilon, negatives s_an > min s_ap - ."""
+    rows, labels = embeddings.double().tolist(), labels.tolist()
+    positive, negative = ([[False] * len(rows) for _ in rows] for _ in range(2))
+    for a, row in enumerate(rows):
+        s = [sum(x * y for x, y in zip(row, other))
+             / (math.hypot(*row) * math.hypot(*other) or 1) for other in rows]
+        own = [i for i in range(len(rows)) if labels[i] == labels[a] and i != a]
+        others = [i for i in range(len(rows)) if labels[i] != labels[a]]
+        for p in own:
+            positive[a][p] = bool(others) and s[p] < max(s[n] for n in others) + epsilon
+        for n in others:
+            negative[a][n] = bool(own) and s[n] > min(s[p] for p in own) - epsilon
+    return positive, negative
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 0.7, 2.5])
+def test_hard_pairs_are_those_of_the_loop(epsilon):
+    """Rows of length 3, with a gradient that the masks must not pick up."""
+    sampler = Sampler("multisimilarity", mining_epsilon=epsilon)
+    for embeddings, labels in [*random_batches(), *corner_batches().values()]:
+        masks = sampler.hard_pairs(3 * embeddings.requires_grad_(), labels)
+        for mask, expected in zip(masks, hard_pairs(embeddings, labels, epsilon)):
+            assert mask.dtype == torch.bool and mask.tolist() == expected
+
+
+def test_hard_pairs_are_strictly_harder():
+    """Cosines are 0, 1 or -1, so with epsilon 0 and 1 an easiest pair may tie with its bound."""
+    embeddings, labels = corner_batches()["axes"]
+    for epsilon in (0.0, 1.0, 2.0):
+        masks = Sampler("multisimilarity", mining_epsilon=epsilon).hard_pairs(embeddings, labels)
+        assert tuple(mask.tolist() for mask in masks) == hard_pairs(embeddings, labels, epsilon)
+
 
 def multisimilarity_triplets(embeddings, labels, epsilon, others=None, other_labels=None):
     """All (a, p, n) with s_an > min s_ap - epsilon (eq. 7) and s_ap < max s_an + epsilon (eq. 8).
@@ -412,8 +528,7 @@ def test_a_sampler_is_a_miner(method):
     assert [column.shape for column in nothing] == [(0,)] * 3
 
 
-def eligible_between(embeddings, labels, others, other_labels, method, margin=0.2, squared=False,
-                     distance_cutoff=None):
+def eligible_between(embeddings, labels, others, other_labels, method, squared=False, **options):
     """eligible_pairs for anchors of one set and positives and negatives of another."""
     rows, columns = embeddings.double().tolist(), others.double().tolist()
     pairs = []
@@ -421,7 +536,7 @@ def eligible_between(embeddings, labels, others, other_labels, method, margin=0.
         d = [math.dist(row, column) ** (2 if squared else 1) for column in columns]
         positives = [i for i, other in enumerate(other_labels.tolist()) if other == name]
         negatives = [i for i, other in enumerate(other_labels.tolist()) if other != name]
-        pairs.append(allowed(d, positives, negatives, method, margin, distance_cutoff))
+        pairs.append(allowed(d, positives, negatives, method, **options))
     return pairs
 
 
@@ -458,7 +573,7 @@ def test_every_eligible_triplet_between_two_sets_can_be_drawn(variant):
     sampler, seen = Sampler(**variant), set()
     for _ in range(600):
         seen |= set(map(tuple, torch.stack(sampler(*sets), 1).tolist()))
-    assert seen == {(a, p, n) for a, allowed in enumerate(pairs) for p, n in allowed}
+    assert seen == listed(pairs)
     assert not any(a == 3 for a, _, _ in seen)  # whose class the other set does not have
 
 
@@ -525,6 +640,46 @@ def test_distance_treats_near_negatives_alike():
     labels = torch.tensor([0, 0, 1, 2, 3])
     drawn = Counter(int(Sampler("distance").give(embeddings, labels)[0, 2]) for _ in range(1500))
     assert chi_square_ok(drawn, {2: 1 / 3, 3: 1 / 3, 4: 1 / 3}, 1500)
+
+
+def test_rho_replaces_its_share_by_any_positive():
+    """1,000 draws: (1 - rho) 1 / q(d) for negatives, rho / positives for these, by chi-square.
+
+    The positive is drawn apart: it and its stand-in for the negative may be the same image.
+    """
+    labels, draws = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2]), 1000
+    embeddings = unit_rows(9, 4, torch.Generator().manual_seed(6))
+    rows, names = embeddings.tolist(), labels.tolist()
+    for share in (0, 0.3, 1):
+        torch.manual_seed(0)
+        seen = [Counter() for _ in labels]
+        for _ in range(draws):
+            triplets = Sampler("rho", rho_probability=share).give(embeddings, labels)
+            for a, p, n in triplets.tolist():
+                seen[a][p, n] += 1
+        for a, counts in enumerate(seen):
+            own = [p for p in range(9) if names[p] == names[a] and p != a]
+            chances = {n: (1 - share) * chance for n, chance in distance_probabilities(
+                {n: math.dist(rows[a], rows[n]) for n in range(9) if names[n] != names[a]},
+                4).items()} | {p: share / len(own) for p in own}
+            expected = {(p, n): chance / len(own) for p in own
+                        for n, chance in chances.items() if chance}
+            if len(expected) > 1:
+                assert chi_square_ok(counts, expected, draws)
+            assert set(counts) <= set(expected)
+
+
+def test_rho_decides_for_each_anchor_by_itself():
+    """1,500 draws: how many of a batch's 8 triplets are replaced is binomial, by chi-square."""
+    torch.manual_seed(0)
+    labels, draws, share = torch.arange(8) // 4, 1500, 0.4
+    embeddings = unit_rows(8, 4, torch.Generator().manual_seed(6))
+    sampler, numbers = Sampler("rho", rho_probability=share), Counter()
+    for _ in range(draws):
+        anchors, _, negatives = sampler(embeddings, labels)
+        numbers[int((labels[anchors] == labels[negatives]).sum())] += 1
+    assert chi_square_ok(numbers, {k: math.comb(8, k) * share ** k * (1 - share) ** (8 - k)
+                                   for k in range(9)}, draws)
 
 
 # ---- n-pair
@@ -620,6 +775,11 @@ def test_overridden_method_of_a_subclass_is_the_one_used():
     ({"method": "semihard", "margin": -0.1}, "--margin"),
     ({"method": "distance", "distance_cutoff": 0.5}, "--distance_cutoff"),
     ({"method": "distance", "distance_cutoff": -1.0}, "--distance_cutoff"),
+    ({"method": "distance", "distance_cutoff": math.nan}, "--distance_cutoff"),
+    *[({"method": "rho", "rho_probability": share}, f"--rho_probability {share}")
+      for share in (-0.1, 1.1, math.nan)],
+    *[({"method": "multisimilarity", "mining_epsilon": epsilon}, f"--mining_epsilon {epsilon}")
+      for epsilon in (-0.1, math.nan)],
 ])
 def test_wrong_sampler_options_name_the_flag(options, flag):
     with pytest.raises(ValueError, match=flag):
@@ -638,8 +798,14 @@ def test_flags_and_constructors_share_their_defaults():
     assert parser.get_default("bs") == batch["batch_size"].default == 112
     assert parser.parse_args(["--batch_size", "8"]).bs == 8
     own = inspect.signature(Sampler).parameters
-    assert parser.get_default("distance_cutoff") is own["distance_cutoff"].default is None
-    assert parser.get_default("mining_epsilon") == own["mining_epsilon"].default == 0.1
+    defaults = {name: own[name].default for name in samplers.OPTIONS}
+    assert defaults == {"margin": 0.2, "distance_cutoff": None, "mining_epsilon": 0.1,
+                        "rho_probability": 0.3}
+    del defaults["margin"]  # the flag is of losses.py
+    assert defaults == {name: parser.get_default(name) for name in defaults}
+    given = dict(margin=0.5, distance_cutoff=1.0, mining_epsilon=0.2, rho_probability=0.4)
+    changed = vars(Sampler(**given))
+    assert {name: changed[name] for name in samplers.OPTIONS} == given
 
 
 @pytest.mark.parametrize("method", samplers.METHODS)
