@@ -658,7 +658,7 @@ class ContrastiveLoss(torch.nn.Module):
         super().__init__()
         check_range(above=0, contrastive_margin=contrastive_margin)
         self.margin = contrastive_margin
-        self.power = 1 if contrastive_linear else 2
+        self.squared = not contrastive_linear
         self.sampler = make_sampler(self, sampling, **sampling_options)
 
     @full_precision
@@ -667,11 +667,14 @@ class ContrastiveLoss(torch.nn.Module):
         distances = distance_from_square(pairwise_sq_distances(embeddings))      # [B, B]
         missing = F.relu(self.margin - distances)
         near = negative & (missing > 0)
-        pairs = (positive.sum() + negative.sum()).clamp_min(1)
+        number, near_number = positive.sum(), near.sum()
         # Nearer than rounding allows to tell, a positive pair is where it should be.
-        self.active = ((positive & (distances > 1e-3)).sum() + near.sum()) / pairs
-        return (mean_where(distances ** self.power, positive)
-                + mean_where(missing ** self.power, near))
+        active = (positive & (distances > 1e-3)).sum() + near_number
+        self.active = active / (number + negative.sum()).clamp_min(1)
+        terms = torch.where(positive, distances, missing)                        # [B, B]
+        weights = (positive.to(terms.dtype) / number.clamp_min(1)
+                   + near.to(terms.dtype) / near_number.clamp_min(1))
+        return ((terms.square() if self.squared else terms) * weights).sum()
 
 
 class LiftedLoss(torch.nn.Module):
