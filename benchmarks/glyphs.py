@@ -1,6 +1,6 @@
 """Every loss with its default sampling on glyphs, several seeds: a table of mean and deviation.
 
-python benchmarks/glyphs.py --seeds 1 2 3 prints the table that stands in README.md. It takes about
+python benchmarks/glyphs.py --n_epochs 8 prints the table that stands in README.md. It takes about
 a minute for each loss and seed on two CPU cores. For --dataset glyphs alone: a check that all
 losses learn, no ranking of losses for photographs.
 """
