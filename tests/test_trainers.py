@@ -2763,7 +2763,7 @@ def test_diagnosis_of_batches_that_say_little():
     assert row == {"d_an": 0.0, "std": 0.0, "length": pytest.approx(2 ** 0.5)}
     assert Diagnosis.has_collapsed(row) and not Diagnosis.has_collapsed({})
     assert Diagnosis.has_collapsed({"std": float("nan"), "length": float("nan")})
-    assert not Diagnosis.has_collapsed({"std": 0.02, "length": 1.0})
+    assert not Diagnosis.has_collapsed({"std": 0.2, "length": 1.0})
     loss(torch.ones(3, 2), torch.tensor([1, 1, 1]))
     assert "d_an" not in diagnosis.row()
 
