@@ -308,7 +308,7 @@ class Ranker:
 
     def scores(self, rows):
         """The vectors of rank_scores for some queries [B], given by their places."""
-        count = self.sizes[rows] - int(self.own is not None)                        # [B]
+        count = self.sizes[rows] - int(self.own is not None)                      # [B]
         wrong = (self.wrong_nearer(rows, self.matches(rows)) if self.every else
                  self.wrong_before_nearest(rows))
         return scores_of_ranks(wrong, count, self.every)

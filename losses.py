@@ -267,6 +267,12 @@ def pair_mask(first, second, valid, labels):
     return mask.index_fill_(0, pair, True)[:-1].view(number, number)
 
 
+def given_pairs(vectors, labels):
+    """Index vectors (a1, p, a2, n), labels [B] -> masks of the two kinds of pairs, [B, B] each."""
+    return tuple(pair_mask(first, second, (first >= 0) & (second >= 0), labels)
+                 for first, second in (vectors[:2], vectors[2:]))
+
+
 def as_index_tuples(indices_tuple, labels, width=None):
     """Any accepted form of indices_tuple -> LongTensor [T, width] on the device of labels [B].
 
@@ -278,8 +284,7 @@ def as_index_tuples(indices_tuple, labels, width=None):
     """
     vectors = index_vectors(indices_tuple, labels)
     if vectors is not None and len(vectors) == 4:
-        pairs = [pair_mask(*pair, pair[0] >= 0, labels) for pair in (vectors[:2], vectors[2:])]
-        return Sampler.every_triplet(*pairs)
+        return Sampler.every_triplet(*given_pairs(vectors, labels))
     tuples = torch.as_tensor(indices_tuple, dtype=torch.long, device=labels.device) \
         if vectors is None else torch.stack(vectors, dim=1)
     tuples = tuples.reshape(-1, 3) if tuples.numel() == 0 else tuples
@@ -372,8 +377,7 @@ def pairs_for(sampler, embeddings, labels, indices_tuple):
         return sampler.hard_pairs(embeddings, labels)
     vectors = index_vectors(indices_tuple, labels)
     if vectors is not None and len(vectors) == 4:  # pairs, as they are
-        return tuple(pair_mask(*pair, pair[0] >= 0, labels)
-                     for pair in (vectors[:2], vectors[2:]))
+        return given_pairs(vectors, labels)
     valid, anchors, *others = triplets_for(sampler, embeddings, labels, indices_tuple)
     return tuple(pair_mask(anchors, other, valid, labels) for other in others)
 
