@@ -309,16 +309,17 @@ def triplets_for(sampler, embeddings, labels, indices_tuple):
     return triplets[:, 0] >= 0, *triplets.clamp_min(0).unbind(1)
 
 
-def pair_sq_distances(embeddings, first, second):
-    """Squared distances of the pairs (first[t], second[t]): embeddings [B, D] -> [T].
+def pair_sq_distances(embeddings, first, *others):
+    """Squared distances of the pairs (first[t], other[t]) for each of others: [B, D] -> [O, T].
 
     Few pairs are computed row by row, exactly; many (a miner can return B^3 triplets) are looked
     up in the matrix of all pairs, which then costs less memory than the gathered rows.
     """
     if len(first) <= 4 * len(embeddings):
-        difference = embeddings.index_select(0, first) - embeddings.index_select(0, second)
-        return difference.square().sum(1)
-    return pairwise_sq_distances(embeddings)[first, second]
+        shape = len(others), *first.shape, embeddings.shape[1]
+        rows = embeddings.index_select(0, torch.cat(others)).view(shape)         # [O, T, D]
+        return (embeddings.index_select(0, first) - rows).square().sum(2)
+    return pairwise_sq_distances(embeddings)[first, torch.stack(others)]
 
 
 def distance_from_square(sq_distances):
@@ -460,8 +461,7 @@ class TripletLoss(torch.nn.Module):
     def forward(self, embeddings, labels, indices_tuple=None):
         valid, anchors, positives, negatives = triplets_for(self.sampler, embeddings, labels,
                                                             indices_tuple)       # [T] each
-        sq_ap = pair_sq_distances(embeddings, anchors, positives)                # [T]
-        sq_an = pair_sq_distances(embeddings, anchors, negatives)
+        sq_ap, sq_an = pair_sq_distances(embeddings, anchors, positives, negatives)
         losses = F.relu(sq_ap - sq_an + self.margin) * valid
         number = valid.sum().clamp_min(1)
         self.active = (losses > 0).sum() / number
@@ -503,15 +503,15 @@ class MarginLoss(torch.nn.Module):
     def forward(self, embeddings, labels, indices_tuple=None):
         valid, anchors, positives, negatives = triplets_for(self.sampler, embeddings, labels,
                                                             indices_tuple)       # [T] each
-        d_ap = distance_from_square(pair_sq_distances(embeddings, anchors, positives))
-        d_an = distance_from_square(pair_sq_distances(embeddings, anchors, negatives))
-        beta = self.beta[labels[anchors]].to(d_ap.dtype)                         # [T]
-        positive_terms = F.relu(d_ap - beta + self.margin) * valid
-        negative_terms = F.relu(beta - d_an + self.margin) * valid
-        active = (positive_terms > 0).sum() + (negative_terms > 0).sum()
+        sq_distances = pair_sq_distances(embeddings, anchors, positives, negatives)
+        d_ap, d_an = distance_from_square(sq_distances)                          # [T] each
+        beta = self.beta.index_select(0, labels.index_select(0, anchors)).to(d_ap.dtype)
+        beyond = torch.stack([d_ap - beta, beta - d_an])                         # [2, T]
+        terms = F.relu(beyond + self.margin) * valid
+        active = (terms > 0).sum()
         self.active = active / (2 * valid.sum()).clamp_min(1)
-        loss = (positive_terms + negative_terms).sum() / active.clamp_min(1)
-        return loss + self.nu * (beta * valid).sum()
+        loss = terms.sum() / active.clamp_min(1)
+        return loss + self.nu * (beta * valid).sum() if self.nu else loss
 
 
 class NPairLoss(torch.nn.Module):
@@ -1073,8 +1073,7 @@ class SNRLoss(torch.nn.Module):
         # The variance of a difference is the squared distance of the centred rows, over D.
         rows = embeddings - embeddings.mean(1, keepdim=True)
         signal = rows.square().sum(1).clamp_min(1e-12)[anchors]                  # [T]
-        d_ap = pair_sq_distances(rows, anchors, positives) / signal
-        d_an = pair_sq_distances(rows, anchors, negatives) / signal
+        d_ap, d_an = pair_sq_distances(rows, anchors, positives, negatives) / signal
         losses = F.relu(d_ap - d_an + self.margin) * valid
         above_zero = (losses > 0).sum()
         self.active = above_zero / valid.sum().clamp_min(1)
@@ -1119,9 +1118,10 @@ class QuadrupletLoss(torch.nn.Module):
                              f"{list(tuples.shape)}")
         valid, third = tuples[:, 0] >= 0, tuples[:, 3] >= 0                      # [T]
         anchors, positives, negatives, others = tuples.clamp_min(0).unbind(1)
-        sq_ap = pair_sq_distances(embeddings, anchors, positives)                # [T]
-        first = F.relu(sq_ap - pair_sq_distances(embeddings, anchors, negatives) + self.margin1)
-        second = F.relu(sq_ap - pair_sq_distances(embeddings, negatives, others) + self.margin2)
+        sq_ap, sq_an = pair_sq_distances(embeddings, anchors, positives, negatives)
+        sq_nn, = pair_sq_distances(embeddings, negatives, others)                # [T]
+        first = F.relu(sq_ap - sq_an + self.margin1)
+        second = F.relu(sq_ap - sq_nn + self.margin2)
         losses = (first + second * third) * valid
         number = valid.sum().clamp_min(1)
         self.active = (losses > 0).sum() / number

@@ -216,20 +216,18 @@ class Sampler:
         same, positive = self.pair_masks(labels, other_labels)
         n = embeddings.shape[1]
         sq_distances = pairwise_sq_distances(embeddings, others).clamp_min_(self.lower_cutoff ** 2)
+        excluded = (same if self.distance_cutoff is None
+                    else same | (sq_distances >= self.distance_cutoff ** 2))
         # 1 - d^2/4 is 0 at antipodal points, where the density vanishes; 1e-6 keeps it finite.
-        log_weights = ((2 - n) / 2 * sq_distances.log()
-                       - (n - 3) / 2 * (1 - sq_distances / 4).clamp_min_(1e-6).log_())
-        allowed = (~same if self.distance_cutoff is None
-                   else ~same & (sq_distances < self.distance_cutoff ** 2))
-        log_weights.masked_fill_(~allowed, -torch.inf)
-        # Scaled by each row's own largest weight, one negative at least keeps weight 1; a row
-        # without an allowed negative has no finite maximum and becomes all zero.
-        top = log_weights.amax(1, keepdim=True)
-        weights = (log_weights - top.masked_fill(top == -torch.inf, 0)).exp_()
-        negatives = draw_columns(weights)
+        rest = torch.rsub(sq_distances, 1, alpha=0.25).clamp_min_(1e-6).log_()
+        log_weights = sq_distances.log_().mul_((2 - n) / 2).sub_(rest, alpha=(n - 3) / 2)
+        # A softmax over what is left: the row's likeliest negative never vanishes by rounding.
+        lowest = torch.finfo(log_weights.dtype).min
+        weights = log_weights.masked_fill_(excluded, lowest).softmax(1).masked_fill_(excluded, 0)
+        negatives, positives = draw_columns(torch.cat([weights, positive.to(weights)])).chunk(2)
         if self.distance_cutoff is not None:
             negatives = torch.where(negatives < 0, draw_columns((~same).float()), negatives)
-        return self.triplets(draw_columns(positive.float()), negatives)
+        return self.triplets(positives, negatives)
 
     def rho(self, embeddings, labels, others=None, other_labels=None):
         """As distance, but a share of the negatives is replaced by positives -> [B, 3].
@@ -321,7 +319,7 @@ class Sampler:
             same = labels.unsqueeze(1) == other_labels
             return same, same
         same = labels.unsqueeze(1) == labels
-        return same, same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+        return same, same.clone().fill_diagonal_(False)
 
     @staticmethod
     def every_triplet(positive, negative):
@@ -337,8 +335,8 @@ class Sampler:
     @staticmethod
     def draw_preferred(preferred, eligible):
         """Masks [B, B] -> one column of each row: preferred where there is one, else eligible."""
-        none = ~preferred.any(1, keepdim=True)
-        return draw_columns((preferred | (none & eligible)).float())
+        first, second = draw_columns(torch.cat([preferred, eligible]).float()).chunk(2)
+        return torch.where(first < 0, second, first)
 
     @staticmethod
     def triplets(positives, negatives):
