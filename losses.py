@@ -669,16 +669,15 @@ class ContrastiveLoss(torch.nn.Module):
     def forward(self, embeddings, labels, indices_tuple=None):
         positive, negative = pairs_for(self.sampler, embeddings, labels, indices_tuple)
         distances = distance_from_square(pairwise_sq_distances(embeddings))      # [B, B]
-        missing = F.relu(self.margin - distances)
-        near = negative & (missing > 0)
-        number, near_number = positive.sum(), near.sum()
+        apart = distances.masked_fill(~positive, 0)                              # [B, B]
+        missing = F.relu((self.margin - distances).masked_fill_(~negative, 0))
+        number, near_number = positive.sum(), missing.count_nonzero()
         # Nearer than rounding allows to tell, a positive pair is where it should be.
-        active = (positive & (distances > 1e-3)).sum() + near_number
+        active = (apart.detach() > 1e-3).sum() + near_number
         self.active = active / (number + negative.sum()).clamp_min(1)
-        terms = torch.where(positive, distances, missing)                        # [B, B]
-        weights = (positive.to(terms.dtype) / number.clamp_min(1)
-                   + near.to(terms.dtype) / near_number.clamp_min(1))
-        return ((terms.square() if self.squared else terms) * weights).sum()
+        if self.squared:
+            apart, missing = apart.square(), missing.square()
+        return apart.sum() / number.clamp_min(1) + missing.sum() / near_number.clamp_min(1)
 
 
 class LiftedLoss(torch.nn.Module):
@@ -1171,7 +1170,9 @@ class ProxyAnchorLoss(torch.nn.Module):
         own = labels.unsqueeze(1)
         pull = self.alpha * (self.delta - cosines.gather(1, own).squeeze(1))     # [B]
         # log(1 + sum of exp) of each class's images; the 1 is an image of value 0.
-        most = pull.new_zeros(self.num_classes).scatter_reduce(0, labels, pull.detach(), "amax")
+        # Not by scatter_reduce, which --deterministic refuses on a GPU.
+        classes = torch.arange(self.num_classes, device=labels.device)
+        most = pull.detach().unsqueeze(1).masked_fill(own != classes, 0).amax(0).clamp_min(0)
         total = (-most).exp().index_add(0, labels, (pull - most[labels]).exp())  # [C]
         present = torch.zeros_like(most).index_fill_(0, labels, 1)
         positive_terms = (most + total.log()) * present
@@ -1356,9 +1357,10 @@ class SoftTripleLoss(torch.nn.Module):
     def forward(self, embeddings, labels, indices_tuple=None):
         embeddings, labels = anchors_only(embeddings, labels, indices_tuple)
         centers = F.normalize(self.centers.to(embeddings.dtype), dim=2)          # [C, K, D]
-        rows = F.normalize(embeddings, dim=1)
-        cosines = (rows @ centers.flatten(0, 1).t()).unflatten(1, centers.shape[:2])  # [B, C, K]
-        similarities = ((cosines / self.gamma).softmax(2) * cosines).sum(2)      # [B, C]
+        by_place = centers.transpose(0, 1)     # [K, C, D], sums over K then run along the classes
+        cosines = F.normalize(embeddings, dim=1) @ by_place.flatten(0, 1).t()    # [B, K C]
+        cosines = cosines.unflatten(1, by_place.shape[:2])
+        similarities = ((cosines / self.gamma).softmax(1) * cosines).sum(1)      # [B, C]
         margins = similarities.new_full((len(labels), 1), -self.margin)
         logits = self.scale * similarities.scatter_add(1, labels.unsqueeze(1), margins)
         loss = mean_cross_entropy(logits, labels)

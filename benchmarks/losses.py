@@ -2,7 +2,7 @@
 
 python benchmarks/losses.py times forward, with sampling, and backward on unit-norm embeddings, 4
 of each class or more, and prints medians as one table. The limit is a bare matrix of the Euclidean
-distances of all pairs (embeddings and proxies, for a loss with class weights), its backward, and a
+distances of all pairs (of embeddings and weights, for a loss with class weights), its backward, a
 cumulative sum along its rows, which only sampling losses need. "loops" is the same problem in
 plain Python, an anchor at a time. Both libraries get the same margins and temperatures; but that
 library's miners return all semi-hard triplets, and 4 an anchor by distance, where ours draw one;
@@ -83,7 +83,8 @@ def theirs(name, classes, dimensions):
 
 def limit(name, classes, dimensions):
     """Nothing but the distances, as a step, and the proxies."""
-    proxies = [torch.randn(classes, dimensions).requires_grad_()] * has_proxies(name)
+    proxies = [torch.randn(weight.numel() // dimensions, dimensions).requires_grad_()
+               for weight in ours(name, classes, dimensions)[1] if has_proxies(name)][:1]
 
     def step(embeddings, labels):
         columns = proxies[0] if proxies else embeddings
