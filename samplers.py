@@ -355,8 +355,9 @@ class ClassBalancedBatchSampler(torch.utils.data.BatchSampler):
     epoch has N // batch_size batches (at least one) and draws each image about once, whatever the
     size of its class: a class's images are shuffled and cut into groups, and how many groups a
     class gives is in proportion to its images, as far as one group a batch allows. The batches
-    depend on the labels, the seed and the epoch alone. Raises ValueError where the sizes do not
-    fit.
+    depend on the labels, the seed and the epoch alone. skip, if set, is how many batches the next
+    pass leaves out at its beginning, to go on where one was broken off. Raises ValueError where
+    the sizes do not fit.
     """
 
     def __init__(self, labels, batch_size=112, samples_per_class=4, seed=1):
@@ -375,7 +376,7 @@ class ClassBalancedBatchSampler(torch.utils.data.BatchSampler):
         self.batch_size = batch_size
         self.samples_per_class = samples_per_class
         self.seed = seed
-        self.epoch = 0
+        self.epoch = self.skip = 0
         self.num_batches = max(1, len(labels) // batch_size)
 
     def set_epoch(self, epoch):
@@ -404,6 +405,7 @@ class ClassBalancedBatchSampler(torch.utils.data.BatchSampler):
 
     def __iter__(self):
         generator = np.random.default_rng([self.seed, self.epoch])
+        skip, self.skip = self.skip, 0
         self.epoch += 1  # for a loop that never calls set_epoch
         # The images, class after class, shuffled within each class.
         order = np.lexsort((generator.random(len(self.labels)), self.labels))
@@ -420,7 +422,9 @@ class ClassBalancedBatchSampler(torch.utils.data.BatchSampler):
             classes = generator.permutation(classes)
             place = (taken[classes, None] * self.samples_per_class
                      + np.arange(self.samples_per_class))
-            yield order[first[classes, None] + place % self.counts[classes, None]].ravel().tolist()
+            if self.num_batches - batches_left >= skip:
+                yield order[first[classes, None]
+                            + place % self.counts[classes, None]].ravel().tolist()
             left[classes] -= 1
             taken[classes] += 1
 
@@ -429,8 +433,8 @@ class ShuffledBatchSampler(torch.utils.data.BatchSampler):
     """Plain shuffled batches: each image at most once an epoch, the incomplete last batch dropped.
 
     Iterating gives lists of indices, shape [batch_size]. For losses without positive pairs
-    (--samples_per_class 1). Depends on the seed and the epoch
-    alone. Raises ValueError for a batch larger than the dataset.
+    (--samples_per_class 1). Depends on the seed and the epoch alone; skip as above. Raises
+    ValueError for a batch larger than the dataset.
     """
 
     def __init__(self, num_images, batch_size=112, seed=1):
@@ -440,7 +444,7 @@ class ShuffledBatchSampler(torch.utils.data.BatchSampler):
         self.num_images = num_images
         self.batch_size = batch_size
         self.seed = seed
-        self.epoch = 0
+        self.epoch = self.skip = 0
 
     def set_epoch(self, epoch):
         """The next pass gives the batches of this epoch (any non-negative int)."""
@@ -451,8 +455,9 @@ class ShuffledBatchSampler(torch.utils.data.BatchSampler):
 
     def __iter__(self):
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_images)
+        skip, self.skip = self.skip, 0
         self.epoch += 1  # for a loop that never calls set_epoch
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
+        for start in range(skip * self.batch_size, len(self) * self.batch_size, self.batch_size):
             yield order[start:start + self.batch_size].tolist()
 
 
