@@ -1,19 +1,30 @@
-"""What a run leaves behind and says: folder, logs, checkpoints, plots, pictures, progress line.
+"""What a run leaves behind and says: folder, logs, checkpoints, plots, pictures, progress line;
+and how its processes, one or several, find each other and are stopped.
 
 Nothing here knows what an embedding, a loss or a dataset is. Every file is written under a
 temporary name and renamed, so a run that is killed leaves whole files only. A new kind of output
 is a writer here that goes through written_whole.
 """
 
+import argparse
 import contextlib
 import csv
+import datetime
+import difflib
 import os
 import pickle
 import platform
+import random
 import re
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
+import typing
+import zipfile
 from xml.sax import saxutils
 
 import numpy as np
@@ -21,12 +32,35 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 
+RECIPES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "recipes.csv")
+# Options in which runs of one row of a table, or of one recipe, may differ.
+NOT_OF_RECIPE = ("seed", "seeds", "recipe", "recipes", "dry_run", "departures", "savename",
+                 "save_path", "source_path", "gpu", "kernels", "resume", "tensorboard", "weights",
+                 "plot_embeddings", "save_embeddings", "checkpoint_every", "on_save_error",
+                 "skip_nonfinite", "deterministic", "eval_memory", "eval_bs", "cache_path")
+
+
 def add_arguments(parser):
-    """Adds the group 'run' to an argparse parser."""
+    """Adds the groups 'recipe' and 'run' to an argparse parser."""
+    group = parser.add_argument_group("recipe", "published results, one command each")
+    group.add_argument("--recipe", default=None, metavar="NAME",
+                       help="take the options of a published result from recipes.csv, such as "
+                            "cub200/margin-distance, and end with measured beside published "
+                            "values; flags given as well override it, and the verdict lists "
+                            "them. Default: no recipe")
+    group.add_argument("--recipes", action="store_true", help="list the recipes and end")
+    group.add_argument("--seeds", type=int, nargs="+", default=None, metavar="S",
+                       help="one run for each of these seeds, whatever --seed is, in folders "
+                            "NAME_seedS; the verdict has their mean and standard deviation. "
+                            "Default: --seed alone")
+    group.add_argument("--dry_run", action="store_true",
+                       help="print what would run, with all options, and end")
     group = parser.add_argument_group("run", "device, seed, and where the files go")
     group.add_argument("--gpu", type=int, default=0, metavar="ID",
                        help="number of the CUDA device, -1 for the CPU. Without CUDA the run says "
-                            "so and takes the CPU. Default %(default)s (reference code)")
+                            "so and takes the CPU. Under torchrun each process takes the device "
+                            "of its own number instead, unless this is -1. Default %(default)s "
+                            "(reference code)")
     group.add_argument("--seed", type=int, default=1, metavar="S",
                        help="0 or more; fixes weights, batches, crops, tuples and clusters. "
                             "Literature reports 1 to 5 seeds. Default %(default)s (reference "
@@ -40,9 +74,22 @@ def add_arguments(parser):
                        help="also write losses, learning rates and metrics for TensorBoard into "
                             "the run's folder; needs the package tensorboard")
     group.add_argument("--resume", action="store_true",
-                       help="go on with the run named by --savename after its last whole epoch; "
-                            "give the same options as before (--n_epochs, --patience, --gpu, "
-                            "--kernels, --tensorboard, --plot_embeddings and paths may change)")
+                       help="go on with the run named by --savename where its last checkpoint "
+                            "is; give the same options as before (--n_epochs, --patience, --gpu, "
+                            "--kernels, --deterministic, --skip_nonfinite, paths and what is "
+                            "saved or drawn, and when, may change)")
+    group.add_argument("--checkpoint_every", type=int, default=None, metavar="N",
+                       help="save the state every N iterations, for long epochs; it is saved at "
+                            "the end of every epoch's training and after its evaluation in any "
+                            "case. Default: only then")
+    group.add_argument("--on_save_error", choices=("stop", "continue"), default="stop",
+                       help="what to do where a file cannot be written, as on a full disk; the "
+                            "files of before are kept in any case. stop: end the run, which "
+                            "--resume takes further. continue: say so and go on. Default "
+                            "%(default)s")
+    group.add_argument("--deterministic", action="store_true",
+                       help="on a GPU: only algorithms that give the same bits each time, some of "
+                            "them slower. On the CPU a seed gives the same bits anyway")
 
 
 # ---- files
@@ -75,8 +122,7 @@ def written_whole(path, mode="wb"):
 def make_run_folder(save_path, dataset, savename=None, resume=False):
     """The run's folder, made new: save_path/dataset/savename or, without a name, the start time.
 
-    With resume it must be there already; what a killed run left half written is removed. Raises
-    ValueError or OSError where that does not hold.
+    With resume it must be there already. Raises ValueError or OSError where that does not hold.
     """
     if resume and not savename:
         raise ValueError("--resume needs --savename, the name of the run to go on with")
@@ -89,9 +135,6 @@ def make_run_folder(save_path, dataset, savename=None, resume=False):
         if not os.path.isdir(folder):
             raise FileNotFoundError(f"--resume: there is no run in {folder}; --savename and "
                                     "--save_path say where to look")
-        for entry in os.listdir(folder):
-            if re.search(r"\.tmp\d+$", entry):
-                os.remove(os.path.join(folder, entry))
         return folder
     if os.path.lexists(folder):
         raise ValueError(f"the run folder {folder} exists already: choose another --savename, or "
@@ -103,10 +146,77 @@ def make_run_folder(save_path, dataset, savename=None, resume=False):
     return folder
 
 
-def save_checkpoint(path, state):
-    """Writes a dict of tensors, numbers, strings and containers of these; see load_checkpoint."""
+def lock_folder(folder):
+    """Keeps other runs out of a run folder -> the lock file, which is open as long as it counts.
+
+    The lock goes with the process, however it ends. What a killed run left half written is
+    removed. ValueError where another run has the lock.
+    """
+    file = open(os.path.join(folder, ".lock"), "a+")
+    try:
+        import fcntl  # not on Windows, where nothing is locked
+        # Unlike flock's, not inherited by loading processes, which outlive a killed run.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        owner = file.read().strip()
+        file.close()
+        raise ValueError(f"another run is writing to {folder} ({owner}): wait for it, or choose "
+                         "another --savename") from None
+    except (ImportError, OSError):  # a file system without locks
+        pass
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    for entry in os.listdir(folder):
+        if re.search(r"\.tmp\d+$", entry):
+            os.remove(os.path.join(folder, entry))
+    return file
+
+
+def previous(path):
+    """Where the checkpoint before the one in a file is kept."""
+    return re.sub(r"(\.pth\.tar)?$", r"_previous\1", path, count=1)
+
+
+def save_checkpoint(path, state, keep_previous=False):
+    """Writes a dict of tensors, numbers, strings and containers of these; see load_checkpoint.
+
+    keep_previous: the file that was there is kept as previous(path).
+    """
     with written_whole(path) as file:
         torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())  # a full disk may show only here
+        if keep_previous and os.path.exists(path):  # a second name, so that it is never away
+            temporary = f"{previous(path)}.tmp{os.getpid()}"
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(temporary)
+            try:
+                os.link(path, temporary)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, temporary)
+            os.replace(temporary, previous(path))
+
+
+def load_last_checkpoint(path, keys):
+    """The checkpoint of a file, or, where it is damaged or lacking, the one before it.
+
+    keys: as in load_checkpoint. Says so when it is the one before; a damaged file is renamed, lest
+    it become the one before. None where there is neither file, ValueError where neither is whole.
+    """
+    if not os.path.exists(path) and not os.path.exists(previous(path)):
+        return None
+    try:
+        return load_checkpoint(path, keys)
+    except (ValueError, FileNotFoundError) as error:
+        if not os.path.exists(previous(path)):
+            raise
+        state = load_checkpoint(previous(path), keys)
+        if rank() == 0 and os.path.exists(path):
+            os.replace(path, re.sub(r"(\.pth\.tar)?$", r"_damaged\1", path, count=1))
+        print(f"warning: {error}; going on from the one before, {previous(path)}", flush=True)
+        return state
 
 
 def load_checkpoint(path, keys):
@@ -116,13 +226,17 @@ def load_checkpoint(path, keys):
     where it is damaged or of another kind.
     """
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            if archive.testzip() is not None:
+                raise ValueError(f"the checksum of {archive.testzip()} is another")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no checkpoint {path}") from None
     except Exception as error:  # torch.load raises a dozen types for damaged or foreign files
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"the checkpoint {path} is damaged or not one of this program: "
-                         f"{reason}") from error
+        # torch's own message advises to read the file without this protection: it is not shown.
+        raise ValueError(f"the checkpoint {path} is damaged, or not one of this program: torch "
+                         "cannot read it safely, as tensors and plain values alone "
+                         f"({type(error).__name__})") from error
     missing = [key for key in keys if not isinstance(state, dict) or key not in state]
     if missing:
         raise ValueError(f"the checkpoint {path} is not one of this program: it has no "
@@ -152,34 +266,392 @@ def save_csv(path, rows):
         writer.writerows(rows)
 
 
+# ---- recipes and results
+
+
+class Recipe(typing.NamedTuple):
+    """A published result: its options, a list of strings; {metric: (mean, std or None)} in
+    percent; where it was published."""
+
+    options: list
+    published: dict
+    source: str
+
+
+def read_recipes(path=None):
+    """The table of recipes -> {name: Recipe}; its values stand as "recall@1 63.1±0.5; nmi 68"."""
+    recipes = {}
+    with open(path or RECIPES, encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            published = {}
+            for part in filter(None, row["published"].split("; ")):
+                metric, value = part.rsplit(" ", 1)
+                mean, _, std = value.partition("±")
+                published[metric] = (float(mean), float(std) if std else None)
+            recipes[row["recipe"]] = Recipe(shlex.split(row["options"]), published, row["source"])
+    return recipes
+
+
+def find_recipe(name):
+    """The Recipe of a name; ValueError with the nearest names for another."""
+    recipes = read_recipes()
+    if name not in recipes:
+        near = difflib.get_close_matches(name, recipes, n=4, cutoff=0.4)
+        raise ValueError(f"--recipe {name}: there is none of that name"
+                         + f"; near are {', '.join(near)}" * bool(near)
+                         + ". --recipes lists all")
+    return recipes[name]
+
+
+class Result(typing.NamedTuple):
+    """What a run folder says: options as text, rows of log_val_Base.csv as {metric: number}."""
+
+    folder: str
+    options: dict
+    rows: list
+
+    def state(self):
+        """finished, or what else: in words."""
+        if not self.rows:
+            return "failed or unfinished before anything was measured"
+        last, wanted = int(self.rows[-1]["epoch"]), int(self.options["n_epochs"])
+        patience = self.options.get("patience", "None")
+        if last >= wanted:
+            return "finished"
+        if len(self.rows) == 1:
+            return f"failed or unfinished before the first of {wanted} epochs was measured"
+        name = selecting_metric(self.rows)
+        values = [row[name] for row in self.rows[1:] if name in row]
+        if patience != "None" and len(values) - 1 - values.index(max(values)) >= int(patience):
+            return "finished"
+        return f"unfinished after epoch {last} of {wanted}"
+
+    def best(self, metric):
+        """The literature's value: the best over the epochs, of this metric alone."""
+        values = [row[metric] for row in self.rows[1:] or self.rows if metric in row]
+        return best_of(metric)(values, default=float("nan"))
+
+    def selected(self, metric):
+        """The metric in the epoch that was chosen on held-out classes; nan if not measured."""
+        name = selecting_metric(self.rows)
+        rows = [row for row in self.rows[1:] or self.rows if name in row]
+        return max(rows, key=lambda row: row[name], default={}).get(metric, float("nan"))
+
+    def metrics(self):
+        """The names of the metrics of the test classes."""
+        return [name for name in self.rows[0] if name != "epoch" and not name.startswith("val ")]
+
+    def holds_out(self):
+        """Whether the run measured on held-out classes too, and chose its best epoch there."""
+        return selecting_metric(self.rows).startswith("val ")
+
+
+def best_of(metric):
+    """min or max: what the best value of a metric is."""
+    return min if metric.endswith(("dist_ratio", "rho", "d_ap")) else max
+
+
+def selecting_metric(rows):
+    """The metric that chooses the best epoch: the first of the held-out, else of the test."""
+    names = [name for name in rows[0] if name != "epoch"]
+    return next((name for name in names if name.startswith("val ")), names[0])
+
+
+def read_result(folder):
+    """A run folder -> Result; None for a folder that is not one of a run.
+
+    ValueError where its files are damaged.
+    """
+    try:
+        with open(os.path.join(folder, "Parameter_Info.txt"), encoding="utf-8") as file:
+            lines = [line.rstrip("\n").split(": ", 1) for line in file]
+        if any(len(line) != 2 for line in lines):
+            return None
+        options, rows = dict(lines), []
+        if not {"dataset", "arch", "loss", "sampling", "n_epochs", "seed"} <= set(options):
+            return None
+        path = os.path.join(folder, "log_val_Base.csv")
+        if os.path.exists(path):
+            with open(path, encoding="utf-8", newline="") as file:
+                rows = list(csv.DictReader(file))
+            if any(None in row or None in row.values() for row in rows):
+                raise ValueError("a row of log_val_Base.csv is cut short or too long")
+            rows = [{name: float(value) for name, value in row.items() if value} for row in rows]
+        int(options["n_epochs"]), int(options["seed"])
+        if any("epoch" not in row or len(row) < 2 for row in rows):
+            raise ValueError("a row of log_val_Base.csv lacks its epoch or its metrics")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
+        raise ValueError(f"{folder}: its logs cannot be read ({error})") from error
+    return Result(folder, options, rows)
+
+
+def read_results(root):
+    """All run folders below root, sorted -> (list of Result, what cannot be read, in words).
+
+    Folders that are not of a run are passed over. ValueError where there is none of a run.
+    """
+    if not os.path.isdir(root):
+        raise FileNotFoundError(f"{root} is not a folder of results")
+    folders = sorted(path for path, _, files in os.walk(root) if "Parameter_Info.txt" in files)
+    results, damaged = [], []
+    for folder in folders:
+        try:
+            result = read_result(folder)
+        except ValueError as error:
+            damaged.append(str(error))
+        else:
+            results += [result] if result else []
+    if not results and not damaged:
+        raise ValueError(f"{root} holds no run; main.py --save_path says where they are")
+    return results, damaged
+
+
+def mean_and_std(values):
+    """Numbers -> their mean and population standard deviation, as the literature gives them."""
+    return float(np.mean(values)), float(np.std(values))
+
+
+def with_std(mean, std=None, digits=2):
+    """Numbers -> "63.09 ± 0.46", or the mean alone."""
+    return f"{mean:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
+
+
+def verdict(recipe, results, departures=()):
+    """Measured beside published values, as lines of text; the last one says what they amount to.
+
+    recipe: Recipe; results: list of Result, one a seed. A value is inside where it differs by no
+    more than the published standard deviation, or by 1.0 point of recall@1 where none is given.
+    """
+    lines = [f"{'metric':12} {'measured':>15} {'published':>15} {'difference':>10}"]
+    inside = {}
+    for metric in dict.fromkeys((*recipe.published, *results[0].metrics())):
+        ours, spread = mean_and_std([100 * result.best(metric) for result in results])
+        line = f"{metric:12} {with_std(ours, spread if len(results) > 1 else None):>15}"
+        if metric in recipe.published:
+            mean, std = recipe.published[metric]
+            allowed = std if std is not None else 1.0 if metric == "recall@1" else None
+            line += f" {with_std(mean, std):>15} {ours - mean:>+10.2f}"
+            if allowed is not None:  # less than rounding apart counts as inside
+                inside[metric] = bool(abs(ours - mean) <= allowed + 1e-9)
+                line += f"  {'inside' if inside[metric] else 'outside'} ± {allowed:g}"
+        lines.append(line)
+    lines.append(f"best epoch of each metric on the test classes, {len(results)} seed"
+                 + "s" * (len(results) > 1) + ", mean ± population standard deviation, percent")
+    if departures:
+        lines.append(f"departs from the recipe: {'; '.join(departures)}")
+    judged = ("no published value" if not inside else
+              "reproduced" if inside.get("recall@1", all(inside.values())) else "not reproduced")
+    lines.append(f"verdict: {judged}" + " (not the recipe as it is)" * bool(departures))
+    return lines
+
+
+def grouped(results):
+    """Results -> {what their runs have in common: [the finished ones]}, and the others.
+
+    Runs that differ in nothing but NOT_OF_RECIPE, the seed among it, are of one group; those of a
+    recipe, which stand beside its published values, are a group of their own.
+    """
+    groups, others = {}, []
+    for result in results:
+        if result.state() != "finished":
+            others.append(result)
+            continue
+        key = tuple(sorted((name, value) for name, value in result.options.items()
+                           if name not in NOT_OF_RECIPE))
+        key += (("weights", os.path.basename(result.options.get("weights", "None"))),
+                ("recipe", result.options.get("recipe", "None")))
+        groups.setdefault(key, []).append(result)
+    return groups, others
+
+
+def label_of(result):
+    """A group's name in a table: loss, sampling, what is held out, a trainer but the plain one."""
+    options = result.options
+    parts = [options["loss"], options["sampling"]]
+    if options.get("trainer", "MetricLossOnly") != "MetricLossOnly":
+        parts.append(options["trainer"])
+    share = options.get("val_split", "0.0")
+    return "/".join(parts) + f" val_split={share}" * (share != "0.0")
+
+
+def table_of(dataset, groups, choose):
+    """One dataset's table -> (header, rows of cells), the best of each column in **.
+
+    groups: {key: [Result]}; choose: Result.best or Result.selected. A published value and the
+    difference from it stand behind the measured one where all runs are of one unchanged recipe.
+    """
+    names = list(dict.fromkeys(name for results in groups.values() for name in
+                               results[0].metrics()))
+    names.sort(key=lambda name: name.rpartition(" ")[2] not in ("nmi", "f1"))
+    labels = [(results[0].options["arch"], label_of(results[0])) for results in groups.values()]
+    recipes = read_recipes()
+    rows, best = [], {}
+    for (key, results), (arch, label) in zip(groups.items(), labels):
+        if labels.count((arch, label)) > 1:  # what sets it apart from its namesakes
+            differing = {name for other, namesake in zip(groups, labels) if namesake ==
+                         (arch, label) for name, value in other if dict(key).get(name) != value}
+            apart = [f"{name}={dict(key).get(name)}" for name in sorted(differing)]
+            label = " ".join([label, *(part for part in apart if part != "recipe=None")])
+        names_of_recipes = {result.options.get("recipe") for result in results}
+        unchanged = all(result.options.get("departures", "[]") == "[]" for result in results)
+        recipe = recipes.get(names_of_recipes.pop()) if len(names_of_recipes) == 1 else None
+        cells = {}
+        for name in names:
+            values = [100 * choose(result, name) for result in results if name in result.rows[0]]
+            if not values:
+                continue
+            mean, std = mean_and_std(values)
+            cells[name] = [mean, with_std(mean, std if len(values) > 1 else None)]
+            if recipe and unchanged and name in recipe.published:
+                published = recipe.published[name]
+                cells[name][1] += (f" ({with_std(*published)}, {mean - published[0]:+.2f})")
+            if mean == mean:
+                best[name] = best_of(name)(mean, best.get(name, mean))
+        seeds = sorted(int(result.options["seed"]) for result in results)
+        rows.append((arch, label, " ".join(map(str, seeds)), cells))
+    header = ["architecture", "loss/sampling", "seeds", *names]
+    return header, [[arch, label, seeds, *(
+        f"**{cells[name][1]}**" if name in cells and cells[name][0] == best.get(name) else
+        cells[name][1] if name in cells else "" for name in names)]
+        for arch, label, seeds, cells in rows]
+
+
+def dataset_of(result):
+    """What one table is of: a dataset; for --dataset folder each folder is one."""
+    options = result.options
+    return options["dataset"] + (f" {options.get('source_path')}" if options["dataset"] == "folder"
+                                 else "")
+
+
+def print_tables(root, style="md", stream=None):
+    """The tables of all runs below root, one a dataset, as md, tex or csv, to a stream."""
+    stream = stream or sys.stdout
+    results, damaged = read_results(root)
+    rules = {"best epoch of each metric on the test classes": Result.best,
+             "epoch chosen on held-out training classes": Result.selected}
+    prefix = {"md": "- ", "tex": "% ", "csv": "# "}[style]
+    for dataset in dict.fromkeys(map(dataset_of, results)):
+        groups, others = grouped([result for result in results if dataset_of(result) == dataset])
+        for rule, choose in rules.items() if groups else ():
+            chosen = {key: group for key, group in groups.items()
+                      if choose is Result.best or group[0].holds_out()}
+            if not chosen:
+                continue
+            title = (f"{one_line(dataset)}: percent, {rule}; mean ± population standard deviation "
+                     "over seeds; in brackets published values and the difference")
+            write_table(title, *table_of(dataset, chosen, choose), style, stream)
+        for result in others:
+            stream.write(f"{prefix}{one_line(result.folder)}: {result.state()}\n")
+    stream.writelines(f"{prefix}{one_line(problem, 400)}\n" for problem in damaged)
+
+
+def write_table(title, header, rows, style, stream):
+    """Writes one table of table_of to a stream; the best values are bold, in CSV in ** too."""
+    if style == "csv":
+        stream.write(f"# {title}\n")
+        csv.writer(stream, lineterminator="\n").writerows([header, *rows])
+    elif style == "tex":
+        signs = {"±": r"$\pm$", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}",
+                 "^": r"\textasciicircum{}", **{sign: f"\\{sign}" for sign in "_%&#${}"}}
+
+        def tex(cell):
+            cell = "".join(signs.get(sign, sign) for sign in cell)
+            return re.sub(r"\*\*(.*)\*\*", r"\\textbf{\1}", cell)
+        stream.write(f"% {title}\n\\begin{{tabular}}{{ll{'r' * (len(header) - 2)}}}\n")
+        stream.writelines(" & ".join(map(tex, row)) + r" \\" + "\n" for row in [header, *rows])
+        stream.write("\\end{tabular}\n")
+    else:
+        stream.write(f"{title}\n\n| {' | '.join(header)} |\n{'|---' * len(header)}|\n")
+        stream.writelines("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |\n"
+                          for row in rows)
+    stream.write("\n")
+
+
+def compare(folders, path):
+    """Draws the runs' curves over each other as an SVG; returns the options in which they differ.
+
+    One panel for each metric that all have. Returns {option: [value of each run]}. ValueError for
+    a folder that holds no run.
+    """
+    results = []
+    for folder in folders:
+        result = read_result(folder) if os.path.isdir(folder) else None
+        if result is None or not result.rows:
+            raise ValueError(f"{folder} is not the folder of a run with measurements")
+        results.append(result)
+    names = [name for name in results[0].rows[0] if name != "epoch"
+             and all(name in result.rows[0] for result in results)]
+    if not names:
+        raise ValueError("the runs have no metric in common")
+    runs = [os.path.join(*os.path.normpath(folder).split(os.sep)[-2:]) for folder in folders]
+    runs = [f"{i + 1} {run}" if runs.count(run) > 1 else run for i, run in enumerate(runs)]
+    panels = [(name, {run: [(row["epoch"], row[name]) for row in result.rows if name in row]
+                      for run, result in zip(runs, results)}) for name in names]
+    save_plot(path, [f"{len(runs)} runs over their epochs"], panels)
+    options = dict.fromkeys(name for result in results for name in result.options)
+    values = {name: [result.options.get(name, "") for result in results] for name in options}
+    return {name: row for name, row in values.items() if len(set(row)) > 1}
+
+
 # ---- seeds and versions
 
 
 def seed_everything(seed):
-    """Seeds torch (all devices) and numpy."""
+    """Seeds torch (all devices), numpy and Python."""
     if not 0 <= seed < 2 ** 32:
         raise ValueError(f"--seed {seed}: a seed is from 0 to {2 ** 32 - 1}")
     torch.manual_seed(seed)
     np.random.seed(seed)
+    random.seed(seed)
+
+
+def use_deterministic_algorithms():
+    """From here on torch computes the same bits each time, or raises RuntimeError."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def random_state():
-    """The state of torch's generators, as tensors that a checkpoint can hold."""
+    """The state of all generators, as tensors and plain values that a checkpoint can hold.
+
+    Of GPUs only the current one's: each process of a run has one.
+    """
+    name, keys, *rest = np.random.get_state()
     return {"cpu": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+            "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
+            "numpy": [name, keys.tolist(), *rest], "python": random.getstate()}
 
 
 def restore_random_state(state):
-    """Sets torch's generators to a state of random_state; other numbers of GPUs are left alone."""
-    torch.set_rng_state(state["cpu"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    """Sets the generators to a state of random_state; a GPU's only where there is one.
+
+    ValueError where it is no such state.
+    """
+    try:
+        torch.set_rng_state(state["cpu"])
+        if len(state["cuda"]) == 1 and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"][0])
+        name, keys, *rest = state["numpy"]
+        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+        version, numbers, rest = state["python"]
+        random.setstate((version, tuple(numbers), rest))
+    except (TypeError, KeyError, IndexError, AttributeError, RuntimeError, ValueError,
+            OverflowError) as error:
+        raise ValueError("the saved state of the random generators is damaged: "
+                         f"{one_line(error)}") from error
 
 
 def select_device(gpu):
-    """--gpu as a torch device; says in one line when the CPU stands in for a missing GPU."""
+    """--gpu as a torch device; says in one line when the CPU stands in for a missing GPU.
+
+    Under torchrun a process takes the GPU of its own number, unless gpu is negative.
+    """
     if gpu < 0:
         return torch.device("cpu")
+    gpu = int(os.environ.get("LOCAL_RANK", gpu)) if wanted_processes() > 1 else gpu
     if not torch.cuda.is_available():
         print(f"No CUDA device is available for --gpu {gpu}: running on the CPU.")
         return torch.device("cpu")
@@ -204,6 +676,170 @@ def versions(device):
     return (f"Python {platform.python_version()}, torch {torch.__version__}, "
             f"torchvision {torchvision.__version__}, {name}"
             + f", revision {revision}" * bool(revision))
+
+
+# ---- processes
+
+
+def wanted_processes():
+    """How many processes torchrun has started for this run; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank():
+    """The number of this process among those of the run, from 0; the first one writes."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def num_ranks():
+    """How many processes the run has; 1 without join_processes."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def join_processes(hours=1):
+    """Connects the processes that torchrun has started; alone, does nothing.
+
+    Tensors on the CPU travel by gloo, on GPUs by NCCL. All but the first process fall silent. A
+    process that fails tells the others, which then end too; hours: how long one waits for another
+    that evaluates or writes.
+    """
+    if wanted_processes() == 1:
+        yield
+        return
+    store, number, count = next(torch.distributed.rendezvous("env://"))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=number, world_size=count,
+                                         timeout=datetime.timedelta(hours=hours))
+    with open(os.devnull, "w") as nowhere:
+        silent = contextlib.redirect_stdout(nowhere) if number else contextlib.nullcontext()
+        try:
+            with silent:
+                yield
+        except BaseException as error:
+            # The first to fail says why; the rest fail because of it, and say nothing.
+            speaks = True
+            with contextlib.suppress(RuntimeError):  # the store may be gone as well
+                speaks = store.add("failures", 1) == 1
+            if not speaks:
+                sys.stderr = open(os.devnull, "w")
+                time.sleep(1)  # when one ends, torchrun ends the rest, which have to speak first
+            if isinstance(error, RuntimeError) and re.search(
+                    "gloo|nccl|connection|socket|timed out", str(error), re.IGNORECASE):
+                raise ConnectionError(
+                    f"process {number} of {count} has lost another process of this run, which is "
+                    f"dead or out of reach ({one_line(error)}); --resume goes on from the last "
+                    "checkpoint") from error
+            raise
+    # Not after an error: NCCL waits here for collectives that the others will never join, but
+    # gives them up when the program ends.
+    torch.distributed.destroy_process_group()
+
+
+def gather_rows(rows):
+    """Tensors of one shape [b, ...], one of each process -> all of them [ranks b, ...], in order.
+
+    No gradient passes. Alone: the rows themselves.
+    """
+    if num_ranks() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(num_ranks())]
+    torch.distributed.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
+def share_of(number):
+    """This process's share of `number` rows, a list of indices; see gather_shares.
+
+    Shares are consecutive and of one length; the last ones begin again from row 0 to fill up.
+    """
+    length = -(-number // num_ranks())
+    return [i % number for i in range(rank() * length, (rank() + 1) * length)]
+
+
+def gather_shares(rows, number):
+    """What each process made of its share_of(number), [length, ...] -> all rows [number, ...]."""
+    return gather_rows(rows)[:number]
+
+
+def from_first(function):
+    """What function() returns in the first process, in all of them; its error as well.
+
+    The result must be picklable. The others wait.
+    """
+    if num_ranks() == 1:
+        return function()
+    box = [None, None]
+    if rank() == 0:
+        try:
+            box[0] = function()
+        except Exception as error:
+            box[1] = error
+    torch.distributed.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def any_rank(flag):
+    """Whether flag is true in a process of the run; all must ask."""
+    if num_ranks() == 1:
+        return flag
+    box = torch.tensor([int(flag)])
+    torch.distributed.all_reduce(box, torch.distributed.ReduceOp.MAX)
+    return bool(box)
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM or Ctrl-C ended the run; args[0] is the signal's number."""
+
+
+class StopSignals:
+    """Takes SIGTERM and Ctrl-C, so that a run can finish what it does.
+
+    As a context: within it the first signal only sets `caught`, its number, unless `at_once` is
+    True, where nothing would be lost; then, and at the second signal, Stopped is raised.
+    """
+
+    def __init__(self):
+        self.caught, self.at_once, self.process = None, True, os.getpid()
+
+    def __enter__(self):
+        self.before = {}
+        with contextlib.suppress(ValueError):  # not the main thread: signals go elsewhere
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self.handle)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, number, _):
+        """The handler of both signals; loading processes, which inherit it, leave it to this."""
+        if os.getpid() != self.process:
+            return
+        again, self.caught = self.caught is not None, number
+        if self.at_once or again:
+            raise Stopped(number)
+
+
+def heed_parent_alone(_):
+    """worker_init_fn of a DataLoader: SIGTERM ends the process if its parent sends it.
+
+    A job scheduler's goes to all processes of a run, and is for the run to handle. Does nothing
+    where the system does not say who sends a signal (macOS, Windows).
+    """
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # for all threads from here on
+
+    def wait():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 # ---- progress
@@ -442,9 +1078,47 @@ def save_image_grid(path, rows, size=112):
         grid.save(file, "PNG")
 
 
+def one_line(value, most=200):
+    """Anything that a file may hold, as one line of text for a message; cut where it is longer."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def last_line(error):
     """An error's message in one line; a loading process wraps ours in its own traceback."""
     text = str(error).strip()
     if "Original Traceback" in text:
         text = re.sub(r"^[\w.]*(Error|Exception): ", "", text.splitlines()[-1])
     return text or type(error).__name__
+
+
+def main(argv=None):
+    """python auxiliaries.py: tables of finished runs, and curves of several in one picture."""
+    parser = argparse.ArgumentParser(description="Looks back on runs.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    table = commands.add_parser("table", help="tables of all runs below a folder, one a dataset, "
+                                              "with published values beside the measured ones")
+    table.add_argument("root", nargs="?", default="./Training_Results",
+                       help="as --save_path of main.py; default %(default)s")
+    table.add_argument("--format", choices=("md", "tex", "csv"), default="md",
+                       help="Markdown, LaTeX or CSV; default %(default)s")
+    curves = commands.add_parser("compare", help="the curves of several runs in one SVG, and the "
+                                                 "options in which they differ")
+    curves.add_argument("runs", nargs="+", help="run folders")
+    curves.add_argument("--out", default="compare.svg", help="default %(default)s")
+    args = parser.parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):  # paths need not be valid text
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        if args.command == "table":
+            print_tables(args.root, args.format)
+            return
+        for name, values in compare(args.runs, args.out).items():
+            print(f"{name}: {' | '.join(values)}")
+        print(f"curves in {args.out}")
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"auxiliaries.py: error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
