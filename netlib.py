@@ -5,6 +5,7 @@ Embedder is the linear layer in its place. Neither knows losses or options; netw
 network of your own is a class beside ConvNet and a line in network_select.
 """
 
+import argparse
 import collections
 import re
 import sys
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of ImageNet's training images, RGB in [0, 1]: what
 IMAGENET_STD = (0.229, 0.224, 0.225)   # torchvision's pretrained weights expect
+
+AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}
 
 
 def add_arguments(parser):
@@ -38,6 +41,19 @@ def add_arguments(parser):
                             "(its scales and shifts still learn), as the reference runs do. "
                             "Default frozen for pretrained trunks and trained for random ones, "
                             "which have no statistics to keep")
+    group.add_argument("--amp", choices=("bf16", "fp16", "none"), default=None,
+                       help="the trunk's arithmetic: bf16 or fp16 (GPU only, with a gradient "
+                            "scaler) by torch's autocast, or none, float32. Embedding layer, "
+                            "losses and distances are in float32 always. Default bf16 on a CPU "
+                            "with bfloat16 matrix units (amx_bf16), where it is several times "
+                            "faster, but for convnet; else none")
+    group.add_argument("--channels_last", action=argparse.BooleanOptionalAction, default=None,
+                       help="keep images as [B, H, W, 3] in memory, which convolutions are often "
+                            "faster on; the results differ by rounding. Default: yes on a CPU, "
+                            "and with --amp, but for convnet")
+    group.add_argument("--compile", action="store_true",
+                       help="compile the trunk with torch.compile: some minutes at the start, "
+                            "faster steps after; needs a C++ compiler on the CPU, Triton on a GPU")
 
 
 class ConvNet(torch.nn.Module):
@@ -66,13 +82,17 @@ class Trunk(torch.nn.Module):
     """A backbone behind ImageNet's normalisation: images [B, 3, H, W] -> features [B, F].
 
     uint8 images (0 to 255, as the datasets give them) are scaled and normalised here, on the
-    device; float images are taken as already normalised. num_features is F.
+    device; float images are taken as already normalised. num_features is F. amp: torch.bfloat16 or
+    torch.float16, the type that the backbone computes in, by autocast; features are float32 all
+    the same. channels_last: the memory format of images and weights.
     """
 
-    def __init__(self, backbone, num_features):
+    def __init__(self, backbone, num_features, amp=None, channels_last=False):
         super().__init__()
-        self.backbone = backbone
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.backbone = backbone.to(memory_format=self.memory_format)
         self.num_features = num_features
+        self.amp = amp
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
         self.register_buffer("scale", 1 / (255 * std), persistent=False)
         self.register_buffer("shift", -mean / std, persistent=False)
@@ -80,7 +100,11 @@ class Trunk(torch.nn.Module):
     def forward(self, images):
         if images.dtype == torch.uint8:
             images = images * self.scale + self.shift                            # [B, 3, H, W]
-        return self.backbone(images)
+        images = images.contiguous(memory_format=self.memory_format)
+        if self.amp is None:
+            return self.backbone(images)
+        with torch.autocast(images.device.type, self.amp):
+            return self.backbone(images).float()
 
 
 class Embedder(torch.nn.Module):
@@ -103,6 +127,55 @@ class Embedder(torch.nn.Module):
             return embeddings
         return torch.cat([F.normalize(section, dim=1)
                           for section in embeddings.split(self.sections, dim=1)], dim=1)
+
+
+class SumOverProcesses(torch.autograd.Function):
+    """The sum of the processes' tensors, in each of them; any shape. Its gradient is one too."""
+
+    @staticmethod
+    def forward(ctx, values):
+        values = values.clone()
+        torch.distributed.all_reduce(values)
+        return values
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return SumOverProcesses.apply(gradient.contiguous())
+
+
+class SharedBatchNorm2d(torch.nn.BatchNorm2d):
+    """Batch normalisation over the shares [b, C, H, W] of all processes, equally large, on CPUs.
+
+    torch.nn.SyncBatchNorm does the same on GPUs alone.
+    """
+
+    def forward(self, images):
+        if not self.training:
+            return super().forward(images)
+        processes = torch.distributed.get_world_size()
+        precise = images.to(torch.promote_types(images.dtype, torch.float32))
+        var, mean = torch.var_mean(precise, (0, 2, 3), correction=0)             # [C] each
+        shared_mean = SumOverProcesses.apply(mean) / processes
+        shared_var = SumOverProcesses.apply(var + (mean - shared_mean).square()) / processes
+        with torch.no_grad():
+            number = processes * images.numel() // images.shape[1]
+            rate = self.momentum
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(shared_mean, rate)
+            self.running_var.lerp_(shared_var * number / max(1, number - 1), rate)
+        scale = self.weight * (shared_var + self.eps).rsqrt()
+        shift = self.bias - shared_mean * scale
+        return (images * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)).to(images.dtype)
+
+
+def share_batchnorm(trunk, device):
+    """The trunk with batch normalisation over the batches of all processes, for [B, 3, H, W]."""
+    if device.type == "cuda":
+        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(trunk)
+    for layer in trunk.modules():
+        if type(layer) is torch.nn.BatchNorm2d:
+            layer.__class__ = SharedBatchNorm2d
+    return trunk
 
 
 class Generator(torch.nn.Module):
@@ -141,9 +214,32 @@ def network_select(opt, unit_norm, sections=None):
     elif not opt.not_pretrained and opt.arch != "convnet":  # which has none
         state, url = fetch_weights(opt.arch)
         load_weights(backbone, state, url, opt.arch, heads)
-    trunk = Trunk(backbone, num_features)
+    trunk = Trunk(backbone, num_features, channels_last=opt.channels_last)
     probe(trunk, opt.arch, opt.image_size)
+    trunk.amp = AMP_TYPES[opt.amp]  # after the probe: CPUs need not know float16
+    if opt.compile:
+        trunk.compile()
     return trunk, Embedder(num_features, opt.embed_dim, unit_norm, sections)
+
+
+def default_precision(arch, device):
+    """(--amp, --channels_last) where the user leaves them open.
+
+    bfloat16 where it was measured to be faster: on processors with matrix units for it, and on
+    networks larger than convnet.
+    """
+    if arch == "convnet":
+        return "none", False
+    return "bf16" if device == "cpu" and has_bf16_units() else "none", device == "cpu"
+
+
+def has_bf16_units():
+    """Whether this processor multiplies bfloat16 matrices in hardware (AMX), as Linux tells."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return "amx_bf16" in file.read()
+    except OSError:
+        return False
 
 
 def check_arch(arch):
@@ -266,6 +362,16 @@ def load_weights(backbone, state, source, arch, ignored_heads=()):
                 for name, value in kept.items()}
     kept = collections.OrderedDict(kept)
     kept._metadata = getattr(state, "_metadata", {})  # layer versions: some layers rename by them
+    if not isinstance(kept._metadata, dict) or not all(
+            isinstance(layer, dict) and isinstance(layer.get("version"), (int, type(None)))
+            for layer in kept._metadata.values()):
+        raise ValueError(f"{source} is damaged: its layers' versions are not whole numbers")
+    own = backbone.state_dict()
+    for name in own.keys() & kept.keys():
+        if (kept[name].is_complex() or own[name].is_floating_point()
+                and not kept[name].is_floating_point()):
+            raise ValueError(f"{source} is not of --arch {arch}: {name} is of "
+                             f"{kept[name].dtype}, where {own[name].dtype} is needed")
     try:
         missing, foreign = backbone.load_state_dict(kept, strict=False)
     except (RuntimeError, ValueError) as error:

@@ -30,7 +30,8 @@ def select(arch="resnet18", embed_dim=16, not_pretrained=True, weights=None, uni
            image_size=64):
     """network_select with the options that it reads."""
     opt = SimpleNamespace(arch=arch, embed_dim=embed_dim, not_pretrained=not_pretrained,
-                          weights=weights and str(weights), image_size=image_size)
+                          weights=weights and str(weights), image_size=image_size, amp="none",
+                          channels_last=False, compile=False)
     return netlib.network_select(opt, unit_norm)
 
 
@@ -285,6 +286,24 @@ def test_code_in_a_file_does_not_run(how, resnet18_state, tmp_path):
     if how == "zip":  # a reader that trusts the file would have run it
         torch.load(path, weights_only=False)["other"].close()
         assert proof.exists()
+
+
+@pytest.mark.parametrize("versions", [5, {"layers.0": 5}, {"layers.1": {"version": "x"}}], ids=str)
+def test_layer_versions_that_are_none_are_refused(versions, tmp_path):
+    state = netlib.ConvNet().state_dict()
+    state._metadata = versions
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="--weights .*a.pth is damaged"):
+        select("convnet", weights=tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int8, torch.bool], ids=str)
+def test_weights_that_are_no_floating_point_numbers_are_refused(dtype, tmp_path):
+    state = netlib.ConvNet().state_dict()
+    state["layers.0.weight"] = state["layers.0.weight"].to(dtype)
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="a.pth is not of --arch convnet: layers.0.weight is of"):
+        select("convnet", weights=tmp_path / "a.pth")
 
 
 FOREIGN = {
