@@ -54,6 +54,9 @@ def add_arguments(parser):
     group.add_argument("--eval_every", type=int, default=1, metavar="N",
                        help="evaluate after every N epochs, and after the last one. Default "
                             "%(default)s (reference code)")
+    group.add_argument("--eval_bs", type=int, default=None, metavar="B",
+                       help="images that are embedded at once for the evaluation; more need more "
+                            "memory. Default twice --bs")
     group.add_argument("--plot_embeddings", choices=("pca", "tsne"), default=None,
                        help="after each evaluation that is the best so far, draw the embeddings "
                             "of the test classes in two dimensions as embeddings_NNNN.svg: pca is "
@@ -592,7 +595,12 @@ def rank_metrics(queries, query_labels, gallery=None, gallery_labels=None, k_val
     if "recall" in metrics:
         check_k_vals(k_vals, number_compared(queries, gallery, own))
     every = not {"r_precision", "map@r", "map"}.isdisjoint(metrics)
-    scores = rank_scores(queries, query_labels, gallery, gallery_labels, own, every, memory, same)
+    if auxiliaries.num_ranks() == 1:
+        scores = rank_scores(queries, query_labels, gallery, gallery_labels, own, every, memory,
+                             same)
+    else:
+        scores = shared_rank_scores(queries, query_labels, gallery, gallery_labels, own, every,
+                                    memory, same)
     scores = {name: values[scores["matches"] > 0].double() for name, values in scores.items()}
     ranks = scores["first_rank"]
     if not len(ranks):
@@ -609,6 +617,18 @@ def rank_metrics(queries, query_labels, gallery=None, gallery_labels=None, k_val
         if name in metrics:
             means[name] = scores[name].mean().item()
     return means
+
+
+def shared_rank_scores(queries, query_labels, gallery, gallery_labels, own, *options):
+    """As rank_scores of the same arguments, [Q, D] and so on; each process ranks its share."""
+    own = own_rows(queries, gallery, own)
+    gallery, gallery_labels = ((queries, query_labels) if gallery is None else
+                               (gallery, gallery_labels))
+    share = torch.tensor(auxiliaries.share_of(len(queries)), device=queries.device)
+    scores = rank_scores(queries[share], query_labels[share], gallery, gallery_labels,
+                         None if own is None else own[share], *options)
+    return {name: auxiliaries.gather_shares(values, len(queries))
+            for name, values in scores.items()}
 
 
 def check_k_vals(k_vals, available):
@@ -906,6 +926,13 @@ def evaluate_embeddings(queries, query_labels, gallery=None, gallery_labels=None
         found |= rank_metrics(queries, query_labels, gallery, gallery_labels, k_vals, own,
                               metrics, memory)
     embeddings, labels = pooled(queries, query_labels, gallery, gallery_labels, own)
+    return found | auxiliaries.from_first(functools.partial(
+        set_metrics, embeddings, labels, seed, metrics, nmi_average))
+
+
+def set_metrics(embeddings, labels, seed, metrics, nmi_average):
+    """The metrics that are not ranks, of one set: embeddings [N, D], labels [N] -> dict."""
+    found = {}
     if not set(CLUSTER_METRICS).isdisjoint(metrics):
         assignments, _ = kmeans(embeddings, len(labels.unique()), seed=seed)
         if "nmi" in metrics:
@@ -976,20 +1003,26 @@ def embed(network, dataset, device, batch_size=112, num_workers=0):
     """The embeddings of a dataset, in its order -> (embeddings [N, D] float32, labels [N] int64).
 
     network: anything that turns images [B, 3, H, W] on the device into embeddings [B, D]; it
-    should be in eval mode. Both results are on the device.
+    should be in eval mode. Both results are on the device. Of several processes each embeds its
+    share, batch_size images at once, and all have the whole result.
     """
+    share = auxiliaries.share_of(len(dataset))
     loader = torch.utils.data.DataLoader(dataset, batch_size=batch_size, num_workers=num_workers,
+                                         sampler=share,
+                                         worker_init_fn=auxiliaries.heed_parent_alone,
                                          generator=torch.Generator(),  # draws nothing globally
+                                         collate_fn=getattr(dataset, "collate", None),
                                          pin_memory=torch.device(device).type == "cuda")
-    embeddings, labels, start = None, torch.empty(len(dataset), dtype=torch.int64), 0
+    embeddings, labels, start = None, torch.empty(len(share), dtype=torch.int64), 0
     for images, batch_labels in loader:
         rows = network(images.to(device, non_blocking=True)).float()
         if embeddings is None:
-            embeddings = torch.empty(len(dataset), rows.shape[1], device=device)
+            embeddings = torch.empty(len(share), rows.shape[1], device=device)
         embeddings[start:start + len(rows)] = rows
         labels[start:start + len(rows)] = batch_labels
         start += len(rows)
-    return embeddings, labels.to(device)
+    return tuple(auxiliaries.gather_shares(part, len(dataset))
+                 for part in (embeddings, labels.to(device)))
 
 
 def evaluate_sets(network, sets, device, k_vals=(1, 2, 4, 8), batch_size=112, num_workers=0,
@@ -1113,38 +1146,45 @@ def read_embeddings(path):
     FileNotFoundError, or ValueError where the file is not such a one; nothing in it is executed.
     """
     try:
-        file = np.load(path, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise ValueError("it holds one array, without a name")
-        with file:
-            arrays = {name: file[name] for name in file.files}
+        with open(path, "rb") as opened:  # numpy leaves it open where it is damaged
+            file = np.load(opened, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("it holds one array, without a name")
+            with file:
+                arrays = {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {path}") from None
     except Exception as error:  # numpy raises half a dozen types for damaged or pickled files
         raise ValueError(f"{path} cannot be read as an npz file of plain arrays: "
-                         f"{auxiliaries.last_line(error)}") from error
+                         f"{auxiliaries.one_line(error) or type(error).__name__}") from error
     missing = [name for name in ("embeddings", "labels")
                if not isinstance(arrays.get(name), np.ndarray)]
     if missing:
         raise ValueError(f"{path} has no array {missing[0]}; it must have embeddings [N, D] and "
-                         f"labels [N], it has {', '.join(arrays) or 'none'}")
+                         f"labels [N], it has {auxiliaries.one_line(', '.join(arrays)) or 'none'}")
     embeddings, labels = arrays["embeddings"], arrays["labels"]
     if embeddings.ndim != 2 or embeddings.dtype.kind not in "fiu" or labels.ndim != 1:
         raise ValueError(f"{path}: embeddings {list(embeddings.shape)} of {embeddings.dtype} and "
                          f"labels {list(labels.shape)}; expected numbers [N, D] and labels [N]")
     for name, shapes in (("seed", ((), (1,))), ("k_vals", ((), (np.size(arrays.get("k_vals")),)))):
-        value = arrays.get(name, np.ones((), dtype=int))
-        if np.shape(value) not in shapes or value.dtype.kind not in "iu" or not np.size(value):
-            raise ValueError(f"{path}: {name} is {np.asarray(value).tolist()}; expected a whole "
+        value = np.asarray(arrays.get(name, 1))  # bytes, where it is no array
+        if value.shape not in shapes or value.dtype.kind not in "iu" or not value.size:
+            raise ValueError(f"{path}: {name} is {auxiliaries.one_line(value)}; expected a whole "
                              "number, for k_vals one or more")
+    for name in ("device", "gallery_file"):
+        value = np.asarray(arrays.get(name, ""))
+        if value.dtype.kind != "U" or value.size != 1:
+            raise ValueError(f"{path}: {name} is {auxiliaries.one_line(value)}; expected a text")
     for name, allowed in (("metrics", METRICS), ("nmi_average", NMI_AVERAGES),
                           ("vehicle_protocol", PROTOCOLS)):
         values = np.ravel(arrays.get(name, allowed[0])).tolist()
         if not values or not set(values) <= set(allowed):
-            raise ValueError(f"{path}: {name} is {values}; it may be {', '.join(allowed)}")
+            raise ValueError(f"{path}: {name} is {auxiliaries.one_line(values)}; it may be "
+                             f"{', '.join(allowed)}")
     if embeddings.dtype != np.float64:
-        exact = np.float32 if embeddings.dtype.itemsize <= 2 or embeddings.dtype.kind == "f" \
-            else np.float64
+        size = embeddings.dtype.itemsize
+        exact = (np.float32 if size <= 2 or size == 4 and embeddings.dtype.kind == "f"
+                 else np.float64)
         arrays["embeddings"] = embeddings.astype(exact)
     return arrays
 
@@ -1252,7 +1292,11 @@ def main(argv=None):
         with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
             scores, about = score_files(args)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"evaluate.py: error: {auxiliaries.last_line(error)}") from error
+        message = auxiliaries.last_line(error)
+        files = [path for path in (args.embeddings, args.gallery) if path]
+        if not any(path in message for path in files):
+            message = f"{' and '.join(files)}: {message}"
+        raise SystemExit(f"evaluate.py: error: {message}") from error
     if args.json:
         print(json.dumps({name: value if math.isfinite(value) else None
                           for name, value in scores.items()} | about))

@@ -2441,6 +2441,41 @@ def test_a_damaged_file_is_refused(tmp_path, capsys, damage):
     assert_refused(capsys, r"e\.npz", tmp_path / "e.npz")
 
 
+@pytest.mark.parametrize("name, value", [
+    ("seed", np.array("x\ny")), ("k_vals", np.eye(2)), ("gallery_file", np.array(5)),
+    ("gallery_file", np.array(["a", "b"])), ("device", np.array([1.0])),
+    ("metrics", np.full(900, 1.5))])
+def test_a_setting_of_another_kind_is_refused_in_one_line(tmp_path, capsys, name, value):
+    path = small_file(tmp_path / "e.npz", **{name: value})
+    with pytest.raises(ValueError, match=rf"e\.npz: {name} is") as caught:
+        evaluate.read_embeddings(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_a_setting_that_is_no_array_is_refused(tmp_path):
+    path = small_file(tmp_path / "e.npz")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("seed", b"text")
+    with pytest.raises(ValueError, match=r"e\.npz: seed is .*b'text'"):
+        evaluate.read_embeddings(path)
+
+
+def test_what_is_wrong_with_the_content_names_the_file(tmp_path, capsys):
+    path = small_file(tmp_path / "e.npz", embeddings=np.full((3, 2), np.nan), labels=[0, 0, 1])
+    assert_refused(capsys, r"e\.npz: 3 of 3 query embeddings are not finite", path)
+
+
+@pytest.mark.parametrize("dtype, kept", [(">f8", np.float64), (np.longdouble, np.float64),
+                                         ("<f8", np.float64), (">f4", np.float32),
+                                         (np.float16, np.float32)])
+def test_no_digit_of_embeddings_is_lost(tmp_path, dtype, kept):
+    rows = np.array([[1 / 3, 2 / 3]]).astype(dtype)
+    np.savez(tmp_path / "e.npz", embeddings=rows, labels=[0])
+    found = evaluate.read_embeddings(str(tmp_path / "e.npz"))["embeddings"]
+    assert found.dtype == kept and found.dtype.isnative
+    assert (found == rows.astype(kept)).all()
+
+
 def test_an_npy_file_is_refused_in_words(tmp_path, capsys):
     np.save(tmp_path / "e.npy", np.eye(3))
     assert_refused(capsys, r"e\.npy cannot be read as an npz file (?!.*context manager)",
