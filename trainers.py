@@ -53,6 +53,11 @@ def add_arguments(parser):
     group.add_argument("--tau", type=int, nargs="+", default=None, metavar="E",
                        help="epochs after which --scheduler step lowers the rates. Default 30 55 "
                             "(reference runs); glyphs 15")
+    group.add_argument("--skip_nonfinite", type=int, default=0, metavar="N",
+                       help="leave out up to N steps whose loss is not finite, in the whole run, "
+                            "before one ends it. Each is noted in nonfinite.txt with its images. "
+                            "Above 0 each step waits for a GPU. Default %(default)s: the first "
+                            "ends the run")
     trainer = parser.add_argument_group("trainer", "how a batch becomes losses")
     trainer.add_argument("--trainer", choices=TRAINERS, default="MetricLossOnly",
                          help="MetricLossOnly: the loss alone. TrainWithClassifier: and a linear "
@@ -104,6 +109,14 @@ def identity(item):
     return item
 
 
+class NonFiniteLoss(FloatingPointError):
+    """A loss that is not finite; epoch and iteration (from 0) say where."""
+
+    def __init__(self, message, epoch, iteration):
+        super().__init__(message)
+        self.epoch, self.iteration = epoch, iteration
+
+
 class NothingMined(Exception):
     """A miner returned no index for a batch; the trainer skips the step."""
 
@@ -116,6 +129,37 @@ def not_empty(indices):
     if all(hasattr(part, "__len__") and not len(part) for part in parts):
         raise NothingMined
     return indices
+
+
+def misfit(saved, own, lacking, name=""):
+    """The name of the first entry of a saved state that is of another kind than the own; or None.
+
+    Both are nested dicts and lists of tensors and plain values. lacking: whether it may not lack
+    what the own has, but for names that begin with _, in which versions differ.
+    """
+    if isinstance(own, dict) and isinstance(saved, dict):
+        for key, value in own.items():
+            if key in saved:
+                wrong = misfit(saved[key], value, lacking, f"{name}.{key}".lstrip("."))
+                if wrong:
+                    return wrong
+            elif lacking and isinstance(key, str) and not key.startswith("_"):
+                return f"{name}.{key}".lstrip(".")
+        return None
+    if isinstance(own, (list, tuple)) and isinstance(saved, (list, tuple)):
+        pairs = enumerate(zip(saved, own)) if len(saved) == len(own) else [(0, (None, 0))]
+        return next(filter(None, (misfit(a, b, lacking, f"{name}.{i}") for i, (a, b) in pairs)),
+                    None)
+    if torch.is_tensor(own):
+        fits = (torch.is_tensor(saved) and saved.is_complex() == own.is_complex()
+                and saved.is_floating_point() >= own.is_floating_point())
+    elif isinstance(own, (int, float, type(None))):
+        plain = (int, float, type(None)) if own is None else (int, float)
+        fits = isinstance(saved, plain) and (own is None
+                                             or isinstance(saved, bool) == isinstance(own, bool))
+    else:
+        fits = type(saved) is type(own)
+    return None if fits else name or "it"
 
 
 class BaseTrainer:
@@ -139,7 +183,17 @@ class BaseTrainer:
     data_and_label_getter: item of the loader -> (data, labels). dataset_labels with
     set_min_label_to_zero: labels, ints or strings, become their rank among dataset_labels.
     end_of_iteration_hook, end_of_epoch_hook: callable(trainer); training ends early when the
-    latter returns exactly False.
+    latter returns exactly False. between_iterations_hook: callable(trainer), called where
+    state_dict() is a state to go on from, after all that belongs to an iteration; exactly False
+    ends the training there. grad_scaler: torch.amp.GradScaler, for float16 networks.
+    skip_nonfinite: so many steps whose loss is not finite are left out, which nonfinite_steps then
+    lists as [epoch, iteration from 0]; one more raises NonFiniteLoss, as the first does by
+    default. Above 0 it makes each iteration wait for a GPU.
+
+    Where torch.distributed is initialised each process gives its share of every batch (the dataset
+    or sampler sees to it): the trunk runs on the share, in DistributedDataParallel, and its
+    features and the labels are gathered, so that embedder, miners and losses see the whole batch
+    in every process.
 
     Hooks can read losses (numbers as 0-dimensional tensors, by name and "total_loss"), epoch,
     iteration (from 0), get_global_iteration() and every argument under its name. Raises ValueError
@@ -160,7 +214,8 @@ class BaseTrainer:
                  sampler=None, collate_fn=None, lr_schedulers=None, gradient_clippers=None,
                  freeze_these=(), freeze_trunk_batchnorm=False, label_hierarchy_level=0,
                  dataloader_num_workers=2, data_and_label_getter=None, dataset_labels=None,
-                 set_min_label_to_zero=False, end_of_iteration_hook=None, end_of_epoch_hook=None):
+                 set_min_label_to_zero=False, end_of_iteration_hook=None, end_of_epoch_hook=None,
+                 between_iterations_hook=None, grad_scaler=None, skip_nonfinite=0):
         self.models = models
         self.optimizers = optimizers
         self.batch_size = batch_size
@@ -184,41 +239,68 @@ class BaseTrainer:
         self.set_min_label_to_zero = set_min_label_to_zero
         self.end_of_iteration_hook = end_of_iteration_hook or (lambda trainer: None)
         self.end_of_epoch_hook = end_of_epoch_hook or (lambda trainer: None)
+        self.between_iterations_hook = between_iterations_hook or (lambda trainer: None)
+        self.grad_scaler = grad_scaler or torch.amp.GradScaler(enabled=False)
+        self.skip_nonfinite = skip_nonfinite
+        self.nonfinite_steps = []
+        self.in_step = False
         self.losses = {}
         self.stepped_schedulers, self.all_weights = set(), None
         self.unchecked_losses = []
         self.skipped_steps = 0
         self.idle = ()  # models that do not learn at present
         self.epoch = self.iteration = self.last_epoch = 0
+        self.epochs_done = self.iterations_done = 0  # whole epochs, and iterations of the next one
         self.check_keys()
         self.label_ranks = self.rank_labels()
         self.loader = self.make_loader()
+        if "subset_batch_miner" in self.mining_funcs and auxiliaries.num_ranks() > 1:
+            raise ValueError("a subset_batch_miner works in one process only, not under torchrun")
         if (self.iterations_per_epoch or 0) < 0:
             raise ValueError(f"iterations_per_epoch {iterations_per_epoch}: the least value is 1")
-        if self.iterations_per_epoch is None:
-            try:
-                self.iterations_per_epoch = len(self.loader)
-            except TypeError as error:
+        try:
+            self.pass_length = len(self.loader)
+        except TypeError as error:
+            self.pass_length = None
+            if self.iterations_per_epoch is None:
                 raise ValueError("the sampler or dataset has no length; iterations_per_epoch says "
                                  f"how long an epoch is ({error})") from error
+        if self.iterations_per_epoch is None:
+            self.iterations_per_epoch = self.pass_length
             if not self.iterations_per_epoch:
                 raise ValueError(f"there is no whole batch: a batch of {batch_size} from a "
                                  f"dataset of {len(dataset)}, or from a sampler that gives less")
-        self.batches, self.passes = None, 0
+        self.batches, self.goes_on = None, False
+        self.place = {"pass": 0, "taken": 0, "seeds": []}  # see state_dict
+        self.shared_trunk = self.share_trunk()
 
     # The loop
 
     def train(self, start_epoch=1, num_epochs=1):
-        """Trains from epoch start_epoch to epoch num_epochs, both included and counted from 1."""
-        self.batches, self.passes, self.last_epoch = None, start_epoch - 1, num_epochs
+        """Trains from epoch start_epoch to epoch num_epochs, both included and counted from 1.
+
+        After load_state_dict it goes on within the epoch and the pass over the data of that state.
+        """
+        self.batches, self.last_epoch = None, num_epochs
+        if self.goes_on:
+            self.go_on_with_pass(self.place)
+        else:
+            self.place = {"pass": start_epoch - 1, "taken": 0, "seeds": []}
+            self.iterations_done = 0
+        self.goes_on = False
         for self.epoch in range(start_epoch, num_epochs + 1):
             self.set_to_train()
-            for self.iteration in range(self.iterations_per_epoch):
+            for self.iteration in range(self.iterations_done, self.iterations_per_epoch):
                 self.training_step()
                 self.end_of_iteration_hook(self)
                 self.step_schedulers("_scheduler_by_iteration")
+                self.iterations_done = self.iteration + 1
+                if self.between_iterations_hook(self) is False:
+                    self.goes_on = True
+                    return
             self.check_losses()
             self.step_schedulers("_scheduler_by_epoch")
+            self.epochs_done, self.iterations_done = self.epoch, 0
             if self.end_of_epoch_hook(self) is False:
                 break
 
@@ -226,21 +308,32 @@ class BaseTrainer:
         """One batch: forward, backward, clip, step.
 
         Where a miner returns nothing the step is skipped, counted in skipped_steps, and its losses
-        are zero.
+        are zero; so it is, in nonfinite_steps, where the loss is not finite.
         """
         for weight in self.weights():
             weight.grad = None
         try:
             data, labels = self.next_batch()
+            self.in_step = True
             self.losses = self.calculate_loss(data, labels)
+            total = self.weighted_sum(self.losses)
+            if (len(self.nonfinite_steps) < self.skip_nonfinite
+                    and not math.isfinite(total.detach())):
+                raise FloatingPointError(f"the loss is {float(total.detach())}")
         except NothingMined:
             self.skipped_steps += 1
-            self.losses = {name: torch.zeros(()) for name in (*self.loss_weights, "total_loss")}
+            self.leave_out()
             return
         except FloatingPointError as error:
-            raise FloatingPointError(f"epoch {self.epoch}, iteration {self.iteration + 1}: {error}"
-                                     ) from error
-        total = self.weighted_sum(self.losses)
+            self.leave_out()
+            self.check_losses()  # one before may be the cause
+            if len(self.nonfinite_steps) == self.skip_nonfinite:
+                raise NonFiniteLoss(f"epoch {self.epoch}, iteration {self.iteration + 1}: {error}",
+                                    self.epoch, self.iteration) from error
+            self.nonfinite_steps.append([self.epoch, self.iteration])
+            return
+        finally:
+            self.in_step = False
         self.losses = {name: loss.detach() for name, loss in self.losses.items()}
         self.losses["total_loss"] = total.detach()
         self.unchecked_losses.append(self.losses["total_loss"])
@@ -254,12 +347,28 @@ class BaseTrainer:
             raise ValueError("there is nothing to learn: the loss depends on no weight that is "
                              "not frozen (freeze_these: "
                              f"{', '.join(self.freeze_these) or 'none'})")
-        total.backward()
+        self.grad_scaler.scale(total).backward()
+        self.average_gradients()
+        stepped = [optimizer for name, optimizer in self.optimizers.items()
+                   if name.removesuffix("_optimizer") not in (*self.freeze_these, *self.idle)]
+        if self.grad_scaler.is_enabled():  # which refuses to step where there is no gradient
+            stepped = [optimizer for optimizer in stepped if any(
+                weight.grad is not None for group in optimizer.param_groups
+                for weight in group["params"])]
+            for optimizer in stepped:
+                self.grad_scaler.unscale_(optimizer)
         for clip in self.gradient_clippers.values():
             clip()
-        for name, optimizer in self.optimizers.items():
-            if name.removesuffix("_optimizer") not in (*self.freeze_these, *self.idle):
-                optimizer.step()
+        for optimizer in stepped:
+            self.grad_scaler.step(optimizer)
+        if self.grad_scaler.is_enabled() and stepped:
+            self.grad_scaler.update()
+
+    def leave_out(self):
+        """Makes the losses of this iteration zero."""
+        zero = torch.zeros((), device=self.data_device)
+        self.losses = {name: zero for name in (*self.loss_weights, "total_loss")}
+        self.unchecked_losses.append(zero)  # check_losses counts the iterations by them
 
     def weighted_sum(self, losses):
         """{loss name: scalar} -> the scalar to minimise; ValueError for what is no scalar."""
@@ -289,7 +398,16 @@ class BaseTrainer:
 
     def compute_embeddings(self, data):
         """data [B, ...] -> embeddings [B, D]: the trunk, then the embedder if there is one."""
-        return self.embed_features(self.models["trunk"](data))
+        return self.embed_features(self.compute_features(data))
+
+    def compute_features(self, data):
+        """data [B, ...] -> features [B, F] of the trunk.
+
+        In a training step of several processes: their shares of data -> the batch's features.
+        """
+        if not self.in_step or auxiliaries.num_ranks() == 1:
+            return self.models["trunk"](data)
+        return GatherFeatures.apply(self.shared_trunk(data))
 
     def embed_features(self, features):
         """Features of the trunk [B, F] -> embeddings [B, D]; the features without an embedder."""
@@ -311,9 +429,9 @@ class BaseTrainer:
         self.unchecked_losses = []
         for iteration, value in enumerate(values, self.iteration + 2 - len(values)):
             if not math.isfinite(value):
-                raise FloatingPointError(f"the loss is {value} in epoch {self.epoch}, iteration "
-                                         f"{iteration}; often the learning rate (--lr) is too "
-                                         "high")
+                raise NonFiniteLoss(f"the loss is {value} in epoch {self.epoch}, iteration "
+                                    f"{iteration}; often the learning rate (--lr) is too high",
+                                    self.epoch, iteration - 1)
 
     def step_schedulers(self, suffix, *value):
         """Steps the schedulers whose key ends in the suffix, those of networks at rest too."""
@@ -339,8 +457,15 @@ class BaseTrainer:
         return self.iteration + self.iterations_per_epoch * (self.epoch - 1)
 
     def state_dict(self):
-        """Epoch and the states of all models, losses, optimizers and schedulers, for a file."""
-        return {"epoch": self.epoch,
+        """The states of all models, losses, optimizers and schedulers, for a file; and where.
+
+        "epoch": whole epochs; "iteration": iterations of the next one; "place": the number of the
+        pass over the data, how many of its batches were taken, and the seeds of its order.
+        """
+        return {"epoch": self.epochs_done, "iteration": self.iterations_done,
+                "place": copy.deepcopy(self.place), "nonfinite_steps": self.nonfinite_steps[:],
+                "skipped_steps": self.skipped_steps,
+                "grad_scaler": self.grad_scaler.state_dict(),
                 **{group: {name: part.state_dict() for name, part in getattr(self, group).items()
                            if hasattr(part, "state_dict")} for group in self.STATE_GROUPS}}
 
@@ -349,26 +474,75 @@ class BaseTrainer:
 
         After an error the trainer is in part the old one and in part the new one.
         """
+        place = state.get("place") if isinstance(state, dict) else None
+        seeds = place.get("seeds") if isinstance(place, dict) else None
+        numbers = [None] if not isinstance(seeds, list) else [
+            *map(state.get, ("epoch", "iteration", "skipped_steps")),
+            *map(place.get, ("pass", "taken")), *seeds]
+        if any(type(number) is not int or number < 0 for number in numbers) or not isinstance(
+                state.get("nonfinite_steps"), list):
+            raise ValueError("not the state of a trainer: epoch, iteration or place is missing")
         for group in self.STATE_GROUPS:
             parts = {name: part for name, part in getattr(self, group).items()
                      if hasattr(part, "state_dict")}
-            try:
-                saved = state[group]
-                differing = sorted(saved.keys() ^ parts.keys())
-                epoch = int(state["epoch"])
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise ValueError(f"not the state of a trainer: {group} or epoch is missing"
-                                 ) from error
-            if differing:
-                raise ValueError(f"the saved {group} are {', '.join(saved) or 'none'}, the "
-                                 f"trainer's {', '.join(parts) or 'none'}")
+            saved = state.get(group)
+            if not isinstance(saved, dict):
+                raise ValueError(f"not the state of a trainer: {group} is missing")
+            if saved.keys() != parts.keys():
+                names = auxiliaries.one_line(", ".join(map(str, saved)))
+                raise ValueError(f"the saved {group} are {names or 'none'}, the trainer's "
+                                 f"{', '.join(parts) or 'none'}")
             for name, part in parts.items():
+                own = part.state_dict()
+                own.pop("state", None)  # what an optimizer keeps of each weight, if any yet
                 try:
                     part.load_state_dict(saved[name])
+                    # An optimizer fills in what older versions of it did not save.
+                    taken = part.state_dict() if group == "optimizers" else saved[name]
+                    wrong = misfit(taken, own, lacking=group in ("optimizers", "lr_schedulers"))
                 except Exception as error:  # each kind of part has its own errors
-                    raise ValueError(f"the saved {name} of {group} does not fit: {error}"
-                                     ) from error
-        self.epoch = epoch
+                    raise ValueError(f"the saved {name} of {group} does not fit: "
+                                     f"{auxiliaries.one_line(error)}") from error
+                if wrong:
+                    raise ValueError(f"the saved {name} of {group} does not fit: {wrong} is "
+                                     "missing or of another kind")
+        if self.grad_scaler.is_enabled():
+            try:
+                self.grad_scaler.load_state_dict(state["grad_scaler"])
+            except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+                raise ValueError(f"the saved grad_scaler does not fit: {error}") from error
+        self.epoch = self.epochs_done = state["epoch"]
+        self.iterations_done, self.goes_on = state["iteration"], True
+        self.place = {**place, "seeds": seeds[:]}
+        self.nonfinite_steps = state["nonfinite_steps"][:]
+        self.skipped_steps = state["skipped_steps"]
+
+    # Several processes
+
+    def share_trunk(self):
+        """The trunk in DistributedDataParallel, which a frozen one needs not; None if alone."""
+        trunk = self.models["trunk"]
+        if auxiliaries.num_ranks() == 1:
+            return None
+        if not any(weight.requires_grad for weight in trunk.parameters()):
+            return trunk
+        with warnings.catch_warnings():  # torch 2.15 has another name for it, 2.6 not yet
+            warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+            return torch.nn.parallel.DistributedDataParallel(trunk, broadcast_buffers=False)
+
+    def average_gradients(self):
+        """Makes the gradients of all but the trunk, which are equal up to rounding, equal."""
+        if auxiliaries.num_ranks() == 1:
+            return
+        of_trunk = {id(weight) for weight in self.models["trunk"].parameters()}
+        gradients = [weight.grad for weight in self.weights()
+                     if weight.grad is not None and id(weight) not in of_trunk]
+        if gradients:
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            torch.distributed.all_reduce(flat)
+            parts = flat.div_(auxiliaries.num_ranks()).split([g.numel() for g in gradients])
+            for gradient, part in zip(gradients, parts):
+                gradient.copy_(part.view_as(gradient))
 
     # Batches
 
@@ -386,6 +560,7 @@ class BaseTrainer:
         lasting = not hasattr(self.dataset, "set_epoch") or (torch.is_tensor(epoch)
                                                              and epoch.is_shared())
         options = dict(num_workers=self.dataloader_num_workers, collate_fn=self.collate_fn,
+                       worker_init_fn=auxiliaries.heed_parent_alone,
                        persistent_workers=lasting and self.dataloader_num_workers > 0,
                        generator=torch.Generator(),
                        pin_memory=torch.device(self.data_device).type == "cuda")
@@ -403,35 +578,59 @@ class BaseTrainer:
         The seeds are what a plain DataLoader would draw from torch's global generator; drawing
         them here makes the numbers the same for any number of loading processes.
         """
-        self.passes += 1
+        seeds = [int(torch.empty((), dtype=torch.int64).random_())
+                 for _ in range(2 if self.sampler is None else 1)]
+        self.go_on_with_pass({"pass": self.place["pass"] + 1, "taken": 0, "seeds": seeds})
+
+    def go_on_with_pass(self, place):
+        """Begins a pass over the data behind the batches that were taken from it; see state_dict.
+
+        A sampler with an attribute `skip` leaves them out; else they are loaded and dropped, which
+        leaves the random generators as they are.
+        """
+        self.place = place
+        if not place["seeds"] or 0 < place["taken"] == self.pass_length:  # not begun, or over
+            return
         for part in (self.sampler, self.dataset):
             if hasattr(part, "set_epoch"):
-                part.set_epoch(self.passes)
-        shuffler = self.loader.sampler if self.sampler is None else None
-        for part in (self.loader, shuffler):
-            if part is not None:
-                part.generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
+                part.set_epoch(place["pass"])
+        shufflers = [self.loader.sampler] if self.sampler is None else []
+        for part, seed in zip((self.loader, *shufflers), place["seeds"]):
+            part.generator.manual_seed(seed)
+        if hasattr(self.sampler, "skip"):
+            self.sampler.skip = place["taken"]
         self.batches = iter(self.loader)
+        if place["taken"] and not hasattr(self.sampler, "skip"):
+            state = auxiliaries.random_state()
+            for _ in range(place["taken"]):
+                next(self.batches, None)
+            auxiliaries.restore_random_state(state)
 
     def next_batch(self):
         """The next batch, on the device, thinned by the subset_batch_miner -> (data, labels)."""
         item = next(self.batches, None) if self.batches is not None else None
+        self.place["taken"] += item is not None
         if item is None:
             self.start_pass()
             item = next(self.batches, None)
             if item is None:
                 raise ValueError("the data loader gives no batch: the sampler is empty or shorter "
                                  f"than batch_size {self.batch_size}")
+            self.place["taken"] = 1
         data, labels = self.unpack(item)
         labels = self.process_labels(labels).to(self.data_device, non_blocking=True)
+        labels = auxiliaries.gather_rows(labels)
         if "subset_batch_miner" in self.mining_funcs:
             data, labels = self.thin_batch(data, labels)
         return data, labels
 
     def unpack(self, item):
-        """An item of the loader -> (data on the device, labels as they are)."""
+        """An item of the loader -> (data on the device, labels as they are).
+
+        data: a tensor, or what gives one by the same to(device, dtype, non_blocking).
+        """
         item = self.data_and_label_getter(item)
-        if not isinstance(item, (tuple, list)) or len(item) != 2 or not torch.is_tensor(item[0]):
+        if not isinstance(item, (tuple, list)) or len(item) != 2 or not hasattr(item[0], "to"):
             raise ValueError("a batch must be (data, labels), data a tensor; it is "
                              f"{described(item)}. A data_and_label_getter can take it apart")
         data, labels = item
@@ -557,6 +756,24 @@ class BaseTrainer:
         for name in self.freeze_these:
             if f"{name}_optimizer" in self.optimizers:
                 warnings.warn(f"{name} is frozen: its optimizer will not be stepped", stacklevel=3)
+
+
+class GatherFeatures(torch.autograd.Function):
+    """Each process's features [b, F] -> all of them [B, F], in the order of the processes.
+
+    Backward gives each process the gradient of its own rows, times the number of processes, since
+    every process computes the same loss and DistributedDataParallel divides the sum by it.
+    """
+
+    @staticmethod
+    def forward(ctx, features):
+        ctx.number = len(features)
+        return auxiliaries.gather_rows(features)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        own = gradient.narrow(0, auxiliaries.rank() * ctx.number, ctx.number)
+        return own * auxiliaries.num_ranks()
 
 
 class MetricLossOnly(BaseTrainer):
@@ -729,7 +946,7 @@ class DeepAdversarialMetricLearning(BaseTrainer):
 
     def calculate_loss(self, data, labels):
         losses = {}
-        features = self.models["trunk"](data)                                    # [B, F]
+        features = self.compute_features(data)                                   # [B, F]
         if self.does_metric:
             embeddings = self.embed_features(features)                           # [B, D]
             indices_tuple = self.mine_tuples(embeddings, labels)
@@ -809,6 +1026,11 @@ class UnsupervisedEmbeddingsUsingAugmentations(MetricLossOnly):
             raise ValueError("UnsupervisedEmbeddingsUsingAugmentations makes its own labels; "
                              "leave out set_min_label_to_zero")
 
+    def process_labels(self, labels):
+        """The items' places in the whole batch, of which this process has a part."""
+        labels = super().process_labels(labels)
+        return labels + auxiliaries.rank() * (len(labels) // len(self.transforms))
+
     def default_collate(self):
         # Not a method of the trainer: the loader would hold the trainer, which holds the loader.
         return functools.partial(collate_views, transforms=self.transforms,
@@ -881,7 +1103,8 @@ class Validation:
     that goes on from there goes on as if it had not stopped. Epochs in which the trunk rests are
     left out. patience: measurements in a row without a better value after which training ends;
     None: never. The schedulers by plateau are stepped with the metric. checkpoint: file that holds
-    state(trainer), a dict, of the best epoch, and the rows as "validation_rows".
+    state(trainer), a dict, of the best epoch, and the rows as "validation_rows"; save(checkpoint,
+    dict) writes it.
 
     rows lists what was measured, {"epoch": ..., metric: ...}; all that this hook decides follows
     from them, so a Validation that goes on where another ended takes its rows. Epoch 0, the
@@ -889,7 +1112,8 @@ class Validation:
     """
 
     def __init__(self, measure, metric=None, every=1, patience=None, checkpoint=None,
-                 state=lambda trainer: trainer.state_dict(), rows=()):
+                 state=lambda trainer: trainer.state_dict(), rows=(),
+                 save=auxiliaries.save_checkpoint):
         if every < 1 or patience is not None and patience < 1:
             raise ValueError(f"every {every}, patience {patience}: both are 1 or more")
         self.measure = measure
@@ -898,6 +1122,7 @@ class Validation:
         self.patience = patience
         self.checkpoint = checkpoint
         self.state = state
+        self.save = save
         self.rows = list(rows)
 
     def __call__(self, trainer):
@@ -920,8 +1145,7 @@ class Validation:
         if trainer.epoch and trainer.epoch % self.every == 0:
             trainer.step_lr_plateau_schedulers(metrics[name])
         if self.checkpoint and self.best() is self.rows[-1]:
-            auxiliaries.save_checkpoint(self.checkpoint, {**self.state(trainer),
-                                                          "validation_rows": self.rows})
+            self.save(self.checkpoint, {**self.state(trainer), "validation_rows": self.rows})
         return False if self.is_over() else None
 
     def is_due(self, trainer):

@@ -155,6 +155,9 @@ def test_constructor_is_that_of_the_library(trainer):
         ("set_min_label_to_zero", False),
         ("end_of_iteration_hook", None),
         ("end_of_epoch_hook", None),
+        ("between_iterations_hook", None),  # from here on: this project's own
+        ("grad_scaler", None),
+        ("skip_nonfinite", 0),
     ]
     parameters = inspect.signature(trainer).parameters.values()
     assert [(parameter.name, parameter.default) for parameter in parameters] == expected
@@ -1973,7 +1976,8 @@ def test_a_trainer_goes_on_from_a_file_as_if_it_had_never_stopped(name, tmp_path
         for _, part in fresh.parts():
             for weight in part.parameters():
                 weight.add_(torch.randn_like(weight))
-    keys = ["epoch", "models", "loss_funcs", "optimizers", "lr_schedulers"]
+    keys = ["epoch", "iteration", "place", "nonfinite_steps", "skipped_steps", "grad_scaler",
+            "models", "loss_funcs", "optimizers", "lr_schedulers"]
     state = auxiliaries.load_checkpoint(tmp_path / "state", keys)  # weights only, no code
     assert list(state) == keys
     fresh.load_state_dict(state)
