@@ -1,23 +1,48 @@
 """The datasets: where their images lie, which classes train and which test, and how one is read.
 
 Each reader turns a folder into splits (images, labels, class names) and is one line of READERS;
-ImageDataset turns a split into (image, label) items. Run as a program it checks a dataset:
-python datasets.py --dataset cub200 --source_path ./Datasets. A new dataset is a reader, its line
-in READERS and, where there are any, its published counts. How batches are composed: samplers.py.
+ImageDataset turns a split into (image, label) items, CachedDataset one whose images were decoded
+before. Run as a program it checks a dataset, and with --download fetches it: python datasets.py
+--dataset cub200 --source_path ./Datasets. A new dataset is a reader, its line in READERS and,
+where there are any, its published counts and where it is had from (ARCHIVES or ON_REQUEST). How
+batches are composed: samplers.py.
 """
 
 import argparse
 import collections
 import concurrent.futures
+import contextlib
+import glob
 import hashlib
+import http.client
+import json
+import math
 import os
+import platform
+import re
+import shutil
+import stat
+import struct
 import sys
+import tarfile
+import tempfile
+import threading
+import time
+import urllib.request
+import warnings
+import zipfile
+import zlib
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+import auxiliaries
+
+# What a file with such a suffix may hold; the suffix may be another's, as in ImageNet. PIL would
+# also run programs for files of other formats.
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 
 # (classes, images) of each split as published with the datasets or their retrieval protocols.
@@ -95,10 +120,27 @@ def add_arguments(parser):
                             "at random (RandomResizedCrop, and a flip); testing resizes the "
                             "shorter side to 8/7 of it (256 for 224 and 227) and takes the "
                             "centre. Default 224, googlenet 227 (reference runs); glyphs 32")
+    group.add_argument("--val_split", type=float, default=0.0, metavar="SHARE",
+                       help="hold out this share of the training classes, always the same ones, "
+                            "measure on them too and choose the best epoch there; the run then "
+                            "reports the last epoch, that choice, and the literature's, on the "
+                            "test classes. Useful 0.1 to 0.5. Default %(default)s: the best epoch "
+                            "on the test classes, as in the literature")
     group.add_argument("--kernels", type=int, default=None, metavar="N",
                        help="processes that load images; 0 loads in the main process. Never "
                             "changes the numbers. Default 8 (reference runs) or the number of "
-                            "cores if that is less; glyphs 0")
+                            "cores, shared by the processes of torchrun, if that is less; glyphs "
+                            "and --cache device 0")
+    group.add_argument("--cache", choices=("none", "ram", "disk", "device"), default="none",
+                       help="decode each image once, reduced to the shorter side that testing "
+                            "takes it to, and keep it in main memory, in a file or on the --gpu; "
+                            "crops are cut and resized on the device. Test pictures stay the "
+                            "same; training crops are cut from the reduced image, so numbers "
+                            "differ a little. 256 x 341 pixels are 256 KiB. Default %(default)s: "
+                            "read files in each epoch")
+    group.add_argument("--cache_path", default="./Image_Cache", metavar="DIR",
+                       help="where --cache disk keeps its files; a later run uses them again. "
+                            "Default %(default)s")
 
 
 class ImageDataset(torch.utils.data.Dataset):
@@ -107,16 +149,20 @@ class ImageDataset(torch.utils.data.Dataset):
     dataset[i] is a pure function of i and the transform. A random transform is given by seed: its
     draws then depend on (seed, epoch, i) alone, so they are the same for any number of loading
     processes, and each repeat of an image within one batch gets draws of its own. With views = 2
-    items are (first view, second view, label), each view drawn by itself. Normalisation
-    is the network's business (netlib.Trunk), so images travel as bytes. An image that cannot be
-    read raises ValueError with its path.
+    items are (first view, second view, label), each view drawn by itself. read makes of a path
+    what the transform takes: read_image or, for a transform of tensors, the faster
+    read_pixels. Normalisation is the network's business (netlib.Trunk), so images travel as bytes.
+    share (n, of): a batch gives the n-th of so many equal parts, for training in several
+    processes. An image that cannot be read raises ValueError with its path.
     """
 
-    def __init__(self, split, transform, seed=None, views=1):
+    def __init__(self, split, transform, seed=None, views=1, share=(0, 1), read=None):
         self.images, self.labels, self.class_names = split
+        self.share = share
         self.transform = transform
         self.seed = seed
         self.views = views
+        self.read = read or read_image
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by the workers too
 
     def set_epoch(self, epoch):
@@ -130,24 +176,32 @@ class ImageDataset(torch.utils.data.Dataset):
         return self.item(i, repeat=0)
 
     def __getitems__(self, indices):
-        """A batch's items; torch's DataLoader calls this one."""
-        repeats = collections.Counter()
-        items = []
+        """A batch's items, this process's share of them; torch's DataLoader calls this one."""
+        repeats, drawn = collections.Counter(), []
         for i in indices:
-            items.append(self.item(i, repeats[i]))
+            drawn.append((i, repeats[i]))
             repeats[i] += 1
-        return items
+        number, processes = self.share
+        length = len(drawn) // processes
+        return [self.item(i, repeat) for i, repeat in drawn[number * length:][:length]]
 
     def item(self, i, repeat):
         """Item i, drawn for the repeat-th time in one batch -> (image, label)."""
-        image = self.load(i)
+        image = self.read(self.images[i]) if isinstance(self.images, list) else self.load(i)
+        with self.draws(i, repeat):
+            return *(self.transform(image) for _ in range(self.views)), self.labels[i]
+
+    @contextlib.contextmanager
+    def draws(self, i, repeat):
+        """Inside, torch draws what belongs to item i; afterwards it goes on as if nothing was."""
         if self.seed is None:
-            return *(self.transform(image) for _ in range(self.views)), self.labels[i]
-        draws = np.random.SeedSequence([self.seed, int(self.epoch), i, repeat])
+            yield
+            return
+        sequence = np.random.SeedSequence([self.seed, int(self.epoch), i, repeat])
         state = torch.get_rng_state()
-        torch.default_generator.manual_seed(int(draws.generate_state(1, np.uint64)[0]))
+        torch.default_generator.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
         try:
-            return *(self.transform(image) for _ in range(self.views)), self.labels[i]
+            yield
         finally:
             torch.set_rng_state(state)
 
@@ -158,19 +212,62 @@ class ImageDataset(torch.utils.data.Dataset):
         return read_image(self.images[i])
 
 
-def read_image(path):
-    """An image file -> PIL image in RGB; ValueError with the path if it is broken or no image."""
+@contextlib.contextmanager
+def open_image(path):
+    """An image file with its header read; what goes wrong inside is ValueError with the path."""
     try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16 bits a pixel, which PIL would clip to white
-                pixels = np.asarray(image)
-                pixels = pixels >> 8 if pixels.max(initial=0) > 255 else pixels
-                image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-            return image.convert("RGB")
+        with checked_open(path) as image:
+            yield image
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: the image is not there") from None
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, others
         raise ValueError(f"{path}: not an image, or a broken one ({error})") from None
+
+
+OPENING = threading.Lock()  # Python records warnings for all threads at once
+
+
+def checked_open(path):
+    """PIL's Image.open; what it only warns of is an error where it concerns the pixels."""
+    with OPENING, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        image = Image.open(path, formats=IMAGE_FORMATS)
+    for warning in said:
+        # Tags of a TIFF say how its pixels are stored; those of other formats are metadata.
+        if (issubclass(warning.category, Image.DecompressionBombWarning) or image.format == "TIFF"
+                and str(warning.message).startswith(("Tag data larger", "Truncated File"))):
+            image.close()
+            raise ValueError(str(warning.message))
+    return image
+
+
+def read_image(path):
+    """An image file -> PIL image in RGB; ValueError with the path if it is broken or no image."""
+    with open_image(path) as image:
+        if image.mode.startswith("I"):  # 16 bits a pixel, which PIL would clip to white
+            pixels = np.asarray(image)
+            pixels = pixels >> 8 if pixels.max(initial=0) > 255 else pixels
+            image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        return image.convert("RGB")
+
+
+def read_pixels(path):
+    """An image file as read_image reads it -> uint8 [3, H, W]; grey and RGB JPEGs by torchvision.
+
+    Its decoder gives the pixels of PIL's in two thirds of the time. What it refuses is left to
+    PIL, and so is everything once torchvision drops it, as version 0.29 announces.
+    """
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg
+    except ImportError:
+        decode_jpeg = None
+    with open_image(path) as image:
+        if image.format == "JPEG" and image.mode in ("L", "RGB") and decode_jpeg:
+            image.fp.seek(0)
+            data = torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
+            with contextlib.suppress(RuntimeError):
+                return decode_jpeg(data, mode=ImageReadMode.RGB)
+    return torch.from_numpy(np.array(read_image(path))).permute(2, 0, 1)
 
 
 def problems_of(splits):
@@ -184,7 +281,8 @@ def problems_of(splits):
         elif name == "query":
             if not set(split.labels) & set(splits["gallery"].labels):
                 problems.append("no class of the query split is in the gallery")
-        elif name.startswith("test") and max(collections.Counter(split.labels).values()) < 2:
+        elif (name.startswith(("test", "val"))
+              and max(collections.Counter(split.labels).values()) < 2):
             problems.append(f"no class of the {name} split has two images, so there is nothing to "
                             "retrieve")
     return problems
@@ -207,45 +305,92 @@ def fingerprint(splits):
     return digest.hexdigest()
 
 
-def dataset_select(opt, views=1):
+def dataset_select(opt, views=1, share=(0, 1), device="cpu"):
     """The training set, with so many views of an image, and the evaluation sets of the options.
 
+    share: of each training batch, as in ImageDataset. device: where --cache device keeps images.
     Returns (ImageDataset, [EvaluationSet, ...], Found). Raises FileNotFoundError or ValueError
-    where the data is missing, damaged or too small.
+    where the data is missing, damaged or too small, and where there is no room for the cache.
     """
     found = READERS[opt.dataset](opt.source_path)
+    val_split = getattr(opt, "val_split", 0)
+    if val_split:
+        found.splits.update(hold_out(found.splits["train"], val_split))
     for problem in problems_of(found.splits):
         raise ValueError(f"--dataset {opt.dataset}: {problem} ({found.layout})")
-    train_transform, test_transform = transforms(opt.dataset, opt.image_size, views)
-    train = ImageDataset(found.splits["train"], train_transform, seed=opt.seed, views=views)
-    tests = {name: ImageDataset(split, test_transform)
-             for name, split in found.splits.items() if name != "train"}
+    cache = getattr(opt, "cache", "none")
+    if cache == "none":
+        train_transform, test_transform = transforms(opt.dataset, opt.image_size, views)
+        train = ImageDataset(found.splits["train"], train_transform, opt.seed, views, share,
+                             read_pixels)
+        tests = {name: ImageDataset(split, test_transform)
+                 for name, split in found.splits.items() if name != "train"}
+    else:
+        wanted = (cache, found.splits, shorter_side(opt.image_size), device,
+                  os.path.join(opt.cache_path, opt.dataset))
+        if cache == "disk" and share[1] > 1:  # the first process decodes for all
+            auxiliaries.from_first(lambda: len(cache_splits(*wanted)))
+        stored = cache_splits(*wanted)
+        tests = {name: CachedDataset(split, stored[name], opt.image_size,
+                                     *((opt.seed, cache == "device", share) if name == "train" else
+                                       (None, cache == "device")))
+                 for name, split in found.splits.items()}
+        train = tests.pop("train")
+    held_out = [EvaluationSet("val", tests.pop("val"))] if val_split else []
     if opt.dataset == "in-shop":
-        return train, [EvaluationSet("", tests["query"], tests["gallery"])], found
+        return train, [EvaluationSet("", tests["query"], tests["gallery"]), *held_out], found
     names = [""] if len(tests) == 1 else [f"set {i + 1}" for i in range(len(tests))]
     sets = [EvaluationSet(name, test) for name, test in zip(names, tests.values())]
-    return train, sets, found
+    return train, sets + held_out, found
+
+
+def hold_out(split, share):
+    """A Split cut by classes -> {"train": Split, "val": Split}, val with a share of the classes.
+
+    The same classes whatever the seed of the run. ValueError where either has fewer than two.
+    """
+    number = len(split.class_names)
+    held = np.random.default_rng(0).permutation(number)[:round(share * number)]
+    if not 2 <= len(held) <= number - 2:
+        raise ValueError(f"--val_split {share} of {number} training classes leaves {len(held)} to "
+                         f"choose on and {number - len(held)} to train on; both need two or more")
+    parts = {}
+    for name, classes in (("train", np.setdiff1d(np.arange(number), held)), ("val", held)):
+        rank = {label: i for i, label in enumerate(sorted(classes.tolist()))}
+        chosen = [i for i, label in enumerate(split.labels) if label in rank]
+        images = (split.images[chosen] if isinstance(split.images, np.ndarray) else
+                  [split.images[i] for i in chosen])
+        parts[name] = Split(images, [rank[split.labels[i]] for i in chosen],
+                            [split.class_names[label] for label in rank])
+    return parts
 
 
 def transforms(dataset, image_size, views=1):
     """(training transform, test transform) from a PIL image to uint8 [3, image_size, image_size].
 
-    Glyphs are drawn at random places and sizes already, and a mirrored b is a d: no crop, no flip.
-    Where two views of one glyph are wanted they are turned, moved, scaled and sheared a little
-    more.
+    The training transform of photographs takes uint8 [3, H, W] too; there torch resizes, faster
+    than PIL and like it but for rounding: of a hundred values one or two are a level off, of ten
+    million one is two levels off. Glyphs are drawn at random places and sizes already, and a
+    mirrored b is a d: no crop, no flip. Where two views of one glyph are wanted they are turned,
+    moved, scaled and sheared a little more.
     """
     from torchvision import transforms as T  # here, so that --help need not wait for it
+    from torchvision.transforms import v2
 
     if dataset == "glyphs":
         fit = T.Compose([T.Resize((image_size, image_size)), T.PILToTensor()])
         moved = T.RandomAffine(15, translate=(0.1, 0.1), scale=(0.8, 1.2), shear=15,
                                interpolation=T.InterpolationMode.BILINEAR)
         return (fit if views == 1 else T.Compose([moved, fit])), fit
-    shorter_side = 256 if image_size in (224, 227) else round(image_size * 8 / 7)
-    return (T.Compose([T.RandomResizedCrop(image_size), T.RandomHorizontalFlip(),
-                       T.PILToTensor()]),
-            T.Compose([central_band, T.Resize(shorter_side), T.CenterCrop(image_size),
+    return (v2.Compose([v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip(),
+                        v2.PILToTensor()]),
+            T.Compose([central_band, T.Resize(shorter_side(image_size)), T.CenterCrop(image_size),
                        T.PILToTensor()]))
+
+
+def shorter_side(image_size):
+    """The shorter side, in pixels, that test images have before their centre is cut out."""
+    return 256 if image_size in (224, 227) else round(image_size * 8 / 7)
 
 
 def central_band(image, ratio=8):
@@ -254,12 +399,426 @@ def central_band(image, ratio=8):
     The centre crop looks at no more than that, and resizing the whole would take gigabytes.
     """
     width, height = image.size
-    short = min(width, height)
-    if max(width, height) <= ratio * short:
+    new_width, new_height = band_size(width, height, ratio)
+    if (new_width, new_height) == (width, height):
         return image
-    new_width, new_height = min(width, ratio * short), min(height, ratio * short)
     left, top = (width - new_width) // 2, (height - new_height) // 2
     return image.crop((left, top, left + new_width, top + new_height))
+
+
+def band_size(width, height, ratio=8):
+    """What central_band leaves of an image of this size -> (width, height)."""
+    short = min(width, height)
+    return min(width, ratio * short), min(height, ratio * short)
+
+
+# ---- the cache: images decoded once
+
+
+class Stored(NamedTuple):
+    """The images of a split, reduced to one shorter side, in RGB.
+
+    pixels: uint8 [P, 3], image after image and row by row, a tensor or np.memmap; sizes: int64
+    [N, 2], height and width of each image, an array; starts: int64 [N], where each begins.
+    """
+
+    pixels: object
+    sizes: np.ndarray
+    starts: np.ndarray
+
+
+class CachedDataset(ImageDataset):
+    """Items of a split whose images are Stored: where to cut, and the label; collate cuts.
+
+    dataset[i] is (place, label), place the seven integers of Crops. With a seed the box and the
+    flip are those that RandomResizedCrop and RandomHorizontalFlip draw for (seed, epoch, i), in
+    the stored image instead of the one in the file, so the training pictures differ a little from
+    those without a cache; without a seed it is the centre, and the picture exactly the same.
+    Batches need collate, which every DataLoader takes as collate_fn. on_device: the pixels lie
+    where the batches go, which then carry none.
+    """
+
+    def __init__(self, split, stored, image_size, seed=None, on_device=False, share=(0, 1)):
+        super().__init__(split, None, seed, share=share)
+        self.stored = stored
+        self.image_size = image_size
+        self.on_device = on_device
+
+    def item(self, i, repeat):
+        height, width = self.stored.sizes[i].tolist()
+        if self.seed is None:
+            side = self.image_size
+            box, flip = (round((height - side) / 2), round((width - side) / 2), side, side), 0
+        else:
+            with self.draws(i, repeat):
+                box, flip = draw_crop(height, width)
+        return (int(self.stored.starts[i]), width, *box, flip), self.labels[i]
+
+    def collate(self, items):
+        """Items -> (Crops, labels int64 [B])."""
+        places, labels = (torch.tensor(part) for part in zip(*items))
+        if not self.on_device:
+            return Crops(*cut_out(self.stored.pixels, places), self.image_size), labels
+        if torch.utils.data.get_worker_info():
+            raise ValueError("--cache device loads without processes: --kernels 0")
+        return Crops(self.stored.pixels, places, self.image_size), labels
+
+    def load(self, i):
+        """The stored image i -> PIL image in RGB."""
+        pixels, sizes, starts = self.stored
+        pixels = pixels[int(starts[i]):int(starts[i] + sizes[i].prod())]
+        pixels = pixels.cpu().numpy() if torch.is_tensor(pixels) else pixels
+        return Image.fromarray(pixels.reshape(*sizes[i], 3))
+
+    def __getstate__(self):
+        """For a process that is started afresh; a file is opened there again, not sent."""
+        pixels = self.stored.pixels
+        if isinstance(pixels, np.memmap):
+            return self.__dict__ | {"stored": self.stored._replace(pixels=pixels.filename)}
+        return self.__dict__
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        if not torch.is_tensor(self.stored.pixels):
+            self.stored = self.stored._replace(pixels=map_pixels(self.stored.pixels))
+
+
+def draw_crop(height, width):
+    """torchvision's RandomResizedCrop and RandomHorizontalFlip for an image of this size.
+
+    Draws what they draw -> ((top, left, height, width), flip), flip 1 for a mirrored crop.
+    """
+    from torchvision import transforms as T
+
+    image = torch.empty(1).expand(1, height, width)  # its size is all that is looked at
+    box = T.RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))  # its defaults
+    return box, int(torch.rand(1) < 0.5)
+
+
+def cut_out(pixels, places):
+    """The boxes alone, one after another: pixels [P, 3], places [B, 7] -> the same of the copy.
+
+    pixels: a tensor or an array; the copy is a tensor, in shared memory in a loading process.
+    """
+    areas = places[:, 4] * places[:, 5]
+    boxes = torch.empty(int(areas.sum()), 3, dtype=torch.uint8)
+    if torch.utils.data.get_worker_info():
+        boxes.share_memory_()
+    source, target = np.asarray(pixels), boxes.numpy()
+    places = places.clone()
+    starts = areas.cumsum(0) - areas
+    for start, (first, stride, top, left, height, width, _) in zip(starts.tolist(),
+                                                                   places.tolist()):
+        rows = source[first + top * stride:first + (top + height) * stride]
+        target[start:start + height * width].reshape(height, width, 3)[:] = (
+            rows.reshape(height, stride, 3)[:, left:left + width])
+    places[:, 0], places[:, 1], places[:, 2:4] = starts, places[:, 5], 0
+    return boxes, places
+
+
+class Crops:
+    """A batch of pictures that are cut out and resized where they are wanted, by to.
+
+    pixels: uint8 [P, 3], images row by row; places: int64 [B, 7], for each picture where its image
+    begins in pixels, the image's width, the box's top, left, height and width, and 1 to mirror it;
+    size: height and width of the pictures.
+    """
+
+    def __init__(self, pixels, places, size):
+        self.pixels = pixels
+        self.places = places
+        self.size = size
+
+    def __len__(self):
+        return len(self.places)
+
+    def pin_memory(self):
+        """A copy from which a GPU reads by itself; pixels that are there already stay."""
+        pixels = self.pixels.pin_memory() if self.pixels.device.type == "cpu" else self.pixels
+        return Crops(pixels, self.places.pin_memory(), self.size)
+
+    def to(self, device, dtype=None, non_blocking=False):
+        """The pictures on the device -> uint8 [B, 3, size, size], or of the dtype."""
+        pixels = self.pixels.to(device, non_blocking=non_blocking)
+        return crop_batch(pixels, self.places, self.size).to(dtype or torch.uint8)
+
+
+# Bytes of float32 that crop_batch pads to at a time, by the device's type: a GPU likes few large
+# blocks, a CPU those that stay in its cache.
+CROP_BYTES = {"cuda": 2 ** 28, "cpu": 2 ** 22}
+
+
+@torch.no_grad()
+def crop_batch(pixels, places, size):
+    """Cuts a box out of each image and resizes it -> uint8 [B, 3, size, size] on pixels' device.
+
+    pixels [P, 3] and places [B, 7] as in Crops, places on the CPU. Resizes as PIL's BILINEAR does,
+    with a triangle that widens where the picture shrinks; PIL rounds between columns and rows as
+    well, so values differ from its by one level at most. Boxes of size x size come out as they
+    are. Those of like area are padded to the largest, as many at a time as CROP_BYTES holds.
+    """
+    images = torch.empty(len(places), 3, size, size, dtype=torch.uint8, device=pixels.device)
+    limit = CROP_BYTES.get(pixels.device.type, CROP_BYTES["cuda"])
+    order = (places[:, 4] * places[:, 5]).argsort(stable=True)
+    count = max(1, limit // (12 * int(places[:, 4].max()) * int(places[:, 5].max())))
+    with torch.autocast(pixels.device.type, enabled=False):
+        for chosen in order.split(count):
+            images[chosen.to(images.device, non_blocking=True)] = crop_padded(
+                pixels, places[chosen], size)
+    return images
+
+
+def crop_padded(pixels, places, size):
+    """crop_batch, all boxes at once -> uint8 [B, 3, size, size]."""
+    highest, widest = places[:, 4:6].amax(0).tolist()
+    as_they_are = bool((places[:, 4:] == torch.tensor([size, size, 0])).all())
+    places = places.to(pixels.device, non_blocking=True)
+    starts, strides, tops, lefts, heights, widths, flips = places.T.unsqueeze(2)    # [B, 1] each
+    along = torch.arange(max(highest, widest), device=pixels.device)
+    rows = starts + (tops + torch.minimum(along[:highest], heights - 1)) * strides  # [B, H]
+    columns = lefts + torch.minimum(along[:widest], widths - 1)                     # [B, W]
+    indices = (rows.unsqueeze(2) + columns.unsqueeze(1)).flatten()                  # [B x H x W]
+    boxes = pixels.index_select(0, indices).view(len(places), highest, widest, 3)
+    if as_they_are:
+        return boxes.permute(0, 3, 1, 2)
+    boxes = boxes.transpose(2, 3).contiguous().float().view(len(places), -1, widest)
+    across = resize_weights(widths, widest, size)                                   # [B, S, W]
+    across = torch.where(flips.unsqueeze(2) > 0, across.flip(1), across)
+    boxes = torch.bmm(boxes, across.mT).view(len(places), highest, -1)              # [B, H, 3S]
+    boxes = torch.bmm(resize_weights(heights, highest, size), boxes)                # [B, S, 3S]
+    # Weights are not negative and sum to 1, so no value leaves 0 to 255.
+    return boxes.add_(0.5).to(torch.uint8).view(-1, size, 3, size).transpose(1, 2)
+
+
+def resize_weights(lengths, longest, size):
+    """What source pixels weigh in each target pixel -> float32 [B, size, longest], sums are 1.
+
+    lengths: int64 [B, 1], how many of the longest source pixels there are.
+    """
+    scale = (lengths / size).unsqueeze(2)                                           # [B, 1, 1]
+    places = torch.arange(max(size, longest), device=lengths.device) + 0.5
+    distances = places[:longest] - places[:size].unsqueeze(1) * scale               # [B, S, L]
+    weights = (1 - distances.abs_().div_(scale.clamp(min=1))).clamp_(min=0)
+    weights *= (places[:longest] < lengths).unsqueeze(1)
+    return weights.div_(weights.sum(2, keepdim=True))
+
+
+def cache_splits(kind, splits, side, device="cpu", path=None):
+    """{name: Split} -> {name: Stored}, of images reduced to a shorter side; kind as --cache.
+
+    path: of --cache disk, what its files' names begin with. Prints what is needed and what is
+    there; ValueError where that is not enough, OSError where files cannot be written.
+    """
+    digests, stored = {}, {}
+    if kind == "disk":
+        make_folder(os.path.dirname(path))
+        digests = {name: digest_of(split.images, side) for name, split in splits.items()}
+        stored = {name: read_stored(f"{path}_{name}", digests[name], side) for name in splits}
+    missing = [name for name in splits if stored.get(name) is None]
+    sizes = {name: stored_sizes(splits[name].images, side, name) for name in missing}
+    check_room(kind, sizes, side, device, path)
+    if kind != "disk":  # which the first process fills alone
+        auxiliaries.any_rank(False)  # waits: until all have looked nobody takes anything
+    for name in missing:
+        images = decoded(splits[name].images, sizes[name], side, name)
+        if kind == "disk":
+            write_stored(f"{path}_{name}", digests[name], side, sizes[name], images)
+            stored[name] = read_stored(f"{path}_{name}", digests[name], side)
+            continue
+        areas = sizes[name].prod(1)
+        starts = areas.cumsum() - areas
+        pixels = torch.empty(int(areas.sum()), 3, dtype=torch.uint8,
+                             device=device if kind == "device" else "cpu")
+        if kind == "ram":
+            pixels.share_memory_()
+        for image, start in zip(images, starts.tolist()):
+            pixels[start:start + len(image)] = torch.from_numpy(image)
+        stored[name] = Stored(pixels, sizes[name], starts)
+    return stored
+
+
+def stored_sizes(paths, side, name):
+    """Height and width of each image once it is reduced -> int64 [N, 2]; reads headers only."""
+    def size(path):
+        with open_image(path) as image:
+            width, height = band_size(*image.size)
+        long = int(side * max(width, height) / min(width, height))  # as torchvision's Resize
+        return (long, side) if width <= height else (side, long)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        sizes = list(shown(pool.map(size, paths), len(paths), f"measuring {name}"))
+    return np.array(sizes, dtype=np.int64)
+
+
+def decoded(paths, sizes, side, name):
+    """Each image in turn, read and reduced as for testing -> uint8 [height x width, 3]."""
+    from torchvision import transforms as T
+
+    resize = T.Resize(side)
+
+    def reduced(path):
+        return np.array(resize(central_band(read_image(path))))
+
+    def in_blocks():  # so that no more than a block waits in memory
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            for first in range(0, len(paths), 256):
+                yield from pool.map(reduced, paths[first:first + 256])
+
+    images = shown(in_blocks(), len(paths), f"decoding {name}")
+    for image, path, size in zip(images, paths, sizes.tolist()):
+        if list(image.shape[:2]) != size:
+            raise ValueError(f"{path}: its size is not what its header says, or it was changed")
+        yield image.reshape(-1, 3)
+
+
+def check_room(kind, sizes, side, device, path):
+    """Prints what a cache of images of these sizes, {name: [N, 2]}, needs and what is there.
+
+    Of main memory it is what all processes of a machine need. ValueError where it would fill more
+    than nine tenths of that.
+    """
+    if not sizes:
+        print(f"cache    {kind} in {os.path.dirname(path)}: whole, used again", flush=True)
+        return
+    needed = 3 * sum(int(size.prod(1).sum()) for size in sizes.values())
+    if kind == "ram" or kind == "device" and torch.device(device).type == "cpu":
+        needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process keeps its own
+    there = free_bytes(kind, device, path)
+    free = "unknown" if there is None else f"{there / 2 ** 20:,.0f} MiB"
+    where = f" in {os.path.dirname(path)}" if kind == "disk" else ""
+    print(f"cache    {kind}{where}: {sum(map(len, sizes.values())):,} images to decode, shorter "
+          f"side {side}: {needed / 2 ** 20:,.1f} MiB needed, {free} free", flush=True)
+    if there is not None and needed > 0.9 * there:
+        raise ValueError(f"--cache {kind} needs {needed / 2 ** 20:,.1f} MiB{where} and leaves a "
+                         f"tenth of what is free, {free}, alone: another --cache, or none")
+
+
+def free_bytes(kind, device, path):
+    """How much is free where a cache of this kind lies; None where the system does not say."""
+    if kind == "disk":
+        return shutil.disk_usage(os.path.dirname(path)).free
+    if kind == "device" and torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="utf-8") as file:
+            kibibytes = re.search(r"MemAvailable: *(\d+)", file.read())
+        available = int(kibibytes.group(1)) * 1024
+    except (OSError, AttributeError):
+        return None
+    with contextlib.suppress(OSError, ValueError):  # a container's own limit, "max" for none
+        limit, used = (int(open(f"/sys/fs/cgroup/memory.{name}").read())
+                       for name in ("max", "current"))
+        available = min(available, limit - used)
+    if kind == "ram" and os.path.isdir("/dev/shm"):  # there it lies; containers have little of it
+        available = min(available, shutil.disk_usage("/dev/shm").free)
+    return available
+
+
+# The files of --cache disk: PATH_SPLIT.json says whose images PATH_SPLIT_DIGEST.pixels holds. It
+# is written last, and each file under another name first, so nothing is taken for whole that is
+# not.
+
+
+def make_folder(folder):
+    """Makes the folder of --cache_path and removes what killed runs left half written in it.
+
+    That is what a process of this machine began that is no more, and what no other machine touched
+    for a day.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        entries = os.listdir(folder)
+    except OSError as error:
+        raise OSError(f"--cache_path {folder}: no folder can be made or read there ({error})"
+                      ) from error
+    for entry in entries:
+        begun = re.search(r"\.tmp-(.*)-(\d+)$", entry)
+        with contextlib.suppress(OSError):  # another run removed it
+            if begun and (is_over(int(begun[2])) if begun[1] == platform.node() else
+                          time.time() - os.path.getmtime(os.path.join(folder, entry)) > 86400):
+                os.remove(os.path.join(folder, entry))
+
+
+def is_over(process):
+    """Whether a process of this machine, by its number, is no more; this one counts as such."""
+    if process == os.getpid():
+        return True
+    if os.name != "posix":  # elsewhere the question itself may end it
+        return False
+    try:
+        os.kill(process, 0)
+    except OSError as error:
+        return isinstance(error, ProcessLookupError)  # not where it is somebody else's
+    return False
+
+
+def digest_of(paths, side):
+    """A digest of the images' names, their lengths in bytes and the side, wherever they lie."""
+    digest = hashlib.sha256(str(side).encode())
+    for path in paths:
+        try:
+            facts = "/".join(path.split(os.sep)[-2:]), os.path.getsize(path)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: the image is not there") from None
+        digest.update(repr(facts).encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def read_stored(path, digest, side):
+    """A split's images from its files -> Stored; None where there are none that are whole.
+
+    ValueError where they are of other images or another side, or damaged.
+    """
+    remedy = "remove it, or name another folder with --cache_path"
+    try:
+        with open(f"{path}.json", encoding="utf-8") as file:
+            facts = json.load(file)
+        sizes = np.array(facts["sizes"], dtype=np.int64).reshape(-1, 2)
+        found = facts["digest"], facts["shorter_side"]
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise OSError(f"--cache_path: {path}.json cannot be read ({error})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}.json is damaged ({error}): {remedy}") from error
+    if found != (digest, side):
+        raise ValueError(f"{path}.json is of other images" + f", of shorter side {found[1]} and "
+                         f"not {side}" * (found[1] != side) + f": {remedy}")
+    pixels, areas = f"{path}_{digest[:16]}.pixels", sizes.prod(1)
+    try:
+        length = os.path.getsize(pixels)
+    except FileNotFoundError:
+        return None
+    if length != 3 * areas.sum():
+        raise ValueError(f"{pixels} has {length:,} bytes instead of {3 * areas.sum():,}: {remedy}")
+    return Stored(map_pixels(pixels), sizes, areas.cumsum() - areas)
+
+
+def map_pixels(path):
+    """The pixels of a file, uint8 [P, 3], which stay on the disk until they are looked at."""
+    return np.memmap(path, np.uint8, mode="r", shape=(os.path.getsize(path) // 3, 3))
+
+
+def write_stored(path, digest, side, sizes, images):
+    """Writes images, uint8 [P, 3] each, and what read_stored wants to know of them."""
+    facts = {"digest": digest, "shorter_side": side, "sizes": sizes.tolist()}
+    for final, parts in ((f"{path}_{digest[:16]}.pixels", images),
+                         (f"{path}.json", [json.dumps(facts).encode()])):
+        temporary = f"{final}.tmp-{platform.node()}-{os.getpid()}"
+        try:
+            with open(temporary, "wb") as file:
+                for part in parts:
+                    file.write(part)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, final)
+        except FileNotFoundError:  # an image, not the file
+            raise
+        except OSError as error:
+            raise OSError(f"--cache_path: {final} cannot be written: {error}") from error
+        finally:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
 
 
 # ---- readers: source path -> Found
@@ -297,19 +856,19 @@ def read_cars196(source):
                                     "which says the images' classes")
         folder = f"{root}/images" if os.path.isdir(f"{root}/images") else root
         return halves(f"class folders in {folder}", class_folders(folder))
-    import scipy.io  # scikit-learn brings scipy along
     try:
-        table = scipy.io.loadmat(f"{root}/cars_annos.mat", squeeze_me=True)
-        annotations, names = (np.atleast_1d(table["annotations"]),
-                              np.atleast_1d(table["class_names"]))
-        files = [str(name) for name in annotations["relative_im_path"]]
-        numbers = [int(number) for number in annotations["class"]]
-        if not 1 <= min(numbers) <= max(numbers) <= len(names):
-            raise ValueError(f"classes {min(numbers)} to {max(numbers)} with {len(names)} names")
-        classes = [str(names[number - 1]) for number in numbers]
-    except Exception as error:  # scipy raises many types for files that are cut or of another kind
+        table = read_mat(f"{root}/cars_annos.mat")
+        rows, names = table["annotations"], table["class_names"]
+        files, numbers = ([row[field] for row in rows] for field in ("relative_im_path", "class"))
+        if not all(number in range(1, len(names) + 1) for number, in numbers):
+            raise ValueError(f"a class is not from 1 to {len(names)}, the number of names")
+        classes = [names[int(number) - 1] for number, in numbers]
+        if not files or not all(isinstance(text, str) and text for text in files + classes):
+            raise ValueError("there is an image without a path or a class without a name")
+    except Exception as error:  # a file that is cut or of another kind fails in many places
+        reason = auxiliaries.one_line(error)
         raise ValueError(f"{root}/cars_annos.mat cannot be read as CARS196's annotations "
-                         f"({type(error).__name__}: {error})") from error
+                         f"({type(error).__name__}: {reason})") from error
     by_class = collections.defaultdict(list)
     for name, path in zip(classes, find_images(root, files, f"{root}/cars_annos.mat")):
         by_class[name].append(path)
@@ -349,8 +908,9 @@ def read_in_shop(source):
     with open(path, encoding="utf-8-sig") as file:
         promised = file.readline().strip()
     if promised != str(len(rows)):
-        raise ValueError(f"{path}: its first line promises {promised} images, it lists "
-                         f"{len(rows)}: the file is cut or was changed")
+        raise ValueError(f"{path}: its first line promises "
+                         f"{auxiliaries.one_line(promised, 40)} images, it lists {len(rows)}: the "
+                         "file is cut or was changed")
     images = find_images(folder, [row[0] for row in rows], path)
     splits = {}
     for split in ("train", "query", "gallery"):
@@ -358,8 +918,8 @@ def read_in_shop(source):
         splits[split] = ([images[i] for i in chosen], [rows[i][1] for i in chosen])
     if sum(len(images) for images, _ in splits.values()) != len(rows):
         statuses = sorted({row[2] for row in rows} - set(splits))
-        raise ValueError(f"{path}: evaluation status {', '.join(statuses)}; it is one of train, "
-                         "query, gallery")
+        raise ValueError(f"{path}: evaluation status {auxiliaries.one_line(', '.join(statuses))}; "
+                         "it is one of train, query, gallery")
     tested = splits["query"][1] + splits["gallery"][1]
     splits = {"train": labelled(*splits["train"]), "query": labelled(*splits["query"], tested),
               "gallery": labelled(*splits["gallery"], tested)}
@@ -415,7 +975,7 @@ def read_tiny_imagenet(source):
     foreign = sorted(set(names) - set(train.class_names))
     if foreign:
         raise ValueError(f"{path} names {len(foreign)} classes that have no images in "
-                         f"{root}/train, the first of them {foreign[0]}")
+                         f"{root}/train, the first of them {auxiliaries.one_line(foreign[0])}")
     test = labelled(images, names, train.class_names)
     return Found(f"{root}/train and {path}", {"train": train, "test": test},
                  remark_on_empty(by_class))
@@ -563,6 +1123,81 @@ def read_rows(path, columns, skip=0):
     return rows
 
 
+def read_mat(path):
+    """The variables of a MATLAB 5 file (save -v6 or -v7) -> {name: value}.
+
+    Text is a str, an array of numbers a flat list, a cell array a list, a struct array a list of
+    dicts. Not by scipy: its reader takes the process down where such a file is damaged. Raises
+    ValueError, struct.error and others for anything else.
+    """
+    with open(path, "rb") as file:
+        content = file.read()
+    order, variables = {b"IM": "<", b"MI": ">"}[content[126:128]], {}
+    for kind, data in mat_elements(content[128:], order):
+        if kind == 15:
+            stream = zlib.decompressobj()
+            data = stream.decompress(data, 2 ** 28)
+            if not stream.eof:
+                raise ValueError("compressed data is cut, or more than 256 MiB")
+            (kind, data), = mat_elements(data, order)
+        if kind == 14:
+            name, value = mat_array(data, order)
+            variables[name] = value
+    return variables
+
+
+def mat_elements(data, order):
+    """The elements of a part of a MATLAB file, one after the other: (kind, bytes)."""
+    at = 0
+    while at < len(data):
+        kind, size = struct.unpack_from(f"{order}II", data, at)
+        start = at + 8
+        if kind >> 16:  # a small one: kind and size share four bytes, four of data follow
+            kind, size, start = kind & 0xffff, kind >> 16, at + 4
+        if start + size > len(data) or start == at + 4 and size > 4:
+            raise ValueError("an element reaches beyond the end")
+        yield kind, data[start:start + size]
+        at = at + 8 if start == at + 4 else start + size + (-size % 8 if kind != 15 else 0)
+
+
+def mat_array(data, order):
+    """The name and the value of an array of a MATLAB file; see read_mat."""
+    elements = mat_elements(data, order)
+    flags, dims, name = (next(elements, (0, b""))[1] for _ in range(3))
+    if not data:
+        return "", []
+    flags, = struct.unpack_from(f"{order}I", flags)
+    dims = np.frombuffer(dims, f"{order}i4").tolist()
+    kind, count, name = flags & 0xff, math.prod(dims), str(name, "ascii")
+    if flags & 0x800 or kind == 4 and dims[0] > 1 or not (kind in (1, 2, 4) or 6 <= kind <= 15):
+        raise ValueError(f"{name or 'an array'} is complex, of several lines, or an object")
+    if kind == 1:
+        value = [mat_array(part, order)[1] for _, part in elements]
+    elif kind == 2:
+        (_, length), (_, fields) = next(elements), next(elements)
+        length, = struct.unpack(f"{order}i", length)
+        fields = [str(fields[i:i + length].split(b"\0")[0], "ascii")
+                  for i in range(0, len(fields), length)]
+        values = [mat_array(part, order)[1] for _, part in elements]
+        if len(values) != count * len(fields):
+            raise ValueError(f"{len(values)} values for {count} rows of {len(fields)} fields")
+        value = [dict(zip(fields, values[i:i + len(fields)]))
+                 for i in range(0, len(values), len(fields))]
+        return name, value
+    else:
+        stored, content = next(elements, (1, b""))
+        if kind == 4:
+            encoding = {1: "latin-1", 2: "utf-8", 4: "utf-16", 16: "utf-8", 17: "utf-16"}[stored]
+            ends = {"<": "-le", ">": "-be"}[order] if encoding == "utf-16" else ""
+            return name, str(content, encoding + ends)
+        form = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8",
+                13: "u8"}[stored]
+        value = np.frombuffer(content, order + form).tolist()
+    if len(value) != count:
+        raise ValueError(f"{len(value)} values where there should be {count}")
+    return name, value
+
+
 def refuse_cut_number(path, rows):
     """ValueError if the last row's last number seems cut: no newline, and shorter than before."""
     with open(path, "rb") as file:
@@ -581,6 +1216,7 @@ def find_images(folder, names, source):
     listings, paths, missing = {}, [], []
     for name in names:
         directory, file = os.path.split(os.path.join(folder, name))
+        outside = os.path.isabs(name) or os.pardir in name.split("/")
         if directory not in listings:
             entries = os.listdir(directory) if os.path.isdir(directory) else []
             # The exact name comes first, then one that differs in the suffix's case.
@@ -588,13 +1224,14 @@ def find_images(folder, names, source):
                                    | {entry: entry for entry in entries})
         listing = listings[directory]
         actual = listing.get(file, listing.get(suffix_folded(file)))
-        if actual is None:
+        if actual is None or outside:
             missing.append(name)
         else:
             paths.append(os.path.join(directory, actual))
     if missing:
         raise FileNotFoundError(f"{source} lists {len(missing)} images of {len(names)} that are "
-                                f"not in {folder}, the first of them {missing[0]}")
+                                f"not in {folder}, the first of them "
+                                f"{auxiliaries.one_line(missing[0])}")
     return paths
 
 
@@ -602,6 +1239,17 @@ def suffix_folded(file):
     """A file name with its suffix in lower case."""
     stem, suffix = os.path.splitext(file)
     return stem + suffix.lower()
+
+
+def shown(results, count, text):
+    """Hands results on; on a terminal one line says how many of them there were."""
+    show = sys.stdout.isatty()
+    for done, result in enumerate(results, start=1):
+        yield result
+        if show and (done % 500 == 0 or done == count):
+            print(f"\r  {text}: {done:,} of {count:,}", end="", flush=True)
+    if show:
+        print("\r" + " " * 60 + "\r", end="")
 
 
 # ---- the dataset check
@@ -644,6 +1292,20 @@ def check(dataset, source_path, quick=False):
     return not problems
 
 
+def remark_on_subset(dataset, source_path):
+    """What a dataset's size says of published numbers, as a sentence; "" where it is whole."""
+    if dataset not in PUBLISHED:
+        return ""
+    splits = READERS[dataset](source_path).splits
+    for name, (classes, images) in PUBLISHED[dataset].items():
+        found = len(set(splits[name].labels)), len(splits[name].labels)
+        if found[0] != classes or images not in (None, found[1]):
+            return (f"the {name} split has {found[0]:,} classes/{found[1]:,} images, not "
+                    f"{dataset}'s {classes:,}" + f"/{images:,}" * bool(images)
+                    + ": published numbers do not apply")
+    return ""
+
+
 def broken_images(paths, split, quick):
     """Reads every image (quick: is it a file, not empty?); describes at most 20 that fail."""
     def failure(path):
@@ -655,23 +1317,223 @@ def broken_images(paths, split, quick):
         except (OSError, ValueError) as error:
             return str(error)
 
-    show = sys.stdout.isatty()
-    failures = []
     with concurrent.futures.ThreadPoolExecutor() as pool:  # PIL decodes outside of Python's lock
-        for done, message in enumerate(pool.map(failure, paths), start=1):
-            if message:
-                failures.append(message)
-            if show and (done % 500 == 0 or done == len(paths)):
-                print(f"\r  reading {split}: {done:,} of {len(paths):,}", end="", flush=True)
-    if show:
-        print("\r" + " " * 60 + "\r", end="")
+        messages = shown(pool.map(failure, paths), len(paths), f"reading {split}")
+        failures = [message for message in messages if message]
     if len(failures) > 20:
         failures = failures[:20] + [f"and {len(failures) - 20} more broken images"]
     return failures
 
 
+# ---- download
+
+
+# Address and MD5 checksum of the public archives, the checksums as in Avalanche 0.6. Each archive
+# holds a folder of its own name, the release; what lies beside that folder no reader needs.
+ARCHIVES = {
+    "cub200": ("https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
+               "97eceeb196236b17998738112f37df78"),
+    "tiny_imagenet": ("http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+                      "90528d7ca1a48142e341f4ef8d21d0de"),
+}
+
+ON_REQUEST = {
+    "cars196": "the links of https://ai.stanford.edu/~jkrause/cars/car_dataset.html are gone; "
+               "unpack car_ims.tgz and cars_annos.mat from elsewhere in {}",
+    "online_products": "fetch ftp://cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip, or see "
+                       "https://github.com/rksltnl/Deep-Metric-Learning-CVPR16; unzip it in {}",
+    "in-shop": "ask at https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion.html for the In-shop "
+               "Clothes Retrieval Benchmark; unzip its Img/img.zip and put its Eval/ in {}",
+    "vehicle_id": "ask at https://www.pkuml.org/resources/pku-vehicleid.html; unzip it in "
+                  "--source_path",
+    "folder": "these are your own images, in class folders in --source_path",
+}
+
+PAUSES = (1, 5, 20)  # seconds before each new try after a connection was dropped
+
+
+def download(dataset, source):
+    """Puts a dataset from its public archive where its reader looks; nothing if it is there.
+
+    An archive that lies in the folder source already is used as it is. Raises FileNotFoundError
+    with where to ask for a dataset without a public archive; ValueError for an archive that is
+    not the published one or not safe to unpack; OSError where it cannot be had.
+    """
+    try:
+        READERS[dataset](source)
+        print(f"{dataset} is there already: nothing is downloaded (move it away to get it anew)")
+        return
+    except (ValueError, OSError) as error:
+        missing = error
+    target = os.path.join(source, dataset)
+    if dataset not in ARCHIVES:
+        raise FileNotFoundError(f"--download has no public archive of {dataset}: "
+                                f"{ON_REQUEST[dataset].format(target)}. Accepted below {source}: "
+                                f"{LAYOUTS[dataset]}")
+    if os.path.lexists(target):
+        try:
+            os.rmdir(target)  # an empty folder only
+        except OSError:
+            raise FileExistsError(f"{target} is there, but no usable {dataset} ({missing}): move "
+                                  "it away for --download to put the dataset there") from None
+    os.makedirs(source, exist_ok=True)
+    url, md5 = ARCHIVES[dataset]
+    path = os.path.join(source, url.rsplit("/", 1)[1])
+    if not os.path.exists(path):
+        fetch(url, md5, path)
+    elif md5_of(path) != md5:
+        raise ValueError(f"{path} does not have the MD5 checksum {md5}: it is cut, or another "
+                         "file. Move it away for --download to fetch it")
+    unpack(path, target)
+    print(f"unpacked in {target}; {path} is not needed any more")
+
+
+def fetch(url, md5, path):
+    """Downloads url to path by way of path.part, from which a later call goes on.
+
+    Bytes without the checksum md5 are deleted (ValueError); OSError where they do not come.
+    """
+    part = f"{path}.part"
+    longest = os.path.getsize(part) if os.path.exists(part) else 0
+    resumed, pauses = longest > 0, []  # a server that sends nothing at first is not asked again
+    print(f"downloading {url} to {path}" + f", going on from {longest:,} bytes" * resumed)
+    while reason := receive(url, part):
+        size = os.path.getsize(part) if os.path.exists(part) else 0
+        if size > longest:
+            longest, pauses = size, list(PAUSES)
+        if not pauses:
+            raise OSError(f"{url} cannot be downloaded ({reason}). Try again later"
+                          + f" ({size:,} bytes are kept in {part})" * (size > 0)
+                          + f", or fetch it elsewhere, put it at {path} and run this again")
+        print(f"  {reason} after {size:,} bytes; trying again in {pauses[0]} s")
+        time.sleep(pauses.pop(0))
+    if md5_of(part) == md5:
+        return os.replace(part, path)
+    os.remove(part)
+    if not resumed:
+        raise ValueError(f"{url} does not have the MD5 checksum {md5} and was deleted: it changed "
+                         f"on its way or at its source. Try again, or put a good copy at {path}")
+    print("  what was there and what came do not make the archive: starting again")
+    fetch(url, md5, path)
+
+
+def receive(url, part):
+    """Appends to the file part what it lacks of url -> None, or in words why it is not whole.
+
+    Where the server cannot go on from the end of part, part starts again. OSError if the disk has
+    no room for the rest.
+    """
+    have = os.path.getsize(part) if os.path.exists(part) else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=60)
+    except (OSError, http.client.HTTPException) as error:
+        if not have or getattr(error, "code", None) != 416:
+            return str(error).strip("<>") or repr(error)
+        if error.headers["Content-Range"] == f"bytes */{have}":
+            return None
+        os.remove(part)  # it is longer than what the server has
+        return receive(url, part)
+    with response:
+        goes_on = response.status == 206
+        if goes_on and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            return "the server sent another part than the one that was asked for"
+        total = None if response.length is None else response.length + have * goes_on
+        free = shutil.disk_usage(os.path.dirname(part) or ".").free
+        if total is not None and total - have > free:
+            raise OSError(f"{part}: {total - have:,} bytes are to come and the disk has {free:,} "
+                          "free. Make room, or give another --source_path")
+        with open(part, "ab" if goes_on else "wb") as file:
+            return copy_response(response, file, total)
+
+
+def copy_response(response, file, total):
+    """Writes what a response sends -> None, or in words why it ended before the total bytes."""
+    start, begun, shown, reason = file.tell(), time.monotonic(), 0, None
+    while True:
+        try:
+            chunk = response.read(1 << 16)
+        except (OSError, http.client.HTTPException) as error:
+            chunk, reason = b"", f"the connection broke ({error})"
+        if not chunk:
+            break
+        file.write(chunk)
+        now, done = time.monotonic(), file.tell()
+        if total and sys.stdout.isatty() and (now - shown > 0.5 or done == total):
+            rate, shown = (done - start) / max(now - begun, 1e-3), now
+            line = (f"  {done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {rate / 1e6:,.1f} MB/s, "
+                    f"{auxiliaries.duration((total - done) / rate)} left")
+            print(f"\r{line:60}", end="", flush=True)
+    if shown:
+        print()
+    early = "the connection ended early" if total and file.tell() < total else None
+    return reason or early
+
+
+def md5_of(path):
+    """The MD5 checksum of a file's bytes, in hex."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def unpack(path, target):
+    """Unpacks the folder that an archive holds, named as the archive is, to be the folder target.
+
+    It lies in a folder beside target until it is whole. Raises ValueError for a damaged archive
+    and one that has more than plain files and folders below the place of unpacking; OSError for
+    one larger than the free space of the disk. Nothing is left of either.
+    """
+    print(f"unpacking {path}")
+    place = tempfile.mkdtemp(prefix=f"{os.path.basename(target)}.unpacking.",
+                             dir=os.path.dirname(target))
+    try:
+        free = left = shutil.disk_usage(place).free
+        for name, size, kind, opened in members(path):
+            steps = name.replace("\\", "/").split("/")
+            if kind is None or ".." in steps or not steps[0] or ":" in steps[0]:
+                raise ValueError(f"{path} is not unpacked: {name!r} in it is "
+                                 + ("outside of the folder" if kind else "a link or a device"))
+            left -= size
+            if left < 0:
+                raise OSError(f"{path} unpacks to more than the {free:,} bytes that the disk of "
+                              f"{target} has free. Make room, or give another --source_path")
+            file = os.path.join(place, *steps)
+            os.makedirs(file if kind == "folder" else os.path.dirname(file), exist_ok=True)
+            if kind == "file":
+                with opened() as member, open(file, "wb") as out:
+                    shutil.copyfileobj(member, out)
+        release = os.path.join(place, os.path.splitext(os.path.basename(path))[0])
+        if not os.path.isdir(release):
+            raise ValueError(f"{path} holds no folder {os.path.basename(release)}")
+        os.rename(release, target)
+        for killed in glob.glob(f"{glob.escape(target)}.unpacking.*"):
+            shutil.rmtree(killed, ignore_errors=True)
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{path} cannot be unpacked ({error})") from error
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def members(path):
+    """(name, size in bytes, "file", "folder" or None for others, opener) of all in an archive."""
+    if path.endswith(".zip"):
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                plain = stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR)
+                kind = ("folder" if info.is_dir() else "file") if plain else None
+                yield info.filename, info.file_size, kind, lambda: archive.open(info)
+    else:
+        with tarfile.open(path) as archive:
+            for info in archive:
+                kind = "folder" if info.isdir() else "file" if info.isreg() else None
+                yield info.name, info.size, kind, lambda: archive.extractfile(info)
+
+
 def main(argv=None):
-    """python datasets.py: the dataset check; exits with 0 only when the data is usable."""
+    """python datasets.py: download and check; exits with 0 only when the data is usable."""
     parser = argparse.ArgumentParser(
         description="Says what a dataset folder holds, beside the published counts, and what is "
                     "missing or odd. Exit status 0 only when the data can be trained on.")
@@ -680,10 +1542,17 @@ def main(argv=None):
                         help="as for main.py; default %(default)s")
     parser.add_argument("--quick", action="store_true",
                         help="do not read every image, only look that its file is there")
+    parser.add_argument("--download", action="store_true",
+                        help=f"first fetch and unpack the data if it is not there: "
+                             f"{', '.join(ARCHIVES)}; for the others it says where to ask. A "
+                             "download that was stopped goes on, and an archive that lies in "
+                             "--source_path is used")
     args = parser.parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):  # file names need not be valid text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        if args.download:
+            download(args.dataset, args.source_path)
         usable = check(args.dataset, args.source_path, args.quick)
     except (ValueError, OSError) as error:
         print(f"not usable: {error}")
