@@ -8,11 +8,15 @@ sampling. python main.py --dataset glyphs needs no data and no GPU.
 """
 
 import argparse
+import contextlib
+import itertools
 import math
 import operator
 import os
+import signal
 import sys
 import time
+import traceback
 
 import torch
 from torch.optim import lr_scheduler
@@ -28,7 +32,9 @@ import trainers
 # Options that may differ between a run and its resumption: they do not change what is computed
 # (that the data is the same is checked by its fingerprint).
 MAY_CHANGE = {"resume", "n_epochs", "patience", "gpu", "kernels", "source_path", "save_path",
-              "savename", "tensorboard", "plot_embeddings"}
+              "savename", "tensorboard", "plot_embeddings", "save_embeddings", "checkpoint_every",
+              "on_save_error", "skip_nonfinite", "deterministic", "eval_memory", "cache_path",
+              "seeds", "recipe", "departures", "dry_run", "recipes"}
 TWO_VIEWS = ("UnsupervisedEmbeddingsUsingAugmentations", "TwoStreamMetricLoss")
 
 
@@ -46,17 +52,48 @@ def build_parser():
 def parse_options(argv=None):
     """The final options: what the user gave, and the defaults that depend on it filled in once.
 
-    Ends the program with argparse's message where values contradict each other or make no sense.
+    With --recipe, what it gives comes before. Ends the program with argparse's message where
+    values contradict each other or make no sense.
     """
     parser = build_parser()
+    argv = sys.argv[1:] if argv is None else list(argv)
     opt = parser.parse_args(argv)
+    opt.departures = []
+    try:
+        recipe = auxiliaries.find_recipe(opt.recipe) if opt.recipe is not None else None
+    except ValueError as error:
+        parser.error(str(error))
+    if recipe:
+        opt = parser.parse_args(recipe.options + argv)
+    given = vars(opt).copy()
     message = contradiction(opt)
     if not message:
         fill_defaults(opt)
         message = wrong_value(opt)
     if message:
         parser.error(message)
+    opt.departures = []
+    if recipe:
+        opt.departures = departures(parser.parse_args(recipe.options), given, opt)
     return opt
+
+
+def departures(plain, given, opt):
+    """The flags that make a run another than its recipe, as a list of texts.
+
+    plain: the recipe's options as parsed; given: those and the user's, {name: value}; opt: the
+    same, final. What follows from a flag, as --g_lr from --lr, is not listed.
+    """
+    changed = [name for name, value in given.items()
+               if name not in auxiliaries.NOT_OF_RECIPE and vars(plain)[name] != value]
+    fill_defaults(plain)
+    return [f"--{name} {words(vars(opt)[name])} (the recipe has {words(vars(plain)[name])})"
+            for name in changed if vars(plain)[name] != vars(opt)[name]]
+
+
+def words(value):
+    """An option's value as it is given on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def samples_per_class_bounds(opt):
@@ -75,8 +112,18 @@ def contradiction(opt):
     loss_class = losses.LOSSES[opt.loss][0]
     if opt.not_pretrained and opt.weights:
         return "--not_pretrained and --weights contradict each other: give one of them"
-    if opt.resume and opt.savename is None:
+    if opt.seeds and len(set(opt.seeds)) < len(opt.seeds):
+        return f"--seeds {words(opt.seeds)}: one of them is given twice"
+    if opt.seeds and not 0 <= min(opt.seeds) <= max(opt.seeds) < 2 ** 32:
+        return f"--seeds {words(opt.seeds)}: a seed is from 0 to {2 ** 32 - 1}"
+    if opt.resume and opt.savename is None and opt.recipe is None:
         return "--resume needs --savename, the name of the run to go on with"
+    if opt.cache != "none" and opt.dataset == "glyphs":
+        return f"--cache {opt.cache}: glyphs are in memory already, leave it out"
+    if opt.cache != "none" and opt.trainer in TWO_VIEWS:
+        return f"--cache {opt.cache} holds one view of an image; --trainer {opt.trainer} needs two"
+    if opt.cache == "device" and opt.kernels:
+        return f"--cache device loads without processes; leave out --kernels {opt.kernels}"
     if opt.vehicle_protocol != "all_vs_all" and opt.dataset != "vehicle_id":
         return (f"--vehicle_protocol {opt.vehicle_protocol} is for --dataset vehicle_id; "
                 f"--dataset is {opt.dataset}")
@@ -111,6 +158,10 @@ def fill_defaults(opt):
     glyphs = opt.dataset == "glyphs"
     default("arch", "convnet" if glyphs else "resnet50")
     googlenet = opt.arch == "googlenet"
+    cuda = opt.gpu >= 0 and torch.cuda.is_available()
+    amp, channels_last = netlib.default_precision(opt.arch, "cuda" if cuda else "cpu")
+    default("amp", amp)
+    default("channels_last", channels_last or opt.amp != "none" and opt.arch != "convnet")
     opt.not_pretrained = opt.not_pretrained or (opt.arch == "convnet" and not opt.weights)
     default("batchnorm", "trained" if opt.not_pretrained else "frozen")
     default("embed_dim", 512 if googlenet else 128)
@@ -133,7 +184,12 @@ def fill_defaults(opt):
     default("g_lr", opt.lr)
     third = opt.embed_dim // 3
     default("embedding_sizes", [opt.embed_dim - 2 * third, third, third][:3 if third else 1])
-    default("kernels", 0 if glyphs else min(8, os.cpu_count() or 1))
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    default("kernels", 0 if glyphs or opt.cache == "device" else
+            max(1, min(8, (os.cpu_count() or 1) // local_processes)))
+    default("eval_bs", max(1, 2 * opt.bs))
+    if opt.recipe:
+        default("savename", opt.recipe.rpartition("/")[2])
     default("savename", time.strftime("%Y-%m-%d_%H-%M-%S"))
 
 
@@ -149,7 +205,8 @@ def wrong_value(opt):
                         ("classifier_weight", 0), ("classifier_lr", 0), ("g_lr", 0),
                         ("metric_alone_epochs", 0), ("g_alone_epochs", 0),
                         ("g_triplets_per_anchor", 1), ("eval_every", 1), ("patience", 1),
-                        ("plateau_patience", 1), ("cluster_every", 1)):
+                        ("plateau_patience", 1), ("cluster_every", 1), ("eval_bs", 1),
+                        ("checkpoint_every", 1), ("skip_nonfinite", 0)):
         if getattr(opt, name) is not None and getattr(opt, name) < least:
             return f"--{name} {getattr(opt, name)}: the least value is {least}"
     if min(opt.g_weights) < 0:
@@ -163,6 +220,8 @@ def wrong_value(opt):
         return f"--image_size {opt.image_size}: 2048 pixels is the most"
     if min(opt.tau) < 1:
         return f"--tau {min(opt.tau)}: epochs are counted from 1"
+    if not 0 <= opt.val_split < 1:
+        return f"--val_split {opt.val_split}: a share of the training classes, 0 or more, below 1"
     if not 0 < opt.gamma <= 1:
         return f"--gamma {opt.gamma}: the scheduler's factor is above 0 and at most 1"
     if opt.gamma == 1 and opt.scheduler == "plateau":
@@ -175,6 +234,12 @@ def wrong_value(opt):
     if opt.bs < 2 or opt.bs % opt.samples_per_class:
         return (f"--bs {opt.bs} must be at least 2 and a multiple of --samples_per_class "
                 f"{opt.samples_per_class}")
+    processes = auxiliaries.wanted_processes()
+    if opt.bs % processes:
+        return (f"--bs {opt.bs} is the batch of all processes together: torchrun has started "
+                f"{processes}, which do not divide it")
+    if opt.amp == "fp16" and (opt.gpu < 0 or not torch.cuda.is_available()):
+        return "--amp fp16 needs a GPU; on a CPU --amp takes bf16 or none"
     if fewest > 1 and opt.bs == opt.samples_per_class:
         return (f"--bs {opt.bs} with --samples_per_class {opt.samples_per_class} is one class a "
                 f"batch: --loss {opt.loss} would find no negatives; take a larger --bs")
@@ -271,25 +336,68 @@ class Run:
     data's fingerprint. evaluation_sets: what is measured, datasets.EvaluationSet. device: where.
     """
 
-    STATE_KEYS = (*trainers.BaseTrainer.STATE_GROUPS, "epoch", "options", "data", "random_state",
-                  "train_rows", "validation_rows")
+    STATE_KEYS = (*trainers.BaseTrainer.STATE_GROUPS, "epoch", "iteration", "place", "options",
+                  "data", "random_state", "train_rows", "validation_rows", "under_way", "versions")
 
-    def __init__(self, opt, folder, data, evaluation_sets, device):
+    def __init__(self, opt, folder, data, evaluation_sets, device, signals):
         self.opt = opt
         self.folder = folder
         self.data = data
         self.evaluation_sets = evaluation_sets
         self.device = device
+        self.signals = signals
+        self.writes = auxiliaries.rank() == 0
         self.validation = trainers.Validation(
-            self.measure, every=opt.eval_every, patience=opt.patience,
-            checkpoint=self.path("checkpoint.pth.tar"), state=self.state)
-        self.log = (trainers.TensorBoardLog(self.path("tensorboard"), self.validation)
-                    if opt.tensorboard else None)
+            self.measure, every=opt.eval_every, patience=opt.patience, state=self.state,
+            metric=f"val recall@{opt.k_vals[0]}" if opt.val_split else None,
+            checkpoint=self.path("checkpoint.pth.tar") if self.writes else None,
+            save=self.save_checkpoint)
+        self.log = None  # trainers.TensorBoardLog, once no other run can write here
+        self.versions = auxiliaries.versions(device)
         self.progress = auxiliaries.Progress(opt.n_epochs, opt.bs, epochs_per_pause=opt.eval_every)
         self.diagnoses = {}  # by what is appended to their columns' names
         self.train_rows = []  # of log_train_Base.csv; those of log_val_Base.csv are validation's
         self.loss_sums, self.gradients = {}, []  # of the epoch that is under way
+        self.reported = 0  # of the trainer's nonfinite_steps
         self.embedded = None  # the evaluation sets' embeddings, of the last evaluation
+
+    def carry_out(self, trainer, found):
+        """The run from its beginning, or from where it was, to its end; found: datasets.Found."""
+        if self.opt.tensorboard and self.writes:
+            self.log = trainers.TensorBoardLog(self.path("tensorboard"), self.validation)
+        state = auxiliaries.from_first(lambda: auxiliaries.load_last_checkpoint(
+            self.path("last.pth.tar"), self.STATE_KEYS))
+        if state:
+            try:
+                self.restore(trainer, state)
+            except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+                raise ValueError(f"--resume: what {self.path('last.pth.tar')} holds is not the "
+                                 f"state of a run ({error!r})") from error
+        print_header(self.opt, self.versions, found, self.evaluation_sets, trainer)
+        if self.writes:
+            with self.save_errors():
+                auxiliaries.save_options(self.folder, vars(self.opt))
+        if not state:
+            self.after_epoch(trainer)
+        elif trainer.epoch >= self.opt.n_epochs:
+            print(f"the run has {trainer.epoch} epochs already; --n_epochs takes it further")
+        elif self.validation.is_over():
+            print(f"the run ended after epoch {trainer.epoch}; a larger --patience takes it "
+                  "further")
+        else:
+            part = f" and {state['iteration']} iterations" if state["iteration"] else ""
+            print(f"resumed after epoch {trainer.epoch}{part}")
+        self.progress.restart()
+        self.signals.at_once = False
+        if not self.validation.is_over():
+            try:
+                trainer.train(trainer.epoch + 1, self.opt.n_epochs)
+            except trainers.NonFiniteLoss as error:
+                self.report_nonfinite(trainer, (error.epoch, error.iteration))
+                raise
+        print(self.summary())
+        if self.opt.val_split:
+            print("\n".join(self.selections()))
 
     def watch(self, loss_funcs):
         """Looks at the batches that reach the metric losses from here on."""
@@ -303,9 +411,9 @@ class Run:
             chosen = [name for name in chosen if name not in evaluate.CLUSTER_METRICS]
         memory = evaluate.memory_bytes(opt.eval_memory, self.device)
         metrics, self.embedded = evaluate.evaluate_sets(
-            trainer.compute_embeddings, self.evaluation_sets, self.device, opt.k_vals, opt.bs,
-            opt.kernels, opt.vehicle_protocol, seed=opt.seed, metrics=chosen,
-            nmi_average=opt.nmi_average, memory=memory)
+            trainer.compute_embeddings, self.evaluation_sets, self.device, opt.k_vals,
+            -(-opt.eval_bs // auxiliaries.num_ranks()), opt.kernels, opt.vehicle_protocol,
+            seed=opt.seed, metrics=chosen, nmi_average=opt.nmi_average, memory=memory)
         return metrics
 
     def after_iteration(self, trainer):
@@ -320,11 +428,55 @@ class Run:
         self.progress.update(trainer.epoch, trainer.iteration, trainer.iterations_per_epoch,
                              trainer.losses["total_loss"])
 
+    def between_iterations(self, trainer):
+        """Saves the state where it is time to, so that no more is lost if the run is killed.
+
+        Raises auxiliaries.Stopped after a signal to stop, of which all processes hear.
+        """
+        done = trainer.iterations_done
+        stop = auxiliaries.any_rank(self.signals.caught is not None)
+        if len(trainer.nonfinite_steps) > self.reported:
+            self.report_nonfinite(trainer)
+        if (stop or done == trainer.iterations_per_epoch
+                or self.opt.checkpoint_every and done % self.opt.checkpoint_every == 0):
+            trainer.check_losses()  # or the weights may be behind one that is not finite
+            self.save_last(trainer)
+        # What the evaluation computes is computed again from what was saved above.
+        self.signals.at_once = done == trainer.iterations_per_epoch
+        if self.signals.at_once and not stop:  # a signal may have come meanwhile
+            stop = auxiliaries.any_rank(self.signals.caught is not None)
+        if stop:
+            auxiliaries.any_rank(True)  # waits for the first to have saved
+            raise auxiliaries.Stopped(self.signals.caught or signal.SIGTERM)
+
+    def report_nonfinite(self, trainer, last=None):
+        """Writes the images of all batches whose loss was not finite to nonfinite.txt.
+
+        last: (epoch, iteration) of the one that ends the run, if one does.
+        """
+        self.reported = len(trainer.nonfinite_steps)
+        steps = [(*step, "step left out") for step in trainer.nonfinite_steps]
+        steps += [(*last, "the run ends")] if last else []
+        images, parts = trainer.dataset.images, []
+        for epoch, iteration, what in steps:
+            trainer.sampler.set_epoch(epoch)
+            batch = next(itertools.islice(iter(trainer.sampler), iteration, None))
+            found = f"epoch {epoch}, iteration {iteration + 1}: the loss is not finite, {what}"
+            parts += [f"{found}; images:\n", *(
+                f"  {images[i] if isinstance(images, list) else f'image {i}'}\n" for i in batch)]
+        if self.writes:
+            self.progress.write("")
+            print(f"warning: {found}; its images are listed in {self.path('nonfinite.txt')}",
+                  flush=True)
+            with self.save_errors(), auxiliaries.written_whole(self.path("nonfinite.txt")) as file:
+                file.write("".join(parts).encode("utf-8", "surrogateescape"))
+
     def after_epoch(self, trainer):
         """Evaluates, logs, draws, saves; epoch 0 is the untrained network.
 
         Returns False, which ends the training, when --patience is over.
         """
+        self.signals.at_once = True
         due = self.validation.is_due(trainer)
         seconds = self.progress.pause(f"epoch {trainer.epoch}: " + ("evaluating" if due else
                                                                     "saving"), counts=due)
@@ -338,11 +490,17 @@ class Run:
         more = self.validation(trainer)
         if trainer.epoch:  # a scheduler by plateau has had its say
             self.train_rows[-1]["next_lr"] = next_lr(trainer)
-        self.save(trainer)
+        gradients, self.gradients, self.loss_sums = self.gradients, [], {}
+        if self.writes:
+            with self.save_errors():
+                self.save(trainer, gradients)
+        self.save_last(trainer)
         self.progress.write("")
         self.report(trainer, seconds)
-        self.loss_sums, self.gradients = {}, []
         self.progress.restart()
+        self.signals.at_once = False
+        if auxiliaries.any_rank(self.signals.caught is not None):
+            raise auxiliaries.Stopped(self.signals.caught or signal.SIGTERM)
         return more
 
     def report(self, trainer, seconds):
@@ -353,7 +511,7 @@ class Run:
         if not trainer.epoch:
             print(f"untrained{shown}", flush=True)
             return
-        images = trainer.iterations_per_epoch * trainer.batch_size
+        images = self.progress.done * trainer.batch_size
         skipped = f", {trainer.skipped_steps} steps skipped" if trainer.skipped_steps else ""
         trained = self.train_rows[-1]
         seen = ", ".join(f"{name}{suffix} {trained[name + suffix]:.3f}"
@@ -379,20 +537,57 @@ class Run:
         return (f"best {name} {best[name]:.4f} in epoch {best['epoch']} (untrained "
                 f"{first[name]:.4f}){early}")
 
+    def selections(self):
+        """With --val_split: the test classes' first recall as three rules choose it, in lines."""
+        rows = self.validation.rows[1:] or self.validation.rows
+        name = next(key for key in rows[0] if key != "epoch" and not key.startswith("val "))
+        chosen, most = self.validation.best(), max(rows, key=lambda row: row[name])
+        return [f"{rule:34} {name} {row[name]:.4f} (epoch {row['epoch']})" for rule, row in (
+            ("last epoch:", rows[-1]), ("best epoch on held-out classes:", chosen),
+            ("best epoch on the test classes:", most))] + [
+            "choosing on the test classes, as the literature does, gains "
+            f"{most[name] - chosen[name]:+.4f}"]
+
     def state(self, trainer):
         """All that the run needs to go on, for a checkpoint."""
         return {**trainer.state_dict(), "options": vars(self.opt), "data": self.data,
                 "random_state": auxiliaries.random_state(), "train_rows": self.train_rows,
-                "validation_rows": self.validation.rows}
+                "validation_rows": self.validation.rows, "versions": self.versions,
+                "under_way": {"loss_sums": self.loss_sums, "gradients": self.gradients,
+                              "diagnoses": {suffix: diagnosis.sums for suffix, diagnosis
+                                            in self.diagnoses.items()}}}
 
-    def save(self, trainer):
+    @contextlib.contextmanager
+    def save_errors(self):
+        """Within it a file that cannot be written ends the run or not, as --on_save_error says."""
+        try:
+            yield
+        except OSError as error:
+            if self.opt.on_save_error == "stop":
+                raise OSError(f"{error}. The files of before are kept; --resume goes on from "
+                              "them, --on_save_error continue does without") from error
+            self.progress.write("")
+            print(f"warning: {error}", flush=True)
+
+    def save_checkpoint(self, path, state, **options):
+        """auxiliaries.save_checkpoint, its errors as --on_save_error says."""
+        with self.save_errors():
+            auxiliaries.save_checkpoint(path, state, **options)
+
+    def save_last(self, trainer):
+        """Writes the checkpoint that --resume goes on from, and keeps the one before."""
+        if self.writes:
+            self.save_checkpoint(self.path("last.pth.tar"), self.state(trainer),
+                                 keep_previous=True)
+
+    def save(self, trainer, gradients):
         """Writes the files of the run folder; those of the best epoch only if it is this one.
 
-        The best epoch's checkpoint is validation's to write.
+        gradients: of the epoch, [D, F] means [F] each. Checkpoints are written elsewhere.
         """
-        if self.gradients:
+        if gradients:
             auxiliaries.save_pickle(self.path(f"gradients_{trainer.epoch:04d}.pkl"),
-                                    torch.stack(self.gradients).cpu().numpy())
+                                    torch.stack(gradients).cpu().numpy())
         auxiliaries.save_csv(self.path("log_train_Base.csv"), self.train_rows)
         auxiliaries.save_csv(self.path("log_val_Base.csv"), self.validation.rows)
         self.draw()
@@ -408,7 +603,6 @@ class Run:
                                          self.opt.seed)
         if self.log:
             self.log.after_epoch(trainer)
-        auxiliaries.save_checkpoint(self.path("last.pth.tar"), self.state(trainer))
 
     def save_embeddings(self):
         """Writes each evaluation set's embeddings for python evaluate.py."""
@@ -459,11 +653,20 @@ class Run:
     def restore(self, trainer, state):
         """Puts a checkpoint's state back into the trainer and this run.
 
-        Raises ValueError where the options, the data or the code are not those of the checkpoint.
+        Raises ValueError where the options, the data or the code are not those of the checkpoint,
+        or where it is damaged.
         """
-        changed = [f"--{name} (was {state['options'].get(name)}, is {value})"
+        options = state["options"]
+        if not isinstance(options, dict) or not all(
+                isinstance(value, (int, float, str, type(None)))
+                for values in options.values()
+                for value in (values if isinstance(values, list) else [values])):
+            raise ValueError(f"--resume: the options saved in {self.folder} are damaged")
+        if not isinstance(state["versions"], str):
+            raise ValueError(f"--resume: the versions saved in {self.folder} are damaged")
+        changed = [f"--{name} (was {auxiliaries.one_line(options.get(name))}, is {value})"
                    for name, value in vars(self.opt).items()
-                   if name not in MAY_CHANGE and state["options"].get(name) != value]
+                   if name not in MAY_CHANGE and options.get(name) != value]
         if changed:
             raise ValueError(f"--resume with other options than the run in {self.folder}: "
                              f"{', '.join(changed)}")
@@ -472,10 +675,64 @@ class Run:
                              "or classes below --source_path are not the same")
         try:
             trainer.load_state_dict(state)
+            for name, optimizer in trainer.optimizers.items():
+                if "betas" in optimizer.defaults:  # Adam, as make_optimizers has it
+                    check_adam(name, optimizer)
+            check_rows(state["train_rows"], state["validation_rows"], trainer.epoch)
+            auxiliaries.restore_random_state(state["random_state"])
         except ValueError as error:
-            raise ValueError(f"--resume: {error}; was the code changed?") from error
+            raise ValueError(f"--resume: {error}; was the code changed, or the file damaged?"
+                             ) from error
         self.train_rows, self.validation.rows = state["train_rows"], state["validation_rows"]
-        auxiliaries.restore_random_state(state["random_state"])
+        self.restore_epoch(state["under_way"])
+        self.reported = len(trainer.nonfinite_steps)
+        if state["versions"] != self.versions:
+            print(f"note: the run was begun with {state['versions']}; it goes on with "
+                  f"{self.versions}")
+
+    def restore_epoch(self, under_way):
+        """Takes back what was summed up of the epoch that is under way; ValueError if damaged."""
+        try:
+            self.loss_sums, self.gradients = (
+                {name: total.to(self.device) for name, total in under_way["loss_sums"].items()},
+                [gradient.to(self.device) for gradient in under_way["gradients"]])
+            for suffix, sums in under_way["diagnoses"].items():
+                self.diagnoses[suffix].sums = {name: value.to(self.device)
+                                               for name, value in sums.items()}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError("--resume: the saved sums of the epoch under way are damaged: "
+                             f"{auxiliaries.one_line(error)}") from error
+
+
+def check_adam(name, optimizer):
+    """ValueError unless a restored Adam keeps of each weight what Adam does, in its shape."""
+    for weight, kept in optimizer.state.items():
+        shape = getattr(weight, "shape", None)
+        found = {key: value.shape for key, value in kept.items() if torch.is_tensor(value)
+                 and value.is_floating_point() and value.layout == torch.strided
+                 } if isinstance(kept, dict) else {}
+        if (found != {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}
+                or not kept["step"] >= 0):
+            raise ValueError(f"the saved {name} does not fit its weights")
+    for group in optimizer.param_groups:
+        if any(group[key] != optimizer.defaults[key] for key in ("betas", "eps")):
+            raise ValueError(f"the saved {name} has other betas or another eps")
+
+
+def check_rows(train_rows, validation_rows, epoch):
+    """ValueError unless both are logs, [{"epoch": number, name: number}], up to this epoch."""
+    for name, rows, least in (("train_rows", train_rows, 0), ("validation_rows",
+                                                              validation_rows, 1)):
+        if not isinstance(rows, list) or len(rows) < least or not all(
+                isinstance(row, dict) and all(
+                    isinstance(key, str) and (type(value) is float or type(value) is int
+                                              and abs(value) < 2 ** 53)
+                    for key, value in row.items())
+                and type(row.get("epoch")) is int and 0 <= row["epoch"] <= epoch for row in rows):
+            raise ValueError(f"the saved {name} are no log of its epochs")
+    metrics = [list(row) for row in validation_rows]
+    if metrics[0][:1] != ["epoch"] or any(names[:2] != metrics[0][:2] for names in metrics):
+        raise ValueError("the saved validation_rows differ in the metric that counts")
 
 
 def next_lr(trainer):
@@ -483,65 +740,73 @@ def next_lr(trainer):
     return trainer.optimizers["trunk_optimizer"].param_groups[0]["lr"]
 
 
-def train(opt):
-    """One run with final options -> its folder."""
+def build(opt, signals):
+    """Makes all parts of a run and its folder -> (Run, trainer, datasets.Found).
+
+    opt: the final options; signals: auxiliaries.StopSignals.
+    """
     netlib.check_arch(opt.arch)
     if opt.tensorboard:
         trainers.TensorBoardLog.event_writer()  # missing? say so before there is a folder
     device = auxiliaries.select_device(opt.gpu)
+    if opt.deterministic:
+        auxiliaries.use_deterministic_algorithms()
     auxiliaries.seed_everything(opt.seed)
 
     views = 2 if opt.trainer in TWO_VIEWS else 1
-    train_set, evaluation_sets, found = datasets.dataset_select(opt, views)
-    for _, queries, gallery in evaluation_sets:
-        evaluate.check_k_vals(opt.k_vals, len(set(queries.labels))
-                              if opt.vehicle_protocol == "random_gallery"
-                              else evaluate.number_compared(queries, gallery))
+    share = auxiliaries.rank(), auxiliaries.num_ranks()
+    train_set, evaluation_sets, found = datasets.dataset_select(opt, views, share, device)
+    for name, queries, gallery in evaluation_sets:
+        try:
+            evaluate.check_k_vals(opt.k_vals, len(set(queries.labels))
+                                  if opt.vehicle_protocol == "random_gallery"
+                                  else evaluate.number_compared(queries, gallery))
+        except ValueError as error:
+            held = f" (of the classes held out by --val_split {opt.val_split})" * (name == "val")
+            raise ValueError(f"{error}{held}") from error
     batch_sampler = samplers.batch_sampler_select(train_set.labels, opt)
 
     # Without labels a class is a place in the batch.
     pseudo = opt.trainer == "UnsupervisedEmbeddingsUsingAugmentations"
     num_classes = opt.bs if pseudo else len(train_set.class_names)
     models, loss_funcs, groups, arguments = make_parts(opt, num_classes)
+    if share[1] > 1 and opt.batchnorm == "trained":
+        models["trunk"] = netlib.share_batchnorm(models["trunk"], device)
     for part in (*models.values(), *loss_funcs.values()):
         part.to(device)
     optimizers, lr_schedulers = make_optimizers(groups, opt)
 
-    folder = auxiliaries.make_run_folder(opt.save_path, opt.dataset, opt.savename, opt.resume)
-    last = os.path.join(folder, "last.pth.tar")
-    state = auxiliaries.load_checkpoint(last, Run.STATE_KEYS) if os.path.exists(last) else None
-    run = Run(opt, folder, datasets.fingerprint(found.splits), evaluation_sets, device)
+    folder = auxiliaries.from_first(lambda: auxiliaries.make_run_folder(
+        opt.save_path, opt.dataset, opt.savename, opt.resume))
+    run = Run(opt, folder, datasets.fingerprint(found.splits), evaluation_sets, device, signals)
     trainer = trainers.TRAINERS[opt.trainer](
         models=models, optimizers=optimizers, batch_size=opt.bs, loss_funcs=loss_funcs,
         dataset=train_set, data_device=device, sampler=batch_sampler, lr_schedulers=lr_schedulers,
+        collate_fn=getattr(train_set, "collate", None),
         freeze_trunk_batchnorm=opt.batchnorm == "frozen", dataloader_num_workers=opt.kernels,
-        end_of_iteration_hook=run.after_iteration, end_of_epoch_hook=run.after_epoch, **arguments)
+        end_of_iteration_hook=run.after_iteration, end_of_epoch_hook=run.after_epoch,
+        between_iterations_hook=run.between_iterations, skip_nonfinite=opt.skip_nonfinite,
+        grad_scaler=torch.amp.GradScaler(device.type) if opt.amp == "fp16" else None, **arguments)
     run.watch(loss_funcs)
-    if state:
-        run.restore(trainer, state)
-    print_header(opt, device, found, evaluation_sets, trainer)
-    auxiliaries.save_options(folder, vars(opt))
-    if not state:
-        run.after_epoch(trainer)
-    elif trainer.epoch >= opt.n_epochs:
-        print(f"the run has {trainer.epoch} epochs already; --n_epochs takes it further")
-    elif run.validation.is_over():
-        print(f"the run ended after epoch {trainer.epoch}; a larger --patience takes it further")
-    else:
-        print(f"resumed after epoch {trainer.epoch}")
-    run.progress.restart()
-    if not run.validation.is_over():
-        trainer.train(trainer.epoch + 1, opt.n_epochs)
-
-    print(run.summary())
-    print(f"files in {folder}")
-    return folder
+    return run, trainer, found
 
 
-def print_header(opt, device, found, evaluation_sets, trainer):
+def train(opt, signals):
+    """One run with final options -> its folder; signals: auxiliaries.StopSignals."""
+    run, trainer, found = build(opt, signals)
+    with auxiliaries.lock_folder(run.folder) if run.writes else contextlib.nullcontext():
+        run.carry_out(trainer, found)
+    print(f"files in {run.folder}")
+    return run.folder
+
+
+def print_header(opt, versions, found, evaluation_sets, trainer):
     """Prints the options, the versions, the data and the number of weights."""
     print("options  " + "  ".join(f"{name}={value}" for name, value in sorted(vars(opt).items())))
-    print("versions " + auxiliaries.versions(device))
+    print(f"versions {versions}")
+    print(f"network  {opt.arch}, trunk in {opt.amp.replace('none', 'float32')}"
+          + ", channels_last" * opt.channels_last + ", compiled" * opt.compile
+          + f", {auxiliaries.num_ranks()} processes" * (auxiliaries.num_ranks() > 1))
     counts = ", ".join(f"{name} {len(set(split.labels)):,} classes/{len(split.labels):,} images"
                        for name, split in found.splits.items())
     print(f"data     {counts} ({found.layout})")
@@ -556,21 +821,123 @@ def print_header(opt, device, found, evaluation_sets, trainer):
           flush=True)
 
 
+def run_names(opt):
+    """{seed: name of its run's folder}."""
+    return ({seed: f"{opt.savename}_seed{seed}" for seed in opt.seeds} if opt.seeds else
+            {opt.seed: opt.savename})
+
+
+def train_seeds(opt, signals):
+    """A run for each of --seeds, in folders of their own -> the list of folders.
+
+    With --resume a seed that has no folder yet begins. Before anything is trained:
+    FileNotFoundError with --resume where none has a folder, ValueError without it where one has.
+    """
+    names = run_names(opt)
+    paths = {seed: os.path.join(opt.save_path, opt.dataset, name) for seed, name in names.items()}
+    there = auxiliaries.from_first(
+        lambda: [seed for seed, path in paths.items() if os.path.lexists(path)])
+    if opt.resume and not there:
+        raise FileNotFoundError(f"--resume: there is no run in {', '.join(paths.values())}; "
+                                "--savename and --save_path say where to look")
+    if there and not opt.resume:
+        raise ValueError(f"the run folder {paths[there[0]]} exists already: choose another "
+                         "--savename, or continue all seeds with --resume")
+    folders = []
+    for seed, name in names.items():
+        one = argparse.Namespace(**{**vars(opt), "seed": seed, "savename": name,
+                                    "resume": seed in there})
+        print(f"seed {seed}", flush=True)
+        folders.append(train(one, signals))
+    return folders
+
+
+def print_verdict(opt, folders):
+    """Prints, and writes beside the folders, what the runs of a recipe amount to."""
+    recipe = auxiliaries.find_recipe(opt.recipe)
+    results = [auxiliaries.read_result(folder) for folder in folders]
+    lines = [f"recipe {opt.recipe}: {recipe.source}",
+             *auxiliaries.verdict(recipe, results, opt.departures)]
+    print("\n".join(lines))
+    if auxiliaries.rank() == 0:
+        path = os.path.join(opt.save_path, opt.dataset, f"{opt.savename}_verdict.txt")
+        with auxiliaries.written_whole(path, "w") as file:
+            file.write("\n".join(lines) + "\n")
+
+
+def print_recipes():
+    """Lists the recipes: name, published values in percent, source."""
+    for name, recipe in auxiliaries.read_recipes().items():
+        values = ", ".join(f"{metric} {auxiliaries.with_std(*value)}"
+                           for metric, value in recipe.published.items())
+        print(f"{name:45} {values or 'no published values'}  ({recipe.source})")
+
+
+def print_plan(opt):
+    """Prints what would run: all options, the folders, and a recipe's published values."""
+    print("options  " + "  ".join(f"{name}={value}" for name, value in sorted(vars(opt).items())))
+    for seed, name in run_names(opt).items():
+        print(f"run      seed {seed} in {os.path.join(opt.save_path, opt.dataset, name)}")
+    if opt.recipe:
+        recipe = auxiliaries.find_recipe(opt.recipe)
+        print(f"source   {recipe.source}")
+        for metric, value in recipe.published.items():
+            print(f"published {metric} {auxiliaries.with_std(*value)}")
+        if opt.departures:
+            print(f"departs from the recipe: {'; '.join(opt.departures)}")
+
+
+def remedy_for(error):
+    """What helps against an error of torch that an option or the machine causes; else None."""
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return "leave out --compile, or give it the compiler that it needs"
+    if "deterministic" in str(error):
+        return "leave out --deterministic, or take another --arch or --loss"
+    if "DataLoader worker" in str(error):
+        return "often memory, or shared memory, is short: fewer --kernels need less"
+    return None
+
+
 def main(argv=None):
-    """Parses the command line and runs it -> the run's folder; one message on bad input."""
-    opt = parse_options(argv)
+    """Parses the command line and runs it -> the run's folder; one message on bad input.
+
+    With --seeds the list of the runs' folders, with --recipes or --dry_run None.
+    """
     if hasattr(sys.stdout, "reconfigure"):  # paths need not be valid text
         sys.stdout.reconfigure(errors="backslashreplace")
+    opt = None
     try:
-        return train(opt)
+        with auxiliaries.StopSignals() as signals, auxiliaries.join_processes():
+            opt = auxiliaries.from_first(lambda: parse_options(argv))
+            if opt.recipes or opt.dry_run:
+                print_recipes() if opt.recipes else print_plan(opt)
+                return None
+            if opt.recipe:  # saved with the options, so that a table knows it too
+                remark = datasets.remark_on_subset(opt.dataset, opt.source_path)
+                opt.departures += [remark] if remark else []
+            folders = train_seeds(opt, signals) if opt.seeds else [train(opt, signals)]
+            if opt.recipe:
+                print_verdict(opt, folders)
+            return folders if opt.seeds else folders[0]
     except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"main.py: error: {auxiliaries.last_line(error)}") from error
     except torch.OutOfMemoryError as error:
         raise SystemExit(f"main.py: error: the device is out of memory ({error}): try a smaller "
                          "--bs") from error
-    except KeyboardInterrupt:
-        raise SystemExit("main.py: stopped. The same command with --savename "
-                         f"{opt.savename} --resume goes on after the last whole epoch") from None
+    except RuntimeError as error:
+        remedy = remedy_for(error)
+        if not remedy:
+            raise
+        raise SystemExit(f"main.py: error: {auxiliaries.one_line(error)}: {remedy}") from error
+    except KeyboardInterrupt as stopped:
+        traceback.clear_frames(stopped.__traceback__)  # loading processes end with their loaders
+        number = signal.Signals(stopped.args[0] if stopped.args else signal.SIGINT)
+        begun = opt and any(os.path.isdir(os.path.join(opt.save_path, opt.dataset, name))
+                            for name in run_names(opt).values())
+        print(f"main.py: stopped by {number.name}" + (
+            f". The same command with --savename {opt.savename} --resume goes on from the last "
+            "checkpoint" if begun else " before the run had begun"), file=sys.stderr)
+        raise SystemExit(128 + number) from None
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import contextlib
 import csv
 import inspect
 import io
@@ -87,13 +88,16 @@ def error_of(options, capsys):
 # ---- end to end
 
 
+FILES = {"checkpoint.pth.tar", "last.pth.tar", "last_previous.pth.tar", "hypa.pkl",
+         "log_train_Base.csv", "log_val_Base.csv", "Parameter_Info.txt", "InfoPlot_Base.svg",
+         "sample_recoveries.png", ".lock"}
+
+
 @pytest.mark.parametrize("loss,sampling", PAIRS)
 def test_every_loss_and_sampling_leaves_every_file(small, loss, sampling):
     extra = [] if sampling == "none" else ["--sampling", sampling]
     folder = main.main([*small, "--loss", loss, *extra])
-    assert {"checkpoint.pth.tar", "last.pth.tar", "hypa.pkl", "log_train_Base.csv",
-            "log_val_Base.csv", "Parameter_Info.txt", "InfoPlot_Base.svg",
-            "sample_recoveries.png"} == set(os.listdir(folder))
+    assert set(os.listdir(folder)) == FILES
     validation = rows(folder, "log_val_Base.csv")
     assert [row["epoch"] for row in validation] == ["0", "1"]
     assert list(validation[0]) == ["epoch", "recall@1", "recall@2", "map@r", "nmi", "f1"]
@@ -106,6 +110,27 @@ def test_every_loss_and_sampling_leaves_every_file(small, loss, sampling):
     assert ElementTree.parse(Path(folder) / "InfoPlot_Base.svg").getroot().tag.endswith("svg")
     with Image.open(Path(folder) / "sample_recoveries.png") as picture:
         assert picture.width > 112 and picture.height > 112
+
+
+def test_runs_with_a_cache(small, tmp_path, capsys):
+    """The untrained network is measured alike; training is alike with every cache."""
+    path = ["--cache_path", str(tmp_path / "images")]
+    runs = {}
+    for name, options in (("none", []), ("ram", ["--kernels", "2"]), ("disk", ["--kernels", "1"]),
+                          ("again", ["--cache", "disk"]), ("device", [])):
+        cache = [] if name in ("none", "again") else ["--cache", name]
+        folder = main.main([*small, "--savename", name, *path, *cache, *options])
+        runs[name] = [(Path(folder) / file).read_text() for file in ("log_val_Base.csv",
+                                                                     "log_train_Base.csv")]
+    assert runs["ram"] == runs["disk"] == runs["again"] == runs["device"] != runs["none"]
+    assert runs["ram"][0].splitlines()[:2] == runs["none"][0].splitlines()[:2]
+    printed = capsys.readouterr().out
+    assert printed.count("48 images to decode, shorter side 18") == 3
+    assert printed.count("whole, used again") == 1
+    moved = (tmp_path / "images").rename(tmp_path / "moved")
+    main.main([*small, "--savename", "disk", "--cache", "disk", "--cache_path", str(moved),
+               "--n_epochs", "2", "--resume"])
+    assert "whole, used again" in capsys.readouterr().out
 
 
 def test_hypa_and_checkpoint_recreate_the_network_and_its_metrics(small, tree):
@@ -216,9 +241,7 @@ every_trainer = pytest.mark.parametrize("trainer", trainers.TRAINERS)
 @pytest.mark.parametrize("loss", ["marginloss", "triplet"])
 def test_every_trainer_leaves_every_file_and_a_column_for_each_loss(small, trainer, loss):
     folder = main.main([*small, "--trainer", trainer, "--loss", loss, "--n_epochs", "2"])
-    assert {"checkpoint.pth.tar", "last.pth.tar", "hypa.pkl", "log_train_Base.csv",
-            "log_val_Base.csv", "Parameter_Info.txt", "InfoPlot_Base.svg",
-            "sample_recoveries.png"} == set(os.listdir(folder))
+    assert set(os.listdir(folder)) == FILES
     logged = rows(folder, "log_train_Base.csv")
     suffixes = ["_0", "_1", "_2"] if trainer == "CascadedEmbeddings" else [""]
     assert set(logged[0]) == {"epoch", *LOSS_COLUMNS[trainer], "total_loss", "next_lr",
@@ -529,8 +552,9 @@ def unbroken_and_resumed(options, monkeypatch):
     whole = main.main([*options, "--savename", "whole"])
     with monkeypatch.context() as patch:
         stop_in(3, patch)
-        with pytest.raises(SystemExit, match="--resume"):
+        with pytest.raises(SystemExit) as stopped:
             main.main([*options, "--savename", "broken"])
+        assert stopped.value.code == 130
     resumed = main.main([*options, "--savename", "broken", "--resume"])
     for name in ("log_train_Base.csv", "log_val_Base.csv", "InfoPlot_Base.svg"):
         assert (Path(whole) / name).read_bytes() == (Path(resumed) / name).read_bytes()
@@ -581,6 +605,7 @@ def test_resume_with_other_options_names_them(small, capsys):
 
 def test_resume_refuses_a_damaged_checkpoint(small, capsys):
     folder = Path(main.main(small))
+    (folder / "last_previous.pth.tar").unlink()
     whole = (folder / "last.pth.tar").read_bytes()
     for damaged in (whole[:len(whole) // 2], b"", b"not a checkpoint", pickle.dumps({"epoch": 1})):
         (folder / "last.pth.tar").write_bytes(damaged)
@@ -658,8 +683,10 @@ CONTEXT = {
     **{flag: ["--trainer", "DeepAdversarialMetricLearning"] for flag in (
         "metric_alone_epochs", "g_alone_epochs", "g_triplets_per_anchor", "g_lr", "g_weights")},
 }
-VALUES = {"bs": "12", "samples_per_class": "2", "k_vals": "3", "tau": "1", "arch": "resnet18",
-          "distance_cutoff": "0.6", "gamma": "0.5", "loss": "triplet", "dataset": "glyphs",
+VALUES = {"checkpoint_every": "1", "bs": "12", "samples_per_class": "2", "k_vals": "3",
+          "tau": "1", "arch": "resnet18", "val_split": "0.5", "seeds": "7",
+          "recipe": "glyphs/margin", "distance_cutoff": "0.6", "gamma": "0.5", "loss": "triplet",
+          "dataset": "glyphs",
           "eval_memory": "0.5", "metrics": "recall mrr", "vehicle_protocol": "random_gallery",
           "embedding_sizes": "5 3", "g_weights": "1 2 1 1", "patience": "1",
           "plateau_patience": "1", "rho_probability": "1", "multisimilarity_lambda": "0.5",
@@ -677,7 +704,7 @@ def context_of(flag):
 
 def trace(options, capsys, monkeypatch):
     """What a run builds and does, without its own statement of the options and without times."""
-    workers, memory = [], []
+    workers, memory, seen = [], [], []
     original = torch.utils.data.DataLoader.__init__
 
     def recording(loader, *args, **kwargs):
@@ -685,23 +712,41 @@ def trace(options, capsys, monkeypatch):
         original(loader, *args, **kwargs)
 
     def remembering(*args, **kwargs):
-        memory.append(kwargs["memory"])
+        memory.append((kwargs["memory"], args[4]))  # and the batch size
         return evaluated(*args, **kwargs)
 
-    evaluated = evaluate.evaluate_sets
+    def saving(path, *args, **kwargs):
+        seen.append(os.path.basename(path))
+        save(path, *args, **kwargs)
+
+    def carrying_out(run, trainer, found):
+        trunk = trainer.models["trunk"]
+        seen.append((trainer.skip_nonfinite, torch.are_deterministic_algorithms_enabled(),
+                     trunk.amp, trunk.memory_format, trunk._compiled_call_impl is not None))
+        torch.use_deterministic_algorithms(False)
+        with contextlib.suppress(OSError), run.save_errors():
+            raise OSError("a full disk")
+        carry_out(run, trainer, found)
+
+    evaluated, save, carry_out = (evaluate.evaluate_sets, auxiliaries.save_checkpoint,
+                                  main.Run.carry_out)
     with monkeypatch.context() as patch:
         patch.setattr(torch.utils.data.DataLoader, "__init__", recording)
         patch.setattr(evaluate, "evaluate_sets", remembering)
+        patch.setattr(auxiliaries, "save_checkpoint", saving)
+        patch.setattr(main.Run, "carry_out", carrying_out)
         capsys.readouterr()
         folder = main.main(options)
+        folder = folder[0] if isinstance(folder, list) else folder
     printed = capsys.readouterr().out
-    printed = re.sub(r"^options .*$|\d+(s|m \d+s), \d+ images/s$", "", printed, flags=re.M)
+    printed = re.sub(r"^(options|network) .*$|\d+(s|m \d+s), \d+ images/s$", "", printed,
+                     flags=re.M)
     last = state(folder, "last.pth.tar")
     tensors = [value.double().sum().item() for group in ("models", "loss_funcs")
                for part in last[group].values() for value in part.values()]
     groups = [{key: value for key, value in group.items() if key != "params"}
               for optimizer in last["optimizers"].values() for group in optimizer["param_groups"]]
-    return str((printed, workers, memory, sorted(os.listdir(folder)), tensors, groups,
+    return str((printed, workers, memory, seen, sorted(os.listdir(folder)), tensors, groups,
                 (Path(folder) / "log_val_Base.csv").read_text()))
 
 
@@ -726,6 +771,7 @@ class EventFolder:
         """Nothing is held back."""
 
 
+TRACES = {}  # of runs without the flag, by their options
 FLAGS = [action for action in main.build_parser()._actions if action.dest != "help"]
 
 
@@ -739,6 +785,8 @@ def test_every_flag_changes_the_run(action, small, tree, tmp_path, capsys, monke
     base = [*small, *context_of(action.dest)]
     if action.dest == "vehicle_protocol":
         base += make_vehicle_id(tmp_path)
+    if action.dest == "cache_path":
+        base += ["--cache", "disk", "--cache_path", str(tmp_path / "images")]
     if action.dest == "tensorboard":  # a stand-in for the package, which need not be installed
         monkeypatch.setitem(sys.modules, "torch.utils.tensorboard",
                             types.SimpleNamespace(SummaryWriter=EventFolder))
@@ -751,6 +799,11 @@ def test_every_flag_changes_the_run(action, small, tree, tmp_path, capsys, monke
         assert "1 epochs already" in capsys.readouterr().out
         return
     option = action.option_strings[0]
+    if action.dest in ("recipes", "dry_run"):  # they print and end
+        capsys.readouterr()
+        assert main.main([*base, option]) is None and capsys.readouterr().out
+        assert not os.path.exists(base[base.index("--save_path") + 1])
+        return
     current = getattr(main.parse_options(base), action.dest)
     if action.nargs == 0:
         changed = [option]
@@ -768,9 +821,12 @@ def test_every_flag_changes_the_run(action, small, tree, tmp_path, capsys, monke
         changed = [option, str(current + 1 if action.type is int else 2 * current + 0.1)]
     else:
         changed = [option, str(tmp_path / "elsewhere") if "path" in action.dest else "elsewhere"]
-    first = trace(base, capsys, monkeypatch)
+    unchanged = tuple(option.replace(str(tmp_path), "TMP") for option in base)
+    if unchanged not in TRACES:
+        TRACES[unchanged] = trace(base, capsys, monkeypatch).replace(str(tmp_path), "TMP")
+    first = TRACES[unchanged]
     again = base if action.dest in ("save_path", "savename") else [*base, "--savename", "again"]
-    second = trace([*again, *changed], capsys, monkeypatch)
+    second = trace([*again, *changed], capsys, monkeypatch).replace(str(tmp_path), "TMP")
     assert second != (first if again is base else renamed(first))
 
 
@@ -809,6 +865,7 @@ def test_defaults_are_those_of_the_reference():
     (["--loss", "npair"], dict(samples_per_class=4, sampling="npair")),
     (["--not_pretrained"], dict(batchnorm="trained")),
     (["--dataset", "glyphs"], dict(arch="convnet", image_size=32, kernels=0, lr=1e-3)),
+    (["--cache", "device"], dict(kernels=0)),
     (["--dataset", "glyphs", "--lr", "1e-5", "--arch", "resnet18"],
      dict(lr=1e-5, arch="resnet18")),
 ])
@@ -820,8 +877,8 @@ def test_dependent_defaults_give_way_to_the_user(options, expected):
 def test_help_is_grouped_and_says_where_defaults_come_from():
     parser = main.build_parser()
     titles = [group.title for group in parser._action_groups if group._group_actions]
-    assert titles[-9:] == ["data", "batch", "sampling", "network", "loss", "optimisation",
-                           "trainer", "evaluation", "run"]
+    assert titles[-10:] == ["data", "batch", "sampling", "network", "loss", "optimisation",
+                            "trainer", "evaluation", "recipe", "run"]
     for action in FLAGS:
         assert len(action.help) > 20
         if action.nargs != 0 and action.dest not in ("weights", "savename"):
@@ -912,6 +969,10 @@ def test_progress_line_on_a_terminal_only(small, monkeypatch, capsys):
       "1"], ["--samples_per_class 1"]),
     (["--loss", "arcface", "--sampling", "multisimilarity", "--samples_per_class", "1"],
      ["--samples_per_class 1"]),
+    (["--cache", "ram", "--dataset", "glyphs"], ["--cache ram", "glyphs"]),
+    *[(["--cache", "disk", "--trainer", name], ["--cache disk", name]) for name in main.TWO_VIEWS],
+    (["--cache", "device", "--kernels", "2"], ["--cache device", "--kernels 2"]),
+    (["--cache", "vram"], ["vram", "device"]),
     (["--metrics", "nmi", "f1"], ["--metrics nmi f1", "recall"]),
     (["--metrics", "recal"], ["recal", "map@r"]),
     (["--eval_memory", "0"], ["--eval_memory 0"]),
@@ -988,6 +1049,40 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(small, monkeyp
     last = state(folder, "last.pth.tar")
     assert last["epoch"] == 1
     assert all(torch.isfinite(value).all() for value in last["models"]["trunk"].values())
+
+
+@pytest.mark.parametrize("text, flag", [
+    ("max_pool does not have a deterministic implementation", "--deterministic"),
+    ("DataLoader worker (pid 5) is killed by signal: Bus error.", "--kernels")])
+def test_what_an_option_makes_torch_refuse_is_one_message_with_the_option(small, monkeypatch, text,
+                                                                          flag):
+    def refuse(opt, signals):
+        raise RuntimeError(f"{text}\nand more")
+
+    monkeypatch.setattr(main, "train", refuse)
+    with pytest.raises(SystemExit, match=f"main.py: error: {re.escape(text)} and more: .*{flag}"):
+        main.main(small)
+
+
+def test_a_missing_compiler_is_one_message_with_the_option(small, monkeypatch):
+    def without_compiler(trunk, *args, **kwargs):
+        trunk.forward = torch.compile(trunk.forward, backend=refuse)
+
+    def refuse(*args):
+        raise FileNotFoundError("no compiler")
+
+    monkeypatch.setattr(netlib.Trunk, "compile", without_compiler)
+    with pytest.raises(SystemExit, match="main.py: error: .*no compiler.*leave out --compile"):
+        main.main([*small, "--compile"])
+
+
+def test_another_runtime_error_keeps_its_traceback(small, monkeypatch):
+    def fail(opt, signals):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(main, "train", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main.main(small)
 
 
 def test_a_save_path_that_is_a_file(small, tmp_path, capsys):
