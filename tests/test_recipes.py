@@ -1,0 +1,790 @@
+"""Recipes and their verdicts, seeds, tables and comparisons of runs, held-out classes.
+
+What a test expects is worked out here from the runs' csv files, or from files made by hand.
+"""
+
+import csv
+import io
+import os
+import re
+import shlex
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import auxiliaries
+import datasets
+import main
+import trainers
+
+ROOT = Path(main.__file__).resolve().parent
+NAMES = list(auxiliaries.read_recipes())
+# NMI, F1, recall at the k of each dataset: the tables of the reference's README.
+REFERENCE = """
+cub200/margin-distance 68.2 38.7 63.4 74.9 86.0 90.4
+cub200/triplet-softhard 66.2 35.5 61.2 73.2 82.4 89.5
+cub200/npair 65.4 33.8 59.0 71.3 81.1 88.8
+cub200/proxynca 68.1 38.1 64.0 75.4 84.2 90.5
+cars196/margin-distance 67.2 37.6 79.3 87.1 92.1 95.4
+cars196/triplet-softhard 64.4 32.4 75.4 84.2 90.1 94.1
+cars196/npair 62.3 30.1 69.5 80.2 87.3 92.1
+cars196/proxynca 66.3 35.8 80.0 87.2 91.8 95.1
+online_products/margin-distance 89.6 34.9 76.1 88.7 95.1 98.3
+online_products/triplet-softhard 89.1 33.7 74.3 87.6 94.9 98.5
+online_products/npair 88.8 31.1 70.9 85.2 93.8 98.2
+in-shop/margin-distance 88.2 27.7 84.5 96.1 97.4 97.9 98.5
+in-shop/triplet-semihard 89.0 30.8 83.9 96.3 97.6 98.4 98.8
+in-shop/npair 88.0 27.6 80.9 95.0 96.6 97.5 98.2
+"""
+K_VALS = {"cub200": (1, 2, 4, 8), "cars196": (1, 2, 4, 8), "online_products": (1, 10, 100, 1000),
+          "in-shop": (1, 10, 20, 30, 50)}
+
+
+def make_tree(folder, classes=12, images=6):
+    """A folder of class folders; the images of a class are noise around its own colour."""
+    generator = np.random.default_rng(0)
+    for label in range(classes):
+        (folder / f"class_{label:02d}").mkdir(parents=True)
+        colour = generator.integers(0, 256, 3)
+        for i in range(images):
+            pixels = (colour + generator.normal(0, 60, (20, 20, 3))).clip(0, 255)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"class_{label:02d}/{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory):
+    return make_tree(tmp_path_factory.mktemp("data") / "tree")
+
+
+@pytest.fixture
+def small(tree, tmp_path, monkeypatch):
+    """Options of a run that takes a fraction of a second, without its picture of neighbours."""
+    monkeypatch.setattr("evaluate.draw_recoveries", lambda *args, **kwargs: None)
+    return ["--dataset", "folder", "--source_path", str(tree), "--arch", "convnet", "--gpu", "-1",
+            "--image_size", "16", "--embed_dim", "8", "--bs", "8", "--n_epochs", "2",
+            "--kernels", "0", "--k_vals", "1", "2", "--lr", "1e-3",
+            "--save_path", str(tmp_path / "runs")]
+
+
+def write_table(monkeypatch, path, *lines):
+    """Puts a table of (name, options, published, source) in the place of the tree's."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("recipe", "options", "published", "source"), *lines])
+    monkeypatch.setattr(auxiliaries, "RECIPES", str(path))
+
+
+@pytest.fixture
+def tiny(small, tmp_path, monkeypatch):
+    """A table with two recipes of tiny runs; returns the command of the first."""
+    options = shlex.join(small[:-2])
+    write_table(monkeypatch, tmp_path / "recipes.csv",
+                ("tiny/margin", options, "nmi 50; recall@1 60.0±0.5; recall@2 70", "by hand"),
+                ("tiny/none", options, "", "ours"))
+    return ["--recipe", "tiny/margin", *small[-2:]]
+
+
+def rows(folder, name="log_val_Base.csv"):
+    """A run's csv as [{column: number}]."""
+    with open(Path(folder) / name) as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def best(folders, metric):
+    """Each run's greatest value over the trained epochs, in percent."""
+    return [100 * max(row[metric] for row in rows(folder)[1:]) for folder in folders]
+
+
+def state(folder, name="checkpoint.pth.tar"):
+    return torch.load(Path(folder) / name, weights_only=True)
+
+
+def error_of(options, capsys):
+    """Runs main on bad input: it must end with a status and one message, which is returned."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main.main(options)
+    message = capsys.readouterr().err if isinstance(stop.value.code, int) else stop.value.code
+    assert stop.value.code != 0 and "Traceback" not in message
+    return message
+
+
+# ---- the table of recipes
+
+
+def test_every_line_of_the_table_parses_to_a_run_of_its_own():
+    places = set()
+    for name, recipe in auxiliaries.read_recipes().items():
+        opt = main.parse_options(["--recipe", name])
+        places.add((opt.dataset, opt.savename))
+        assert name == f"{opt.dataset}/{opt.savename}" and opt.departures == [] and recipe.source
+        assert opt.seeds is None and opt.source_path == "./Datasets"
+        measured = {"nmi", "f1", *(f"recall@{k}" for k in opt.k_vals)}
+        assert set(recipe.published) <= measured
+        most = 5 if opt.dataset == "glyphs" else 1
+        for flag in ("--loss", "--arch", "--embed_dim", "--image_size", "--bs", "--lr", "--decay",
+                     "--batchnorm", "--amp", "--samples_per_class", "--n_epochs", "--scheduler",
+                     "--k_vals"):
+            assert flag in recipe.options, (name, flag)
+        for mean, std in recipe.published.values():
+            assert 20 < mean < 100 and (std is None or 0 < std < most)
+        assert ("--tau" in recipe.options) == (opt.scheduler == "step")
+    assert len(places) == len(NAMES) == len(set(NAMES))
+
+
+def test_the_table_has_the_references_rows():
+    recipes = auxiliaries.read_recipes()
+    lines = [line.split() for line in REFERENCE.strip().splitlines()]
+    for name, nmi, f1, *recalls in lines:
+        keys = ["nmi", "f1", *(f"recall@{k}" for k in K_VALS[name.split("/")[0]])]
+        values = [(float(value), None) for value in (nmi, f1, *recalls)]
+        assert recipes[name].published == dict(zip(keys, values, strict=True))
+    published = {name for name, recipe in recipes.items() if recipe.published}
+    names = {name for name, *_ in lines}
+    published.remove("glyphs/margin")  # a record of this project's own
+    assert {name for name in published if "/rev-" not in name} == names and len(names) == 14
+    later = [name.split("/rev-") for name in published if "/rev-" in name]
+    assert {dataset: sum(other == dataset for other, _ in later) for dataset, _ in later} == {
+        "cub200": 23, "cars196": 23, "online_products": 21}
+    assert {"online_products/proxynca", "in-shop/proxynca"} <= set(NAMES) - published
+
+
+def test_the_check_without_data_is_the_programs_defaults_written_out():
+    for name, flags in (("margin", []), ("crossentropy", ["--loss", "crossentropy"])):
+        recipe = main.parse_options(["--recipe", f"glyphs/{name}"])
+        plain = main.parse_options(["--dataset", "glyphs", *flags])
+        assert {key for key, value in vars(recipe).items() if vars(plain)[key] != value} == {
+            "recipe", "savename"}
+
+
+def test_the_script_and_the_readme_have_the_tables_values():
+    recipes = auxiliaries.read_recipes()
+    lines = [line.partition("#") for line in (ROOT / "Standard_Training.sh").read_text()
+             .splitlines() if line and line[0] != "#"][2:]
+    listed = {}
+    for command, _, values in lines:
+        name, seeds = re.fullmatch(r"python main.py --recipe (\S+)(?: --seeds (\S.*\S))? *",
+                                   command).groups()
+        listed[name] = values.split()
+        assert seeds == ("0 1 2 3 4" if "/rev-" in name else
+                         "0 1 2" if name == "glyphs/margin" else None)
+    assert sorted(listed) == sorted(NAMES) and len(lines) == len(NAMES)
+    for name, recipe in recipes.items():
+        shown = [f"{mean}" if std is None else f"{mean:.2f}±{std:.2f}"
+                 for mean, std in recipe.published.values()]
+        assert listed[name] == shown
+    readme = re.findall(r"^\| `(\S+/\S+)` \| (.*?) \|", (ROOT / "README.md").read_text(), re.M)
+    assert {name: values.replace(",", "").split() for name, values in readme} == {
+        name: listed[name] for name in listed if listed[name] and "/rev-" not in name}
+
+
+# ---- the command line
+
+
+def departures(*options):
+    return main.parse_options(["--recipe", "cub200/margin-distance", *options]).departures
+
+
+def test_a_flag_that_departs_is_listed_and_only_that():
+    assert departures() == []
+    assert departures("--lr", "1e-4") == ["--lr 0.0001 (the recipe has 1e-05)"]
+    assert departures("--k_vals", "1", "10") == ["--k_vals 1 10 (the recipe has 1 2 4 8)"]
+    assert departures("--val_split", "0.2", "--n_epochs", "2") == [
+        "--val_split 0.2 (the recipe has 0.0)", "--n_epochs 2 (the recipe has 50)"]
+    assert departures("--not_pretrained") == ["--not_pretrained True (the recipe has False)"]
+    assert departures("--margin", "0.20", "--k_vals", "8", "4", "2", "1", "--tau", "30") == []
+    assert departures("--gpu", "-1", "--seed", "3", "--savename", "x", "--source_path", "y",
+                      "--kernels", "1", "--save_embeddings", "--resume") == []
+
+
+def test_given_flags_win_over_the_recipe_wherever_they_stand():
+    opt = main.parse_options(["--lr", "1e-4", "--recipe", "cub200/margin-distance", "--loss",
+                              "triplet"])
+    assert (opt.lr, opt.loss, opt.sampling, opt.n_epochs, opt.tau) == (
+        1e-4, "triplet", "distance", 50, [30])
+    assert opt.savename == "margin-distance"
+    assert main.parse_options(["--recipe", "cub200/npair", "--savename", "a"]).savename == "a"
+
+
+@pytest.mark.parametrize("options,said", [
+    (["--recipe", "cub200/margin"], ["cub200/margin", "cub200/margin-distance", "--recipes"]),
+    (["--recipe", "zzzzzzzzzzzz"], ["zzzzzzzzzzzz: there is none of that name. --recipes"]),
+    (["--recipe", ""], ["--recipe : there is none"]),
+    (["--seeds", "0", "1", "0"], ["--seeds 0 1 0", "twice"]),
+    (["--seeds", "0", "-1"], ["--seeds 0 -1", "from 0 to 4294967295"]),
+    (["--seeds", "0", "4294967296"], ["--seeds 0 4294967296", "from 0 to 4294967295"]),
+    (["--seeds"], ["--seeds"]),
+    (["--recipe", "cub200/margin-distance", "--loss", "npair"], ["cannot use --sampling"]),
+    (["--val_split", "1"], ["--val_split 1.0"]), (["--val_split", "-0.1"], ["--val_split -0.1"]),
+    (["--val_split", "nan"], ["--val_split nan"]),
+])
+def test_bad_input_is_refused_before_there_is_a_folder(small, options, said, capsys):
+    message = error_of([*small, *options], capsys)
+    assert all(part in message for part in said), message
+    assert not os.path.exists(small[-1])
+
+
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main.main(["--recipe", "cub200/margin-distance", "--dry_run", "--seeds", "0", "3",
+                      "--n_epochs", "7"]) is None
+    out = capsys.readouterr().out
+    options = dict(part.split("=", 1) for part in out.splitlines()[0][9:].split("  "))
+    parsed = vars(main.parse_options(["--recipe", "cub200/margin-distance", "--n_epochs", "7"]))
+    assert set(options) == set(parsed)
+    assert (options["n_epochs"], options["tau"], options["beta_lr"]) == ("7", "[30]", "0.0005")
+    for seed in (0, 3):
+        assert f"seed {seed} in " + os.path.join(
+            "./Training_Results", "cub200", f"margin-distance_seed{seed}") in out
+    for value in ("nmi 68.20", "f1 38.70", "recall@1 63.40", "recall@8 90.40"):
+        assert f"published {value}\n" in out
+    assert "departs from the recipe: --n_epochs 7 (the recipe has 50)\n" in out
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_list_has_every_recipe_with_its_values(capsys):
+    assert main.main(["--recipes"]) is None
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == NAMES
+    line = lines[NAMES.index("cars196/rev-arcface")]
+    assert "recall@1 79.16 ± 0.97" in line and "ICML 2020" in line
+    assert "no published values" in lines[NAMES.index("in-shop/proxynca")]
+
+
+# ---- runs and verdicts
+
+
+def test_two_seeds_end_with_a_verdict_that_the_csv_files_bear_out(tiny, tmp_path, capsys):
+    folders = main.main([*tiny, "--seeds", "0", "1"])
+    out = capsys.readouterr().out
+    place = tmp_path / "runs" / "folder"
+    assert folders == [str(place / f"margin_seed{seed}") for seed in (0, 1)]
+    assert rows(folders[0]) != rows(folders[1])
+    lines = (place / "margin_verdict.txt").read_text().splitlines()
+    assert out.endswith("\n".join(lines) + "\n") and lines[0] == "recipe tiny/margin: by hand"
+    published = {"nmi": (50, None), "recall@1": (60, 0.5), "recall@2": (70, None)}
+    for metric in ("nmi", "recall@1", "recall@2", "f1", "map@r"):
+        values = best(folders, metric)
+        found = next(line.split()[1:] for line in lines if line.startswith(f"{metric} "))
+        assert found[:3] == [f"{np.mean(values):.2f}", "±", f"{np.std(values):.2f}"]
+        if metric in published:
+            mean, std = published[metric]
+            assert found[3:4 + 2 * (std is not None)] == [f"{mean:.2f}", *["±", f"{std}0"] * bool(
+                std)]
+            assert f"{np.mean(values) - mean:+.2f}" in found
+        else:
+            assert len(found) == 3
+    inside = abs(np.mean(best(folders, "recall@1")) - 60) <= 0.5
+    assert any(line.startswith("recall@1 ") and line.endswith(
+        f"{'inside' if inside else 'outside'} ± 0.5") for line in lines)
+    assert lines[-1] == f"verdict: {'reproduced' if inside else 'not reproduced'}"
+    for folder in folders:
+        assert state(folder)["options"]["recipe"] == "tiny/margin"
+    alone = main.main([*tiny, "--seed", "1", "--savename", "alone"])
+    assert rows(alone) == rows(folders[1])
+
+
+def result_of(*values, **more):
+    """A finished auxiliaries.Result with a recall@1 for each epoch, the first untrained."""
+    options = {"dataset": "d", "arch": "a", "loss": "l", "sampling": "s", "seed": "0",
+               "n_epochs": str(len(values) - 1), **more}
+    return auxiliaries.Result("f", options, [{"epoch": float(epoch), "recall@1": value}
+                                             for epoch, value in enumerate(values)])
+
+
+@pytest.mark.parametrize("published,values,said", [
+    ((60.0, None), (0.61,), "reproduced"), ((60.0, None), (0.6101,), "not reproduced"),
+    ((60.0, None), (0.59,), "reproduced"), ((63.4, None), (0.644,), "reproduced"),
+    ((60.0, 0.27), (0.6027,), "reproduced"), ((60.0, 0.27), (0.6028,), "not reproduced"),
+    ((60.0, 2.0), (0.58, 0.62, 0.6), "reproduced"), (None, (0.6,), "no published value"),
+])
+def test_inside_is_the_published_spread_or_one_point(published, values, said):
+    recipe = auxiliaries.Recipe([], {"recall@1": published} if published else {}, "source")
+    results = [result_of(0.99, value, value / 2) for value in values]
+    lines = auxiliaries.verdict(recipe, results)
+    assert lines[-1] == f"verdict: {said}"
+    assert ("±" in lines[1].split()[1:3]) == (len(values) > 1)  # one seed has no spread
+    assert f"{100 * np.mean(values):.2f}" in lines[1]  # measured values without a reference too
+    departed = auxiliaries.verdict(recipe, results, ["--lr 1 (the recipe has 2)"])
+    assert departed[-2:] == ["departs from the recipe: --lr 1 (the recipe has 2)",
+                             f"verdict: {said} (not the recipe as it is)"]
+
+
+def test_seeds_go_on_after_one_was_killed(tiny, tmp_path, capsys, monkeypatch):
+    whole = main.main([*tiny, "--seeds", "0", "1", "2", "--savename", "whole"])
+    after_iteration = main.Run.after_iteration
+
+    def stopping(run, trainer):
+        after_iteration(run, trainer)
+        if run.opt.seed == 1 and trainer.epoch == 2:
+            raise KeyboardInterrupt
+
+    options = [*tiny, "--seeds", "0", "1", "2", "--savename", "killed"]
+    with monkeypatch.context() as patch:
+        patch.setattr(main.Run, "after_iteration", stopping)
+        with pytest.raises(SystemExit):
+            main.main(options)
+    assert "--savename killed --resume" in capsys.readouterr().err
+    place = tmp_path / "runs" / "folder"
+    assert len(rows(place / "killed_seed1")) == 2 and not (place / "killed_seed2").exists()
+    assert not (place / "killed_verdict.txt").exists()
+    with pytest.raises(SystemExit, match="killed_seed0 exists already.*--resume"):
+        main.main(options)
+    killed = main.main([*options, "--resume"])
+    assert "2 epochs already" in capsys.readouterr().out
+    assert [rows(folder) for folder in killed] == [rows(folder) for folder in whole]
+    assert (place / "killed_verdict.txt").read_text() == (place / "whole_verdict.txt").read_text()
+
+
+def test_seeds_are_refused_before_the_first_one_trains(small, tmp_path):
+    place = tmp_path / "runs" / "folder"
+    (place / "run_seed1").mkdir(parents=True)
+    options = [*small, "--savename", "run", "--seeds", "0", "1"]
+    with pytest.raises(SystemExit, match="run_seed1 exists already"):
+        main.main(options)
+    assert os.listdir(place) == ["run_seed1"]
+    with pytest.raises(SystemExit, match="there is no run in .*other_seed0, .*other_seed1"):
+        main.main([*options, "--savename", "other", "--resume"])
+    assert os.listdir(place) == ["run_seed1"]
+
+
+def test_a_part_of_a_dataset_reproduces_nothing(tiny, small, tmp_path, capsys):
+    source = tmp_path / "data"
+    make_tree(source / "cub200" / "images", classes=8, images=4)
+    main.main([*tiny, "--dataset", "cub200", "--source_path", str(source)])
+    out = capsys.readouterr().out
+    assert "train split has 4 classes/16 images, not cub200's 100/5,864" in out
+    assert out.endswith("(not the recipe as it is)\n")
+    main.main([*tiny, "--savename", "whole"])
+    auxiliaries.main(["table", small[-1]])
+    part, whole = capsys.readouterr().out.split("\nfolder ")
+    assert "(60.00 ± 0.50, " in whole and "(60.00" not in part
+
+
+# ---- tables
+
+
+OPTIONS = {"dataset": "cub200", "arch": "resnet50", "loss": "marginloss", "sampling": "distance",
+           "n_epochs": "2", "patience": "None", "seed": "0", "recipe": "None", "departures": "[]",
+           "lr": "1e-05", "val_split": "0.0", "trainer": "MetricLossOnly", "weights": "None",
+           "source_path": "data", "savename": "x"}
+METRICS = ("recall@1", "recall@2", "map@r", "nmi", "f1")
+
+
+def write_run(root, name, *measured, metrics=METRICS, **options):
+    """A run folder by hand; measured: each epoch's values of the metrics, or one for all."""
+    options = {**OPTIONS, "savename": name, **options}
+    folder = Path(root) / options["dataset"] / name
+    folder.mkdir(parents=True)
+    (folder / "Parameter_Info.txt").write_text(
+        "".join(f"{key}: {value}\n" for key, value in options.items()))
+    lines = [f"epoch,{','.join(metrics)}"]
+    for epoch, values in enumerate(measured):
+        values = values if isinstance(values, tuple) else (values,) * len(metrics)
+        lines.append(",".join(map(str, (epoch, *values))))
+    (folder / "log_val_Base.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def table(root, capsys, style="md"):
+    capsys.readouterr()
+    auxiliaries.main(["table", str(root), "--format", style])
+    return capsys.readouterr().out
+
+
+def test_a_table_has_mean_and_std_over_seeds_published_values_and_the_best(tmp_path, capsys):
+    same = {"recipe": "cub200/margin-distance"}
+    write_run(tmp_path, "a0", 0.9, 0.62, 0.61, **same)
+    write_run(tmp_path, "a1", 0.9, 0.60, 0.64, seed="1", **same)
+    write_run(tmp_path, "n", 0.9, 0.5, 0.3, loss="npair", sampling="npair", recipe="cub200/npair",
+              departures="['--lr 1 (the recipe has 2)']")
+    write_run(tmp_path, "p", 0.9, (0.7, 0.1, 0.1, 0.1, 0.1), 0.1, loss="proxynca", sampling="none")
+    write_run(tmp_path, "g", 0.9, 0.2, 0.2, arch="googlenet")
+    write_run(tmp_path, "c", 0.9, 0.25, 0.2, dataset="cars196")
+    out = table(tmp_path, capsys)
+    titles = [line for line in out.splitlines() if "percent" in line]
+    assert [title.split(":")[0] for title in titles] == ["cars196", "cub200"]
+    assert all("best epoch of each metric on the test classes" in title for title in titles)
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()
+             if line.startswith("|") and "---" not in line]
+    assert lines[0] == lines[2] == ["architecture", "loss/sampling", "seeds", "nmi", "f1",
+                                    "recall@1", "recall@2", "map@r"]
+    found = {(line[0], line[1]): line[2:] for line in lines[3:]}
+    mean, std = np.mean([62, 64]), np.std([62, 64])
+    assert (mean, std) == (63, 1)
+    assert found["resnet50", "marginloss/distance"] == [
+        "0 1", "**63.00 ± 1.00 (68.20, -5.20)**", "**63.00 ± 1.00 (38.70, +24.30)**",
+        "63.00 ± 1.00 (63.40, -0.40)", "**63.00 ± 1.00 (74.90, -11.90)**", "**63.00 ± 1.00**"]
+    assert found["resnet50", "npair/npair"] == ["0", *["50.00"] * 5]
+    assert found["resnet50", "proxynca/none"] == ["0", "10.00", "10.00", "**70.00**", "10.00",
+                                                  "10.00"]
+    assert found["googlenet", "marginloss/distance"] == ["0", *["20.00"] * 5]
+    assert lines[1] == ["resnet50", "marginloss/distance", "0", *["**25.00**"] * 5]
+
+
+def test_the_three_formats_say_the_same(tmp_path, capsys):
+    write_run(tmp_path, "a", 0.9, 0.62, 0.61, recipe="cub200/rev-margin-distance-beta0.6")
+    write_run(tmp_path, "b", 0.9, 0.5, 0.3, lr="50%_&#${}~^\\")
+    write_run(tmp_path, "c", 0.9)
+    plain = [[cell.strip() for cell in line.strip("|").split(" | ")]
+             for line in table(tmp_path, capsys).splitlines() if re.match(r"\| ?[ar]", line)]
+    text = table(tmp_path, capsys, "csv")
+    assert [row for row in csv.reader(io.StringIO(text)) if row and row[0][0] != "#"] == plain
+    assert len(plain) == 3 and "**62.00 (62.50 ± 0.24, -0.50)**" in plain[1]
+    assert plain[2][1] == "marginloss/distance lr=50%_&#${}~^\\"  # what sets it apart
+    text = table(tmp_path, capsys, "tex")
+    lines = text.splitlines()
+    assert lines[0].startswith("% cub200: percent, best epoch of each metric on the test classes")
+    assert lines[1] == r"\begin{tabular}{llrrrrrr}" and r"\end{tabular}" in lines
+    assert r"\textbf{62.00 (62.50 $\pm$ 0.24, -0.50)}" in text and "**" not in text
+    assert (r"lr=50\%\_\&\#\$\{\}\textasciitilde{}\textasciicircum{}\textbackslash{} & 0"
+            in text)
+    for line in lines[2:lines.index(r"\end{tabular}")]:
+        assert line.endswith(r" \\") and len(re.findall(r"(?<!\\)&", line)) == 7
+    for style, prefix in (("md", "- "), ("csv", "# "), ("tex", "% ")):
+        line = f"\n{prefix}{tmp_path / 'cub200' / 'c'}: failed or unfinished before the first of 2"
+        assert line in table(tmp_path, capsys, style)
+
+
+def test_runs_of_one_row_differ_in_the_seed_alone(tmp_path, capsys):
+    write_run(tmp_path, "a", 0.9, 0.5, 0.5, seed="3", gpu="0")
+    write_run(tmp_path, "b", 0.9, 0.7, 0.5, seed="1", gpu="-1", source_path="elsewhere")
+    write_run(tmp_path, "c", 0.9, 0.3, 0.5, n_epochs="2", lr="0.1")
+    write_run(tmp_path, "d", 0.9, 0.3, 0.5, trainer="CascadedEmbeddings")
+    write_run(tmp_path, "e", 0.9, 0.4, 0.2, weights="x/one.pth")
+    write_run(tmp_path, "f", 0.9, 0.2, 0.2, weights="y/one.pth", seed="1")
+    text = table(tmp_path, capsys)
+    assert "| marginloss/distance lr=1e-05 weights=None | 1 3 | **60.00 ± 10.00** |" in text
+    assert "| marginloss/distance lr=0.1 weights=None | 0 | 50.00 |" in text
+    assert "| marginloss/distance lr=1e-05 weights=one.pth | 0 1 | 30.00 ± 10.00 |" in text
+    assert "| marginloss/distance/CascadedEmbeddings | 0 | 50.00 |" in text
+
+
+def test_each_folder_of_images_has_its_own_table(tmp_path, capsys):
+    write_run(tmp_path, "a", 0.9, 0.5, 0.5, dataset="folder", source_path="dogs")
+    write_run(tmp_path, "b", 0.9, 0.7, 0.5, dataset="folder", source_path="cats", seed="1")
+    text = table(tmp_path, capsys)
+    assert "folder dogs: percent" in text and "folder cats: percent" in text
+    assert "**50.00**" in text and "**70.00**" in text and "±" not in text.split("\n\n")[1]
+
+
+def test_small_is_best_of_some_metrics(tmp_path, capsys):
+    metrics = ("recall@1", "dist_ratio", "rho", "d_ap", "d_an")
+    write_run(tmp_path, "a", 0.1, (0.5, 0.5, 0.3, 0.6, 0.5), (0.4, 0.4, 0.4, 0.5, 0.4),
+              metrics=metrics)
+    write_run(tmp_path, "b", 0.1, 0.9, 0.8, metrics=metrics, lr="1")
+    text = table(tmp_path, capsys)
+    assert "| 50.00 | **40.00** | **30.00** | **50.00** | 50.00 |" in text
+    assert "| **90.00** | 80.00 | 80.00 | 80.00 | **90.00** |" in text
+
+
+def test_runs_without_a_result_are_listed_and_foreign_files_passed_over(tmp_path, capsys):
+    write_run(tmp_path, "done", 0.9, 0.5, 0.5)
+    write_run(tmp_path, "early", 0.9, 0.8, 0.5, 0.5, n_epochs="9", patience="2")
+    write_run(tmp_path, "late", 0.9, 0.5, 0.8, 0.5, n_epochs="9", patience="2")
+    write_run(tmp_path, "cut", 0.9, 0.5, n_epochs="7")
+    write_run(tmp_path, "untrained", 0.25, n_epochs="0")
+    os.remove(write_run(tmp_path, "bare", 0.9) / "log_val_Base.csv")
+    (write_run(tmp_path, "empty", 0.9) / "log_val_Base.csv").write_text("")
+    damaged = {"letters": "epoch,recall@1\n0,abc\n", "cut short": "epoch,recall@1\n0,0.5\n1\n",
+               "too long": "epoch,recall@1\n0,0.5,7\n", "no epoch": "a,b\n1,2\n",
+               "nothing": "epoch\n0\n", "null": "epoch,recall@1\n0,\0\n"}
+    for name, text in damaged.items():
+        (write_run(tmp_path, name, 0.9) / "log_val_Base.csv").write_text(text)
+    write_run(tmp_path, "odd number", 0.9, 0.5, n_epochs="many")
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "cub200" / "done_verdict.txt").write_text("verdict: reproduced")
+    for name, text in (("reference", "dataset\ncub200\n"), ("other", "lr: 1\n"), ("blank", "")):
+        (tmp_path / "other" / name).mkdir(parents=True)
+        (tmp_path / "other" / name / "Parameter_Info.txt").write_text(text)
+    (tmp_path / "other" / "log_val_Base.csv").write_text("x")
+    text = table(tmp_path, capsys)
+    place = tmp_path / "cub200"
+    for line in (f"- {place / 'cut'}: unfinished after epoch 1 of 7",
+                 f"- {place / 'late'}: unfinished after epoch 3 of 9",
+                 f"- {place / 'bare'}: failed or unfinished before anything was measured",
+                 f"- {place / 'empty'}: failed or unfinished before anything was measured"):
+        assert f"{line}\n" in text
+    for name in (*damaged, "odd number"):
+        assert f"- {place / name}: its logs cannot be read (" in text
+    assert text.count("\n- ") == 5 + len(damaged) and "other" not in text
+    assert {line.split(" | ")[1] for line in text.splitlines() if "| 0 |" in line} == {
+        f"marginloss/distance n_epochs={epochs} patience={patience}"
+        for epochs, patience in ((2, None), (9, 2), (0, None))}
+    assert "| **80.00** |" in text and "| 25.00 |" in text
+
+
+@pytest.mark.parametrize("make,said", [
+    (lambda root: None, "is not a folder of results"),
+    (lambda root: root.mkdir(), "holds no run"),
+    (lambda root: (root.mkdir(), (root / "x.txt").write_text("x")), "holds no run"),
+])
+def test_a_folder_without_runs_is_refused(tmp_path, make, said):
+    make(tmp_path / "results")
+    with pytest.raises(SystemExit, match=f"auxiliaries.py: error: .*results {said}"):
+        auxiliaries.main(["table", str(tmp_path / "results")])
+
+
+def test_the_header_says_which_rule_chose(tmp_path, capsys):
+    metrics = ("recall@2", "nmi", "val recall@2", "val nmi")
+    write_run(tmp_path, "plain", (0.9, 0.9), (0.5, 0.1), (0.4, 0.3), metrics=metrics[:2])
+    write_run(tmp_path, "held", 0.99, (0.2, 0.6, 0.7, 0.1), (0.3, "", 0.8, 0.2), metrics=metrics,
+              val_split="0.2")
+    both = table(tmp_path, capsys).split("\n\n")
+    assert "percent, best epoch of each metric on the test classes" in both[0]
+    assert "percent, epoch chosen on held-out training classes" in both[2]
+    assert "| marginloss/distance | 0 | 30.00 | **50.00** |" in both[1]
+    assert "| marginloss/distance val_split=0.2 | 0 | **60.00** | 30.00 |" in both[1]
+    # The epoch that was chosen has no NMI; another's does not stand in for it.
+    assert both[3].splitlines()[2:] == [
+        "| resnet50 | marginloss/distance val_split=0.2 | 0 | nan | **30.00** |"]
+    assert "val " not in both[3].splitlines()[0]
+
+
+# ---- comparison
+
+
+def test_runs_are_compared_in_one_picture_and_by_their_options(tmp_path, capsys):
+    first = write_run(tmp_path, "a<&", 0.1, 0.5, 0.6, lr="0.1")
+    second = write_run(tmp_path, "b", 0.1, 0.4, 0.3, 0.2, lr="0.2", seed="4", extra="1",
+                       metrics=METRICS[:3])
+    picture = tmp_path / "x.svg"
+    auxiliaries.main(["compare", str(first), f"{second}/", "--out", str(picture)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["seed: 0 | 4", "lr: 0.1 | 0.2", "savename: a<& | b", "extra:  | 1",
+                     f"curves in {picture}"]
+    root = ElementTree.parse(picture).getroot()
+    space = "{http://www.w3.org/2000/svg}"
+    texts = [text.text for text in root.iter(f"{space}text")]
+    assert all(name in texts for name in METRICS[:3]) and "nmi" not in texts
+    curves = list(root.iter(f"{space}polyline"))
+    assert [len(curve.get("points").split()) for curve in curves] == [3, 4] * 3
+    assert f"cub200{os.sep}a<& 0.6" in texts and f"cub200{os.sep}b 0.2" in texts
+    auxiliaries.main(["compare", str(first), str(first), "--out", str(picture)])
+    texts = [text.text for text in ElementTree.parse(picture).getroot().iter(f"{space}text")]
+    assert f"1 cub200{os.sep}a<& 0.6" in texts and f"2 cub200{os.sep}a<& 0.6" in texts
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path):
+    good = write_run(tmp_path, "good", 0.1, 0.5)
+    other = write_run(tmp_path, "other", 0.1, metrics=("mrr",))
+    damaged = write_run(tmp_path, "damaged", 0.1)
+    (damaged / "log_val_Base.csv").write_text("epoch,recall@1\n0,x\n")
+    bare = write_run(tmp_path, "bare", 0.1)
+    os.remove(bare / "log_val_Base.csv")
+    out = tmp_path / "x.svg"
+    for folder, said in ((tmp_path / "none", "is not the folder of a run"),
+                         (tmp_path, "is not the folder of a run"),
+                         (good / "log_val_Base.csv", "is not the folder of a run"),
+                         (bare, "is not the folder of a run with measurements"),
+                         (damaged, "cannot be read"), (other, "no metric in common")):
+        with pytest.raises(SystemExit, match=f"auxiliaries.py: error: .*{said}"):
+            auxiliaries.main(["compare", str(good), str(folder), "--out", str(out)])
+        assert not out.exists()
+
+
+# ---- selection on held-out classes
+
+
+@pytest.mark.parametrize("number,share", [(100, 0.2), (7, 0.5), (12, 0.17), (4, 0.5), (50, 0.95)])
+def test_held_out_classes_are_no_training_classes(number, share):
+    labels = np.random.default_rng(1).permutation(np.repeat(np.arange(number), 3)).tolist()
+    names = [f"class {label}" for label in range(number)]
+    paths = [f"{label}/{i}.jpg" for i, label in enumerate(labels)]
+    parts = datasets.hold_out(datasets.Split(paths, labels, names), share)
+    pixels = np.array(labels, np.uint8)[:, None, None]
+    same = datasets.hold_out(datasets.Split(pixels, labels, names), share)
+    assert len(parts["val"].class_names) == round(share * number)
+    assert sorted(parts["train"].class_names + parts["val"].class_names) == sorted(names)
+    assert sorted(parts["train"].images + parts["val"].images) == sorted(paths)
+    for name, part in parts.items():
+        assert sorted(set(part.labels)) == list(range(len(part.class_names)))
+        assert [f"class {path.split('/')[0]}" for path in part.images] == [
+            part.class_names[label] for label in part.labels]
+        assert same[name].labels == part.labels and same[name].class_names == part.class_names
+        assert same[name].images.ravel().tolist() == [int(path.split("/")[0])
+                                                      for path in part.images]
+
+
+@pytest.mark.parametrize("number,share", [(4, 0.1), (4, 0.25), (4, 0.75), (3, 0.5), (100, 0.995)])
+def test_too_few_classes_on_either_side_are_refused(number, share):
+    split = datasets.Split([""] * number, list(range(number)), [""] * number)
+    with pytest.raises(ValueError, match=f"--val_split {share} of {number} training classes"):
+        datasets.hold_out(split, share)
+
+
+def test_too_few_classes_are_refused_before_there_is_a_folder(small, capsys):
+    message = error_of([*small, "--val_split", "0.2"], capsys)  # 6 training classes
+    assert "--val_split 0.2 of 6 training classes leaves 1 to choose on and 5" in message
+    assert not os.path.exists(small[-1])
+
+
+def test_too_large_a_k_for_the_held_out_classes_is_refused(small, capsys):
+    message = error_of([*small, "--val_split", "0.4", "--k_vals", "12"], capsys)
+    assert "--k_vals 12" in message and "to 11 (of the classes held out by --val_split" in message
+    assert not os.path.exists(small[-1])
+
+
+def selected(small, *options):
+    """datasets.dataset_select for a command line."""
+    return datasets.dataset_select(main.parse_options([*small, *options]))
+
+
+def test_the_held_out_images_are_uncut_and_the_same_for_every_seed(small):
+    kept = []
+    for seed in ("1", "2"):
+        train, sets, found = selected(small, "--val_split", "0.4", "--seed", seed)
+        assert [name for name, *_ in sets] == ["", "val"] and sets[1].gallery is None
+        assert not set(train.class_names) & set(sets[1].queries.class_names)
+        assert set(train.class_names) | set(sets[1].queries.class_names) == {
+            f"class_{label:02d}" for label in range(6)}
+        assert set(sets[0].queries.class_names) == {f"class_{label:02d}" for label in range(6, 12)}
+        kept.append(sets[1].queries)
+    _, test = datasets.transforms("folder", 16)
+    for i, path in enumerate(kept[0].images):
+        with Image.open(path) as image:
+            expected = test(image.convert("RGB"))
+        assert all(torch.equal(queries[i][0], expected) for queries in kept)
+
+
+def test_the_cache_changes_no_held_out_metric(small, tmp_path):
+    base = [*small, "--val_split", "0.4", "--n_epochs", "0", "--cache_path", str(tmp_path / "c")]
+    found = [rows(main.main([*base, "--cache", cache, "--savename", cache]))
+             for cache in ("none", "ram", "disk")]
+    assert found[0] == found[1] == found[2] and "val recall@1" in found[0][0]
+
+
+def write_in_shop(source):
+    """In-Shop's layout: four training items, two that are queries and gallery."""
+    root, lines = source / "in-shop", []
+    for number in range(1, 7):
+        for i in range(4):
+            path = f"img/WOMEN/Dresses/id_{number:08d}/0{i}_1_front.jpg"
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (20, 20), (40 * number, 60 * i, 90)).save(root / path)
+            status = "train" if number < 5 else ("query", "gallery")[i % 2]
+            lines.append(f"{path} id_{number:08d} {status}\n")
+    (root / "Eval").mkdir()
+    (root / "Eval/list_eval_partition.txt").write_text(
+        f"{len(lines)}\nimage_name item_id evaluation_status\n" + "".join(lines))
+    return ["--dataset", "in-shop", "--source_path", str(source), "--samples_per_class", "4"]
+
+
+def write_vehicle_id(source):
+    """VehicleID's layout: four images of each of a few vehicles in its four lists."""
+    root, number = source / "vehicle_id", 0
+    (root / "image").mkdir(parents=True)
+    (root / "train_test_split").mkdir()
+    for name, vehicles in (("train_list", 5), ("test_list_800", 2), ("test_list_1600", 3),
+                           ("test_list_2400", 4)):
+        lines = []
+        for vehicle in range(vehicles):
+            for _ in range(4):
+                number += 1
+                Image.new("RGB", (20, 20), (40 * vehicle, number, 90)).save(
+                    root / "image" / f"{number:07d}.jpg")
+                lines.append(f"{number:07d} {vehicle + 1}\n")
+        (root / "train_test_split" / f"{name}.txt").write_text("".join(lines))
+    return ["--dataset", "vehicle_id", "--source_path", str(source)]
+
+
+@pytest.mark.parametrize("write,names,galleries", [
+    (write_in_shop, ["", "val"], [True, False]),
+    (write_vehicle_id, ["set 1", "set 2", "set 3", "val"], [False] * 4)])
+def test_other_layouts_hold_out_classes_too(small, tmp_path, write, names, galleries, capsys):
+    options = write(tmp_path / "data")
+    train, sets, _ = selected(small, *options, "--val_split", "0.4")
+    assert [name for name, *_ in sets] == names
+    assert [one.gallery is not None for one in sets] == galleries
+    assert not set(train.class_names) & set(sets[-1].queries.class_names)
+    assert len(sets[-1].queries.class_names) == 2
+    folder = main.main([*small, *options, "--val_split", "0.4", "--save_embeddings"])
+    assert "\nlast epoch:" in capsys.readouterr().out
+    kept = np.load(Path(folder) / "embeddings_val.npz", allow_pickle=False)
+    assert kept["embeddings"].shape == (8, 8)
+    checked = state(folder)
+    value = [row["val recall@1"] for row in rows(folder)]
+    assert checked["epoch"] == 1 + int(np.argmax(value[1:]))
+
+
+SCRIPTED = {"val": (0.9, 0.5, 0.7, 0.7, 0.6, 0.1), "test": (0.1, 0.2, 0.3, 0.8, 0.5, 0.4)}
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Every run measures SCRIPTED, of both kinds what was written there for its epoch."""
+    measure = main.Run.measure
+
+    def scripted_measure(run, trainer):
+        metrics = measure(run, trainer)
+        for name in metrics:
+            kind = "val" if name.startswith("val ") else "test"
+            metrics[name] = SCRIPTED[kind][trainer.epoch]
+        return metrics
+
+    monkeypatch.setattr(main.Run, "measure", scripted_measure)
+
+
+def test_the_held_out_classes_alone_choose(small, scripted, capsys):
+    options = [*small, "--n_epochs", "5"]
+    held = main.main([*options, "--savename", "held", "--val_split", "0.4"])
+    lines = capsys.readouterr().out.splitlines()
+    assert state(held)["epoch"] == 2  # the first of equals
+    columns = list(rows(held)[0])
+    assert columns == ["epoch", "recall@1", "recall@2", "map@r", "nmi", "f1", "val recall@1",
+                       "val recall@2", "val map@r", "val nmi", "val f1"]
+    values = [row["recall@1"] for row in rows(held)]
+    assert values == list(SCRIPTED["test"])
+    shown = [line.split() for line in lines if re.match(r"last epoch:|best epoch on", line)]
+    assert [line[-4:] for line in shown] == [["recall@1", f"{values[epoch]:.4f}", "(epoch",
+                                              f"{epoch})"] for epoch in (5, 2, 3)]
+    assert "choosing on the test classes, as the literature does, gains +0.5000" in lines
+    assert "best val recall@1 0.7000 in epoch 2 (untrained 0.9000)" in lines
+    plain = main.main([*options, "--savename", "plain"])
+    assert state(plain)["epoch"] == 3 and "val recall@1" not in rows(plain)[0]
+    out = capsys.readouterr().out
+    assert "held-out" not in out and "last epoch:" not in out
+    text = table(small[-1], capsys)
+    assert "val_split=0.4 | 1 | **80.00**" in text.split("held-out training classes")[0]
+    assert "| 30.00 | " in text.split("held-out training classes")[1].replace("**", "")
+
+
+def test_patience_and_the_plateau_follow_the_held_out_metric(small, scripted):
+    options = [*small, "--n_epochs", "5", "--val_split", "0.4"]
+    ended = main.main([*options, "--savename", "ended", "--patience", "2"])
+    assert [row["epoch"] for row in rows(ended)] == [0, 1, 2, 3, 4]
+    assert auxiliaries.read_result(ended).state() == "finished"
+    lowered = main.main([*options, "--savename", "lowered", "--scheduler", "plateau",
+                         "--plateau_patience", "1", "--gamma", "0.5"])
+    assert np.allclose([row["next_lr"] for row in rows(lowered, "log_train_Base.csv")],
+                       [1e-3, 1e-3, 5e-4, 2.5e-4, 1.25e-4])
+
+
+def test_a_run_with_held_out_classes_goes_on_to_the_same_bits(small, monkeypatch):
+    options = [*small, "--n_epochs", "3", "--val_split", "0.4"]
+    whole = main.main([*options, "--savename", "whole"])
+    save = trainers.Validation.__call__
+
+    def stopping(validation, trainer):
+        if trainer.epoch == 2:
+            raise KeyboardInterrupt
+        return save(validation, trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainers.Validation, "__call__", stopping)
+        with pytest.raises(SystemExit):
+            main.main([*options, "--savename", "cut"])
+    cut = main.main([*options, "--savename", "cut", "--resume"])
+    assert rows(cut) == rows(whole) and state(cut)["epoch"] == state(whole)["epoch"]
+    with pytest.raises(SystemExit, match=r"--val_split \(was 0.4, is 0.5\)"):
+        main.main([*options, "--savename", "cut", "--resume", "--val_split", "0.5"])
+
+
+def test_the_default_keeps_every_class_and_metric(small):
+    train, sets, _ = selected(small)
+    assert len(train.class_names) == 6 and [name for name, *_ in sets] == [""]
+    assert main.parse_options(small).val_split == 0
