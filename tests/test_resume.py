@@ -1,0 +1,913 @@
+"""A run cannot be lost: kills, signals, damaged files, full disks, bad losses, second runs."""
+
+import csv
+import io
+import itertools
+import multiprocessing
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import auxiliaries
+import datasets
+import evaluate
+import losses
+import main
+import trainers
+
+ROOT = Path(main.__file__).resolve().parent
+EPOCHS, ITERATIONS = 3, 4  # of the runs below
+LAST, PREVIOUS, BEST = "last.pth.tar", "last_previous.pth.tar", "checkpoint.pth.tar"
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """Images of eight classes, hard to tell apart, so that losses and recalls keep changing."""
+    folder = tmp_path_factory.mktemp("resume") / "images"
+    generator = np.random.default_rng(0)
+    for label in range(8):
+        (folder / f"class_{label}").mkdir(parents=True)
+        colour = generator.integers(90, 166, 3)
+        for i in range(8):
+            pixels = (colour + generator.normal(0, 70, (18, 18, 3))).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"class_{label}" / f"{i}.png")
+    return folder
+
+
+def draw(path, *_, **__):
+    """In place of evaluate.draw_recoveries, whose picture takes as long as the rest of a run."""
+    with auxiliaries.written_whole(path) as file:
+        Image.new("RGB", (1, 1)).save(file, "png")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_pictures():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "draw_recoveries", draw)
+        yield
+
+
+@pytest.fixture(scope="session")
+def options(images):
+    """Options of a run of three epochs of four iterations, in about a second."""
+    return ["--dataset", "folder", "--source_path", str(images), "--arch", "convnet", "--gpu",
+            "-1", "--image_size", "16", "--embed_dim", "8", "--bs", "8", "--n_epochs", str(EPOCHS),
+            "--kernels", "0", "--k_vals", "1", "2", "--metrics", "recall", "--lr", "1e-3",
+            "--checkpoint_every", "3"]
+
+
+@pytest.fixture(scope="session")
+def unbroken(options, tmp_path_factory):
+    """A function: extra options -> the folder of a run with them that nothing disturbed."""
+    folders = {}
+
+    def run(*extra):
+        if extra not in folders:
+            path = str(tmp_path_factory.mktemp("unbroken"))
+            folders[extra] = Path(main.main([*options, *extra, "--save_path", path, "--savename",
+                                             "run"]))
+        return folders[extra]
+    return run
+
+
+@pytest.fixture
+def broken(options, tmp_path):
+    """The options of a run in tmp_path / folder / run; folder is that of the dataset's name."""
+    return [*options, "--save_path", str(tmp_path), "--savename", "run"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "folder" / "run"
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def assert_same(first, second, where="state"):
+    """Equal to the last bit, tensors in containers too."""
+    assert type(first) is type(second), where
+    if torch.is_tensor(first):
+        assert first.dtype == second.dtype and torch.equal(first, second), where
+    elif isinstance(first, dict):
+        assert list(first) == list(second), where
+        for key in first:
+            assert_same(first[key], second[key], f"{where}.{key}")
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second), where
+        for i, pair in enumerate(zip(first, second)):
+            assert_same(*pair, f"{where}[{i}]")
+    else:
+        assert first == second, where
+
+
+def assert_same_run(first, second, but=()):
+    """Two folders hold the same run: all that is in the checkpoints, and the files' bytes."""
+    for name in (LAST, BEST):
+        states = [load(folder / name) for folder in (first, second)]
+        for state in states:
+            for option in main.MAY_CHANGE:
+                del state["options"][option]
+            del state["random_state"]["cuda"]
+        assert_same(*states, name)
+    names = [{path.name for path in folder.iterdir()} - set(but) for folder in (first, second)]
+    assert names[0] == names[1]
+    for name in names[0]:
+        if name.endswith((".csv", ".svg")) or name.startswith("gradients"):
+            assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+def error_of(options, capsys):
+    """Runs main, which must end with one message, which is returned."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main.main(options)
+    message = capsys.readouterr().err if isinstance(stop.value.code, int) else stop.value.code
+    assert stop.value.code != 0 and "Traceback" not in message
+    return message
+
+
+# ---- processes that are killed
+
+
+def named(pattern):
+    """Whether an open file, given second, or a path, given second, is called like that."""
+    return lambda *args: re.search(pattern, str(getattr(args[1], "name", args[1])))
+
+
+def always(*_):
+    return True
+
+
+def write_half(value, file):
+    content = io.BytesIO()
+    save(value, content)
+    file.write(content.getvalue()[:len(content.getvalue()) // 2])
+    file.flush()
+
+
+save = torch.save
+# Where a run is disturbed: (object, its function, which calls, what is done before SIGKILL). The
+# disturbance comes before the call, or after it where the first word is "after".
+MOMENTS = {
+    "in a step": (torch.optim.Adam, "step", always, None),
+    "in a backward pass": (torch.Tensor, "backward", always, None),
+    "in an evaluation": (evaluate, "embed", always, None),
+    "in the last evaluation": (
+        main.Run, "measure", lambda run, trainer: trainer.epoch == run.opt.n_epochs, None),
+    "within last": (torch, "save", named(r"last\.pth\.tar"), write_half),
+    "within the best": (torch, "save", named(r"checkpoint\.pth\.tar"), write_half),
+    "before the predecessor": (os, "replace", named(r"last_previous\.pth\.tar$"), None),
+    "after the predecessor": (os, "replace", named(r"last_previous\.pth\.tar$"), None),
+    "before last": (os, "replace", named(r"last\.pth\.tar$"), None),
+    "after last": (os, "replace", named(r"last\.pth\.tar$"), None),
+    "after the best": (os, "replace", named(r"checkpoint\.pth\.tar$"), None),
+    "within a csv": (csv.DictWriter, "writerows", always, None),
+    "between the csv": (os, "replace", named(r"log_val_Base\.csv$"), None),
+    "in a picture": (evaluate, "draw_recoveries", always, None),
+    "after the end": (main.Run, "summary", always, None),
+}
+
+
+def disturb(moment, count, signals):
+    """The count-th time at a moment this process gets signals; it hangs where there are none."""
+    owner, name, matches, first = MOMENTS[moment]
+    original = getattr(owner, name)
+    calls = itertools.count(1)
+
+    def wrapped(*args, **named_args):
+        due = matches(*args) and next(calls) == count
+        if due and not moment.startswith("after"):
+            if first and signals == (signal.SIGKILL,):
+                first(*args)
+            send(signals)
+        result = original(*args, **named_args)
+        if due and moment.startswith("after"):
+            send(signals)
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+def send(signals):
+    """Sends this process signals; waits for one where there are none."""
+    for number in signals:
+        os.kill(os.getpid(), number)
+    if not signals:
+        print("hangs", flush=True)
+        signal.pause()
+
+
+def make_nonfinite(places):
+    """From here on the loss is NaN at (epoch, iteration from 0)."""
+    original = trainers.BaseTrainer.weighted_sum
+
+    def weighted_sum(trainer, values):
+        here = (trainer.epoch, trainer.iteration) in places
+        return original(trainer, values) * (float("nan") if here else 1)
+
+    trainers.BaseTrainer.weighted_sum = weighted_sum
+
+
+def child(options, output, moment, count, signals, nonfinite):
+    """The body of a process that is to be disturbed; its output goes into a file."""
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # of loading processes, as in a program
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout = os.fdopen(1, "w")
+    torch.set_num_threads(1)
+    evaluate.draw_recoveries = draw
+    make_nonfinite(nonfinite)
+    if moment:
+        disturb(moment, count, signals)
+    main.main(options)
+
+
+@pytest.fixture(scope="session")
+def server():
+    """Forks processes in which everything is imported, and no thread or GPU was ever used."""
+    context = multiprocessing.get_context("forkserver")
+    # What torch imports at a first use takes longer than a run.
+    context.set_forkserver_preload(["torch._dynamo", "torchvision", __name__])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        from multiprocessing import forkserver
+        forkserver.ensure_running()
+    return context
+
+
+@pytest.fixture
+def start(server, tmp_path):
+    """A function that starts a run in a process of its own -> (process, file of its output)."""
+    processes = []
+
+    def start(options, moment=None, count=1, signals=(signal.SIGKILL,), nonfinite=()):
+        output = tmp_path / f"output{len(processes)}.txt"
+        process = server.Process(target=child, args=(options, output, moment, count, signals,
+                                                     nonfinite))
+        process.start()
+        processes.append(process)
+        return process, output
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.join(10)
+
+
+@pytest.fixture
+def killed(start):
+    """A function as start, for a run that must end by SIGKILL -> its output."""
+    def killed(*args, **named_args):
+        process, output = start(*args, **named_args)
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL, output.read_text()
+        return output.read_text()
+    return killed
+
+
+def wait_for(output, text, seconds=30):
+    """Until a file has a text."""
+    end = time.monotonic() + seconds
+    while not output.exists() or text not in output.read_text():
+        assert time.monotonic() < end, output.read_text()
+        time.sleep(0.01)
+
+
+KILLS = [("in an evaluation", 1), ("within the best", 1), ("within last", 1), ("before last", 1),
+         ("after last", 1), ("in a step", 2), ("before the predecessor", 1), ("after last", 1),
+         ("in a backward pass", 1), ("after the predecessor", 1), ("in an evaluation", 1),
+         ("after the best", 1), ("within a csv", 2), ("in a picture", 1), ("in a step", 6),
+         ("within last", 3), ("between the csv", 1), ("in the last evaluation", 1),
+         ("before last", 1), ("after last", 1), ("after the end", 1)]
+
+
+def test_a_run_killed_at_every_kind_of_moment_ends_as_the_unbroken_one(
+        broken, folder, unbroken, killed, capsys):
+    extra = ["--grad_measure", "--scheduler", "plateau", "--plateau_patience", "1"]
+    whole = unbroken(*extra)
+    rates = {row["next_lr"] for row in load(whole / LAST)["train_rows"]}
+    assert len(rates) > 1  # the plateau had its say
+    for i, (moment, count) in enumerate(KILLS):
+        killed([*broken, *extra, *["--resume"] * (i > 0)], moment, count)
+        for name in (LAST, PREVIOUS, BEST):
+            assert not (folder / name).exists() or load(folder / name)
+    assert load(folder / LAST)["epoch"] == EPOCHS
+    main.main([*broken, *extra, "--resume"])
+    assert f"the run has {EPOCHS} epochs already" in capsys.readouterr().out
+    assert_same_run(whole, folder)
+
+
+def test_a_run_killed_ten_times_at_random_times_ends_as_the_unbroken_one(
+        broken, folder, unbroken, start):
+    whole = unbroken()
+    generator = random.Random()
+    places = []
+    for i in range(10):
+        process, output = start([*broken, *["--resume"] * folder.exists()])
+        wait_for(output, "weights ")  # it has begun
+        process.join(generator.uniform(0, 0.25))
+        process.kill()
+        process.join()
+        if (folder / LAST).exists():
+            places.append((load(folder / LAST)["epoch"], load(folder / LAST)["iteration"]))
+    assert places == sorted(places)
+    main.main([*broken, "--resume"])
+    assert_same_run(whole, folder)
+
+
+@pytest.mark.parametrize("extra,kills", [
+    (("--trainer", "CascadedEmbeddings", "--checkpoint_every", "1"),
+     [("in a step", 8), ("after last", 2)]),
+    (("--trainer", "DeepAdversarialMetricLearning", "--metric_alone_epochs", "1",
+      "--g_alone_epochs", "1", "--grad_measure"),
+     [("in a backward pass", 4), ("in a backward pass", 3), ("in a backward pass", 5)]),
+    (("--trainer", "TwoStreamMetricLoss", "--loss", "triplet"), [("in a backward pass", 7)]),
+    (("--loss", "lifted", "--samples_per_class", "2", "--batchnorm", "trained"),
+     [("in a step", 4), ("in the last evaluation", 1)]),
+    (("--patience", "1", "--n_epochs", "9", "--scheduler", "exp", "--gamma", "0.5"),
+     [("in an evaluation", 2), ("in an evaluation", 1)]),
+])
+def test_what_has_a_state_goes_on_with_it(extra, kills, broken, folder, unbroken, killed):
+    whole = unbroken(*extra)
+    for i, (moment, count) in enumerate(kills):
+        killed([*broken, *extra, *["--resume"] * (i > 0)], moment, count)
+    main.main([*broken, *extra, "--resume"])
+    assert_same_run(whole, folder)
+
+
+def test_loading_processes_change_nothing_however_often_a_run_is_killed(
+        broken, folder, unbroken, killed):
+    whole = unbroken()
+    killed([*broken, "--kernels", "2"], "in a backward pass", 4)
+    state = load(folder / LAST)
+    assert (state["epoch"], state["iteration"]) == (0, 3)  # --checkpoint_every
+    killed([*broken, "--kernels", "0", "--resume"], "in a backward pass", 3)
+    state = load(folder / LAST)
+    assert (state["epoch"], state["iteration"]) == (1, 0)
+    killed([*broken, "--kernels", "2", "--resume"], "in an evaluation", 1)
+    killed([*broken, "--kernels", "1", "--resume"], "in the last evaluation", 1)
+    main.main([*broken, "--kernels", "0", "--resume"])
+    assert_same_run(whole, folder)
+
+
+# ---- signals
+
+
+def test_sigterm_and_ctrl_c_end_a_program_with_a_message_and_nothing_is_lost(
+        options, tmp_path, unbroken):
+    programs = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        programs[number] = subprocess.Popen(
+            [sys.executable, "main.py", *options, "--save_path", tmp_path, "--savename",
+             number.name], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for number, program in programs.items():
+        assert any(line.startswith("untrained") for line in program.stdout)
+        program.send_signal(number)
+    for number, program in programs.items():
+        _, message = program.communicate(timeout=60)
+        assert program.returncode == 128 + number
+        assert message == (
+            f"main.py: stopped by {number.name}. The same command with --savename {number.name} "
+            "--resume goes on from the last checkpoint\n")
+        stopped = tmp_path / "folder" / number.name
+        assert load(stopped / LAST)["epoch"] < EPOCHS
+        main.main([*options, "--save_path", str(tmp_path), "--savename", number.name, "--resume"])
+        assert_same_run(unbroken(), stopped)
+
+
+@pytest.mark.parametrize("moment,count,signals,place", [
+    ("in a backward pass", 2, [signal.SIGTERM], (0, 2)),  # the second iteration is finished
+    ("in a backward pass", 3, [signal.SIGINT] * 2, (0, 0)),  # twice: at once
+    ("in an evaluation", 2, [signal.SIGTERM], (0, 4)),  # at once, since all is saved
+    ("within last", 3, [signal.SIGTERM], (0, 4)),
+    ("in the last evaluation", 1, [signal.SIGTERM], (2, 4)),
+])
+def test_a_signal_ends_a_run_where_nothing_is_lost(moment, count, signals, place, broken, folder,
+                                                   unbroken, start):
+    process, output = start(broken, moment, count, signals)
+    process.join(60)
+    assert process.exitcode == 128 + signals[-1], output.read_text()
+    assert output.read_text().endswith("--resume goes on from the last checkpoint\n")
+    state = load(folder / LAST)
+    assert (state["epoch"], state["iteration"]) == place
+    assert not [name for name in os.listdir(folder) if ".tmp" in name]
+    main.main([*broken, "--resume"])
+    assert_same_run(unbroken(), folder)
+
+
+def test_a_signal_to_the_loading_processes_too_is_no_other(broken, folder, unbroken, start):
+    """As from a job scheduler, timeout, or a terminal."""
+    for i, number in enumerate((signal.SIGTERM, signal.SIGINT)):
+        process, output = start([*broken, "--kernels", "2", *["--resume"] * i], "in a step", 2,
+                                [])
+        wait_for(output, "hangs")
+        os.killpg(process.pid, number)
+        process.join(60)
+        assert process.exitcode == 128 + number, output.read_text()
+        assert "Traceback" not in output.read_text()
+    main.main([*broken, "--kernels", "2", "--resume"])
+    assert_same_run(unbroken(), folder)
+
+
+# ---- damaged checkpoints
+
+
+class Evil:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.path}'",)
+
+
+@pytest.fixture
+def stopped(broken, folder, killed):
+    """The options that resume a run that was killed in its second epoch."""
+    killed(broken, "in a backward pass", 6)
+    return [*broken, "--resume"]
+
+
+def damages(content, marker):
+    """Contents of a file that is no whole checkpoint, by name."""
+    evil = io.BytesIO()
+    torch.save({"epoch": Evil(marker)}, evil)
+    foreign = io.BytesIO()
+    torch.save({"epoch": 1, "models": {}}, foreign)
+    middle = len(content) // 2
+    return {"half": content[:middle], "all but the end": content[:-100], "empty": b"",
+            "text": b"not a checkpoint", "pickle": pickle.dumps({"epoch": 1}),
+            "evil pickle": pickle.dumps(Evil(marker)), "evil": evil.getvalue(),
+            "foreign": foreign.getvalue(),
+            "flipped": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]}
+
+
+def test_a_damaged_last_checkpoint_gives_way_to_its_predecessor(stopped, folder, unbroken,
+                                                                tmp_path, capsys):
+    """What the file holds is not run; the predecessor is safe until there is a whole one."""
+    marker = tmp_path / "marker"
+    contents = damages((folder / LAST).read_bytes(), marker)
+    shutil.copytree(folder, tmp_path / "kept")
+    for content in [*contents.values(), None]:
+        shutil.rmtree(folder)
+        shutil.copytree(tmp_path / "kept", folder)
+        if content is None:
+            (folder / LAST).unlink()
+        else:
+            (folder / LAST).write_bytes(content)
+        state = auxiliaries.load_last_checkpoint(str(folder / LAST), main.Run.STATE_KEYS)
+        assert_same(load(tmp_path / "kept" / PREVIOUS), state)
+        said = capsys.readouterr().out
+        assert LAST in said and f"going on from the one before, {folder / PREVIOUS}" in said
+    assert not marker.exists()
+    (folder / LAST).write_bytes(contents["half"])
+    main.main(stopped)
+    assert "going on from the one before" in capsys.readouterr().out
+    damaged = folder / "last_damaged.pth.tar"
+    assert damaged.read_bytes() == contents["half"]
+    assert_same_run(unbroken(), folder, but=[damaged.name])
+
+
+@pytest.mark.parametrize("moment", ["after the predecessor", "before last"])
+def test_a_damaged_checkpoint_never_becomes_the_predecessor(moment, stopped, folder, unbroken,
+                                                            killed, start):
+    (folder / LAST).write_bytes((folder / LAST).read_bytes()[:1000])
+    process, output = start(stopped, moment, 1)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL, output.read_text()
+    killed(stopped, "in a backward pass", 2)
+    main.main(stopped)
+    assert_same_run(unbroken(), folder, but=["last_damaged.pth.tar"])
+
+
+def test_two_damaged_checkpoints_are_an_error(stopped, folder, tmp_path, capsys):
+    marker = tmp_path / "marker"
+    contents = damages((folder / LAST).read_bytes(), marker)
+    for content, name in itertools.product(contents.values(), (LAST, PREVIOUS)):
+        (folder / LAST).write_bytes(content)
+        (folder / PREVIOUS).write_bytes(contents["half" if name == LAST else "evil"])
+        with pytest.raises(ValueError, match="is damaged, or not one|not one of this program"):
+            auxiliaries.load_last_checkpoint(str(folder / LAST), main.Run.STATE_KEYS)
+    (folder / LAST).write_bytes(contents["evil"])
+    message = error_of(stopped, capsys)
+    assert "pth.tar is damaged, or not one of this program" in message
+    assert len(message.splitlines()) == 1 and not marker.exists()
+
+
+def test_a_checkpoint_with_nonsense_in_it_is_refused(stopped, folder, capsys):
+    state = load(folder / LAST)
+    (folder / PREVIOUS).unlink()
+    numbers = {"cpu": torch.zeros(3), "cuda": [], "numpy": [], "python": []}
+    for change in ({"options": []}, {"options": {}}, {"under_way": {}}, {"place": None},
+                   {"under_way": {"loss_sums": 1}}, {"random_state": {}}, {"epoch": "x"},
+                   {"random_state": numbers}, {"nonfinite_steps": 1}, {"models": []},
+                   {"optimizers": {}}, {"data": None}):
+        torch.save({**state, **change}, folder / LAST)
+        assert "--resume" in error_of(stopped, capsys), change
+        assert_same({**state, **change}, load(folder / LAST))
+
+
+# ---- full disks
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """A disk on which files of the pattern disk.full cannot be opened, or not be written."""
+    class Disk:
+        full, how, failed = None, "open", []
+
+        def breaks(self, path):
+            if self.full and re.search(self.full, str(path)):
+                self.failed.append(os.path.basename(path))
+                raise OSError(28, "No space left on device")
+
+        def open(self, path, mode="r", *args, **named_args):
+            if self.how == "open" and mode[0] in "wa":
+                self.breaks(path)
+            file = open(path, mode, *args, **named_args)
+            self.names[file.fileno()] = path
+            return file
+
+        def fsync(self, number):
+            self.breaks(self.names.get(number, ""))
+            real(number)
+
+    real, disk = os.fsync, Disk()
+    disk.names, disk.failed = {}, []
+    monkeypatch.setattr(auxiliaries, "open", disk.open, raising=False)
+    monkeypatch.setattr(main, "open", disk.open, raising=False)
+    monkeypatch.setattr(os, "fsync", disk.fsync)
+    return disk
+
+
+def fill_disk_after(epoch, disk, pattern, monkeypatch, empty_after=99):
+    original = trainers.BaseTrainer.training_step
+
+    def training_step(trainer):
+        disk.full = pattern if epoch < trainer.epoch <= empty_after else None
+        original(trainer)
+
+    monkeypatch.setattr(trainers.BaseTrainer, "training_step", training_step)
+
+
+def assert_whole(folder):
+    """Each file can be read to its end, and nothing is left half written."""
+    for path in folder.iterdir():
+        assert ".tmp" not in path.name
+        if path.name.endswith(".pth.tar"):
+            assert load(path)
+        elif path.suffix == ".pkl":
+            pickle.loads(path.read_bytes())
+        elif path.suffix == ".png":
+            Image.open(path).load()
+        elif path.suffix in (".csv", ".svg"):
+            assert path.read_text().endswith(("\n", "</svg>"))
+
+
+@pytest.mark.parametrize("how,pattern", [
+    ("fsync", r"last\.pth"), ("fsync", r"checkpoint\.pth"), ("open", r"log_val"), ("open", ".")])
+def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_space(
+        how, pattern, broken, folder, unbroken, disk, monkeypatch, capsys):
+    extra = ["--grad_measure"]
+    whole = unbroken(*extra)
+    disk.how = how
+    with monkeypatch.context() as patch:
+        fill_disk_after(1, disk, pattern, patch)
+        message = error_of([*broken, *extra], capsys)
+    assert "No space left on device" in message and "--on_save_error continue" in message
+    assert len(message.splitlines()) == 1 and re.search(pattern, message)
+    assert_whole(folder)
+    assert not os.path.samefile(folder / LAST, folder / PREVIOUS)
+    disk.full = None
+    main.main([*broken, *extra, "--resume"])
+    assert_same_run(whole, folder)
+
+
+def test_a_run_goes_on_over_a_full_disk_where_it_may(broken, folder, unbroken, disk, monkeypatch,
+                                                     capsys):
+    whole = unbroken()
+    at_full = []
+    original = main.Run.report
+
+    def report(run, trainer, seconds):
+        if trainer.epoch == 2:
+            assert_whole(folder)
+            at_full.append(load(folder / LAST)["epoch"])
+        original(run, trainer, seconds)
+
+    monkeypatch.setattr(main.Run, "report", report)
+    fill_disk_after(1, disk, ".", monkeypatch, empty_after=2)
+    main.main([*broken, "--on_save_error", "continue"])
+    said = capsys.readouterr().out
+    assert at_full == [1] and "epoch 3/3" in said
+    warnings = [line for line in said.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) >= 3 and all("No space left" in line for line in warnings)
+    assert {LAST, "log_train_Base.csv"} <= {name.split(".tmp")[0] for name in disk.failed}
+    if load(whole / BEST)["epoch"] != 2:  # that one could not be kept
+        assert_same_run(whole, folder)
+
+
+# ---- losses that are not finite
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """The images of each training batch that is read in this process."""
+    read = []
+    original = datasets.ImageDataset.__getitems__
+
+    def getitems(dataset, indices):
+        if dataset.seed is not None:  # the training set
+            read.append([dataset.images[i] for i in indices])
+        return original(dataset, indices)
+
+    monkeypatch.setattr(datasets.ImageDataset, "__getitems__", getitems)
+    return read
+
+
+@pytest.fixture
+def nonfinite(monkeypatch):
+    """Makes the losses of four places NaN."""
+    monkeypatch.setattr(trainers.BaseTrainer, "weighted_sum", trainers.BaseTrainer.weighted_sum)
+    make_nonfinite(NONFINITE)
+    return NONFINITE
+
+
+NONFINITE = [(1, 2), (2, 0), (2, 3), (3, 1)]
+
+
+def entry(epoch, iteration, names, what):
+    where = f"epoch {epoch}, iteration {iteration + 1}"
+    return "\n  ".join([f"{where}: the loss is not finite, {what}; images:", *names]) + "\n"
+
+
+def expected_report(batches, last=None):
+    """nonfinite.txt as it must be, from the batches of a run that was never broken off."""
+    return "".join(entry(epoch, iteration, batches[(epoch - 1) * ITERATIONS + iteration],
+                         "the run ends" if (epoch, iteration) == last else "step left out")
+                   for epoch, iteration in NONFINITE[:NONFINITE.index(last) + 1 if last else None])
+
+
+def test_the_first_loss_that_is_not_finite_ends_a_run_with_its_images(
+        broken, folder, batches, nonfinite, capsys):
+    message = error_of(broken, capsys)
+    assert "nan" in message and "epoch 1, iteration 3" in message
+    assert (folder / "nonfinite.txt").read_text() == expected_report(batches, (1, 2))
+    state = load(folder / LAST)
+    assert (state["epoch"], state["iteration"]) == (0, 0)
+    assert_whole(folder)
+
+
+def test_losses_that_are_not_finite_are_left_out_up_to_a_number(
+        broken, folder, batches, nonfinite, killed, tmp_path, capsys):
+    """The number counts over kills and resumptions, and the report lists each step once."""
+    whole = Path(main.main([*broken, "--savename", "whole", "--skip_nonfinite", "4"]))
+    report = (whole / "nonfinite.txt").read_text()
+    assert report == expected_report(batches)
+    state = load(whole / LAST)
+    assert state["nonfinite_steps"] == [list(place) for place in NONFINITE]
+    assert all(torch.isfinite(value).all() for model in state["models"].values()
+               for value in model.values())
+
+    skipping = [*broken, "--skip_nonfinite", "3"]
+    # Behind (2, 0), of which the last checkpoint is unaware:
+    killed(skipping, "in a backward pass", 4, nonfinite=NONFINITE)
+    assert len(load(folder / LAST)["nonfinite_steps"]) == 1
+    killed([*skipping, "--resume"], "in an evaluation", 1,
+           nonfinite=NONFINITE)
+    message = error_of([*skipping, "--resume"], capsys)
+    assert "epoch 3, iteration 2" in message
+    assert (folder / "nonfinite.txt").read_text() == expected_report(batches[:12], (3, 1))
+    main.main([*broken, "--skip_nonfinite", "4", "--resume"])
+    assert (folder / "nonfinite.txt").read_text() == report
+    assert_same_run(whole, folder)
+
+
+def test_a_report_that_cannot_be_written_is_a_save_error(broken, folder, nonfinite, disk, capsys):
+    disk.full = "nonfinite"
+    message = error_of([*broken, "--skip_nonfinite", "4"], capsys)
+    assert "No space left" in message and "nonfinite.txt" in message
+    main.main([*broken, "--savename", "on", "--skip_nonfinite", "4", "--on_save_error",
+               "continue"])
+    assert "No space left" in capsys.readouterr().out
+    message = error_of([*broken, "--savename", "ends", "--on_save_error", "continue"], capsys)
+    assert "nan" in message
+
+
+class OnGPU(torch.Tensor):
+    """A tensor that says that it is on a GPU, where losses are looked at now and then."""
+
+    is_cuda = True
+
+
+def test_no_checkpoint_holds_weights_behind_a_loss_that_is_not_finite(
+        broken, folder, batches, nonfinite, monkeypatch, capsys):
+    """On a GPU the loss is looked at every 20 iterations, and before a checkpoint."""
+    original = trainers.BaseTrainer.weighted_sum
+    monkeypatch.setattr(trainers.BaseTrainer, "weighted_sum", lambda trainer, values: original(
+        trainer, values).as_subclass(OnGPU))
+    assert "epoch 1, iteration 3" in error_of([*broken, "--checkpoint_every", "4"], capsys)
+    assert (load(folder / LAST)["epoch"], load(folder / LAST)["iteration"]) == (0, 0)
+    assert (folder / "nonfinite.txt").read_text() == expected_report(batches, (1, 2))
+    message = error_of([*broken, "--resume", "--skip_nonfinite", "1"], capsys)
+    assert "epoch 2, iteration 1" in message
+    assert (folder / "nonfinite.txt").read_text() == expected_report(batches[4:], (2, 0))
+
+
+# ---- one run in a folder
+
+
+@pytest.mark.parametrize("kernels", ["0", "2"])
+def test_a_second_run_in_a_folder_is_refused_while_the_first_lives(kernels, broken, folder, start,
+                                                                   capsys, unbroken):
+    process, output = start([*broken, "--kernels", kernels], "in a step", 2, [])
+    wait_for(output, "hangs")
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    message = error_of([*broken, "--resume"], capsys)
+    assert "another run is writing to" in message and str(folder) in message
+    assert f"process {process.pid} " in message and "--savename" in message
+    assert "exists already" in error_of(broken, capsys)
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    process.kill()
+    process.join()
+    main.main([*broken, "--resume"])  # at once, whether or not its loading processes live
+    assert_same_run(unbroken(), folder)
+
+
+def test_resuming_with_other_options_names_each(stopped, folder, capsys):
+    before = (folder / LAST).read_bytes()
+    message = error_of([*stopped, "--margin", "0.3", "--bs", "16", "--n_epochs", "9"], capsys)
+    assert "--margin (was 0.2, is 0.3)" in message and "--bs (was 8, is 16)" in message
+    assert "n_epochs" not in message and (folder / LAST).read_bytes() == before
+
+
+def test_fp16_needs_a_gpu(broken, tmp_path, capsys):
+    assert "--amp fp16 needs a GPU" in error_of([*broken, "--amp", "fp16"], capsys)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- trainers, without a run
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Numbers; noise is drawn from torch's generator, as augmentations of many users are."""
+
+    def __init__(self, noise=0.):
+        self.noise = noise
+        self.data = torch.arange(20 * 3, dtype=torch.float32).view(20, 3).sin()
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        return self.data[i] + self.noise * torch.randn(3), i % 4
+
+
+def make_trainer(dataset=None, **arguments):
+    torch.manual_seed(3)
+    trunk = torch.nn.Linear(3, 4)
+    optimizer = torch.optim.Adam(trunk.parameters(), 0.01)
+    arguments.setdefault("batch_size", 4)
+    return trainers.MetricLossOnly(
+        models={"trunk": trunk}, optimizers={"trunk_optimizer": optimizer}, data_device="cpu",
+        loss_funcs={"metric_loss": lambda embeddings, labels, _=None: (
+            embeddings.sum(1) - labels).square().mean()},
+        dataset=dataset or Noisy(), lr_schedulers={
+            "trunk_scheduler_by_iteration": torch.optim.lr_scheduler.ExponentialLR(optimizer, .9)},
+        dataloader_num_workers=0, **arguments)
+
+
+class Places:
+    """Hooks that note where the trainer is, and stop it after so many iterations."""
+
+    def __init__(self, stop=None):
+        self.noted, self.epochs, self.stop = [], [], stop
+
+    def between_iterations(self, trainer):
+        self.noted.append((trainer.epoch, trainer.iteration, float(trainer.losses["total_loss"])))
+        return False if len(self.noted) == self.stop else None
+
+    def hooks(self):
+        return {"between_iterations_hook": self.between_iterations,
+                "end_of_epoch_hook": lambda trainer: self.epochs.append(trainer.epoch)}
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 5, 7, 10, 14, 15])
+@pytest.mark.parametrize("length", [None, 3, 5, 8])
+def test_a_trainer_stopped_between_iterations_goes_on_as_if_it_were_not(length, stop):
+    """In itself, and in a new one from its state; passes are of 5 iterations."""
+    def number(epochs):
+        return (length or 5) * epochs
+
+    epochs, unbroken = 3, Places()
+    stop = min(stop, number(epochs))
+    trainer = make_trainer(iterations_per_epoch=length, **unbroken.hooks())
+    trainer.train(1, epochs)
+    assert len(unbroken.noted) == number(epochs) and unbroken.epochs == [1, 2, 3]
+
+    first = Places(stop)
+    broken = make_trainer(iterations_per_epoch=length, **first.hooks())
+    broken.train(1, epochs)
+    assert len(first.noted) == stop
+    buffer = io.BytesIO()
+    auxiliaries.torch.save((broken.state_dict(), auxiliaries.random_state()), buffer)
+    buffer.seek(0)
+    state, random_state = torch.load(buffer, weights_only=True)
+    assert (state["epoch"], state["iteration"]) == ((stop - 1) // (length or 5),
+                                                    (stop - 1) % (length or 5) + 1)
+    broken.train(broken.epochs_done + 1, epochs)
+
+    second = Places()
+    fresh = make_trainer(iterations_per_epoch=length, **second.hooks())
+    with torch.no_grad():
+        fresh.models["trunk"].weight.zero_()
+    fresh.load_state_dict(state)
+    auxiliaries.restore_random_state(random_state)
+    fresh.train(fresh.epoch + 1, epochs)
+    assert first.noted == unbroken.noted and first.epochs == unbroken.epochs
+    assert first.noted[:stop] + second.noted == unbroken.noted
+    assert second.epochs == unbroken.epochs[state["epoch"]:]
+    assert_same(trainer.state_dict(), broken.state_dict())
+    assert_same(trainer.state_dict(), fresh.state_dict())
+
+
+def test_a_trainer_goes_on_with_the_users_random_augmentations():
+    """Batches that are read again to be passed over draw nothing from the generators."""
+    places = []
+    trainer = make_trainer(Noisy(1.), between_iterations_hook=lambda trainer: places.append(
+        (trainer.state_dict(), auxiliaries.random_state())))
+    trainer.train(1, 2)
+    state, random_state = pickle.loads(pickle.dumps(places[2]))
+    for part in (state, random_state):
+        assert part is not None
+    again = make_trainer(Noisy(1.))
+    trainer = make_trainer(Noisy(1.))
+    stopped = Places(3)
+    trainer.between_iterations_hook = stopped.between_iterations
+    trainer.train(1, 2)
+    state = pickle.loads(pickle.dumps((trainer.state_dict(), auxiliaries.random_state())))
+    trainer.between_iterations_hook = lambda trainer: None
+    trainer.train(1, 2)
+    again.load_state_dict(state[0])
+    auxiliaries.restore_random_state(state[1])
+    again.train(1, 2)
+    assert_same(places[-1][0]["models"], again.state_dict()["models"])
+    assert_same(again.state_dict(), trainer.state_dict())
+
+
+def test_a_trainers_skipped_steps_leave_its_weights_alone():
+    weights = []
+    trainer = make_trainer(skip_nonfinite=2, end_of_iteration_hook=lambda trainer: weights.append(
+        trainer.models["trunk"].weight.detach().clone()))
+    trainer.weighted_sum = lambda values: values["metric_loss"] * (
+        float("inf") if trainer.iteration in (1, 3) else 1)
+    trainer.train()
+    assert trainer.nonfinite_steps == [[1, 1], [1, 3]]
+    assert [torch.equal(*weights[i:i + 2]) for i in range(4)] == [True, False, True, False]
+    with pytest.raises(trainers.NonFiniteLoss) as error:
+        trainer.train(2, 2)
+    assert (error.value.epoch, error.value.iteration) == (2, 1)
+
+
+# ---- losses keep nothing beside their state
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_every_loss_has_all_of_its_state_in_its_state_dict(name, options):
+    """The same batches give the same losses and gradients after a trip through a file."""
+    opt = main.parse_options([*options, "--loss", name])
+    made = [losses.loss_select(name, opt, [], num_classes=4)[0].train() for _ in range(2)]
+    torch.manual_seed(1)
+    labels = torch.arange(4).repeat_interleave(opt.samples_per_class)
+    batch = [torch.randn(len(labels), opt.embed_dim) for _ in range(5)]
+    if losses.LOSSES[name][0].unit_norm:
+        batch = [torch.nn.functional.normalize(rows) for rows in batch]
+    for rows in batch[:3]:
+        made[0](rows, labels)
+    made[1].load_state_dict(made[0].state_dict())
+    for rows in batch[3:]:
+        values = []
+        for loss in made:
+            torch.manual_seed(2)
+            values.append(loss(rows, labels).item())
+        assert values[0] == values[1]
