@@ -585,11 +585,12 @@ def compare(folders, path):
              and all(name in result.rows[0] for result in results)]
     if not names:
         raise ValueError("the runs have no metric in common")
-    runs = [os.path.join(*os.path.normpath(folder).split(os.sep)[-2:]) for folder in folders]
-    runs = [f"{i + 1} {run}" if runs.count(run) > 1 else run for i, run in enumerate(runs)]
-    panels = [(name, {run: [(row["epoch"], row[name]) for row in result.rows if name in row]
-                      for run, result in zip(runs, results)}) for name in names]
-    save_plot(path, [f"{len(runs)} runs over their epochs"], panels)
+    numbers = [str(number) for number in range(1, len(folders) + 1)]
+    panels = [(name, {number: [(row["epoch"], row[name]) for row in result.rows if name in row]
+                      for number, result in zip(numbers, results)}) for name in names]
+    runs = [f"{number}  {os.path.join(*os.path.normpath(folder).split(os.sep)[-2:])}"
+            for number, folder in zip(numbers, folders)]
+    save_plot(path, [f"{len(runs)} runs over their epochs", *runs], panels)
     options = dict.fromkeys(name for result in results for name in result.options)
     values = {name: [result.options.get(name, "") for result in results] for name in options}
     return {name: row for name, row in values.items() if len(set(row)) > 1}
@@ -936,11 +937,11 @@ def save_plot(path, title, panels):
 
     title: list of header lines. panels: list of (name, {curve: [(epoch, value), ...]}); values
     that are not finite are left out. Each panel has axes with ticks and a legend with each last
-    value.
+    value; three stand in a row.
     """
     width, height, head = 620, 380, 24 + 20 * len(title)
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width * len(panels)}" '
-             f'height="{height + head}" font-family="Helvetica, Arial, sans-serif" '
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width * min(3, len(panels))}" '
+             f'height="{height * -(-len(panels) // 3) + head}" font-family="Helvetica, Arial, sans-serif" '
              'font-size="13">',
              '<rect width="100%" height="100%" fill="white"/>']
     for i, line in enumerate(title):
@@ -948,7 +949,7 @@ def save_plot(path, title, panels):
         parts.append(f'<text x="20" y="{26 + 20 * i}" font-weight="{weight}">'
                      f'{escape(line)}</text>')
     for i, (name, curves) in enumerate(panels):
-        parts.append(f'<g transform="translate({width * i} {head})">')
+        parts.append(f'<g transform="translate({width * (i % 3)} {height * (i // 3) + head})">')
         parts += panel(name, curves, width, height)
         parts.append("</g>")
     parts.append("</svg>")
