@@ -347,7 +347,7 @@ class Result(typing.NamedTuple):
 
 
 def best_of(metric):
-    """min or max: what the best value of a metric is."""
+    """min or max: what the best value of a metric is, for plots, tables and verdicts alike."""
     return min if metric.endswith(("dist_ratio", "rho", "d_ap")) else max
 
 
@@ -849,10 +849,11 @@ def heed_parent_alone(_):
 class Progress:
     """One line that is rewritten: epoch, iteration, loss, images per second, time left.
 
-    Silent when the output is not a terminal, so logs stay short. update may be called as often as
-    one likes: it prints, and reads the loss from the device, twice a second at most. The rate is
-    that of the training since restart; the time left counts the pauses to come, such as
-    evaluations, one in every epochs_per_pause.
+    Where the output is not a terminal it is a line of its own, once a minute, so logs stay short.
+    update and count may be called as often as one likes: they print, and update reads the loss
+    from the device, twice a second or once a minute at most. The rate is that of the training
+    since restart; the time left counts the pauses to come, such as evaluations, one in every
+    epochs_per_pause.
     """
 
     def __init__(self, num_epochs, images_per_iteration, stream=None, epochs_per_pause=1):
@@ -861,7 +862,7 @@ class Progress:
         self.images_per_iteration = images_per_iteration
         self.stream = stream or sys.stdout
         self.active = self.stream.isatty()
-        self.width = 0
+        self.width, self.text = 0, ""
         self.paused = None
         self.pause_seconds = 0.0
         self.restart()
@@ -881,29 +882,45 @@ class Progress:
         """
         now = time.monotonic()
         self.paused = now if counts else None
+        self.text = text
         self.write(text)
         return now - self.started
+
+    def is_due(self):
+        """Whether it is time to print again; if so, the time counts from here."""
+        now = time.monotonic()
+        due = now - self.printed >= (0.5 if self.active else 60)
+        self.printed = now if due else self.printed
+        return due
+
+    def count(self, done, total):
+        """During a pause: so many of so many images are done."""
+        if self.is_due():
+            self.say(f"{self.text} {done:,} of {total:,}")
 
     def update(self, epoch, iteration, iterations, loss):
         """After iteration (from 0) of so many in this epoch; loss: a number or 0-dim tensor."""
         self.done += 1
-        now = time.monotonic()
-        if not self.active or now - self.printed < 0.5:
+        if not self.is_due():
             return
-        self.printed = now
-        rate = self.done / (now - self.started)
+        rate = self.done / (self.printed - self.started)
         epochs_left = self.num_epochs - epoch + 1
         every = self.epochs_per_pause  # and one after the last epoch
         pauses = (self.num_epochs // every - (epoch - 1) // every
                   + (self.num_epochs % every > 0))
         left = (epochs_left * iterations - iteration - 1) / rate + pauses * self.pause_seconds
-        self.write(f"epoch {epoch}/{self.num_epochs}  iteration {iteration + 1}/{iterations}  "
-                   f"loss {float(loss):.4f}  {rate * self.images_per_iteration:.0f} images/s  "
-                   f"{duration(left)} left")
+        self.say(f"epoch {epoch}/{self.num_epochs}  iteration {iteration + 1}/{iterations}  "
+                 f"loss {float(loss):.4f}  {rate * self.images_per_iteration:.0f} images/s  "
+                 f"{duration(left)} left")
+
+    def say(self, text):
+        """Replaces the line by the text; where there is no terminal, prints it."""
+        self.write(text) if self.active else print(text, file=self.stream, flush=True)
 
     def write(self, text):
-        """Replaces the line by the text; an empty text clears it."""
+        """Replaces the line by what of the text fits on a terminal; an empty text clears it."""
         if self.active:
+            text = text[:shutil.get_terminal_size().columns - 1]
             self.stream.write("\r" + text.ljust(self.width))
             self.stream.write("\r" * (not text))
             self.stream.flush()

@@ -999,12 +999,13 @@ def scores_of_random_gallery(rows, labels, k_vals, seed=0, metrics=DEFAULT_METRI
 
 
 @torch.inference_mode()
-def embed(network, dataset, device, batch_size=112, num_workers=0):
+def embed(network, dataset, device, batch_size=112, num_workers=0, progress=None):
     """The embeddings of a dataset, in its order -> (embeddings [N, D] float32, labels [N] int64).
 
     network: anything that turns images [B, 3, H, W] on the device into embeddings [B, D]; it
     should be in eval mode. Both results are on the device. Of several processes each embeds its
-    share, batch_size images at once, and all have the whole result.
+    share, batch_size images at once, and all have the whole result. progress: callable(images
+    done, of how many), called after each batch.
     """
     share = auxiliaries.share_of(len(dataset))
     loader = torch.utils.data.DataLoader(dataset, batch_size=batch_size, num_workers=num_workers,
@@ -1021,12 +1022,14 @@ def embed(network, dataset, device, batch_size=112, num_workers=0):
         embeddings[start:start + len(rows)] = rows
         labels[start:start + len(rows)] = batch_labels
         start += len(rows)
+        if progress:
+            progress(min(start * auxiliaries.num_ranks(), len(dataset)), len(dataset))
     return tuple(auxiliaries.gather_shares(part, len(dataset))
                  for part in (embeddings, labels.to(device)))
 
 
 def evaluate_sets(network, sets, device, k_vals=(1, 2, 4, 8), batch_size=112, num_workers=0,
-                  vehicle_protocol="all_vs_all", **scoring):
+                  vehicle_protocol="all_vs_all", progress=None, **scoring):
     """Embeds each set and scores it -> (metrics, [(queries, gallery or None), ...]).
 
     sets: tuples (name, queries, gallery) as datasets.EvaluationSet: a dataset of queries, and the
@@ -1035,14 +1038,15 @@ def evaluate_sets(network, sets, device, k_vals=(1, 2, 4, 8), batch_size=112, nu
     Labels of one set's datasets are of one numbering. Each dataset is embedded once. metrics: one
     dict, its keys preceded by the set's name where it has one. The second result holds the sets'
     embeddings, [Q, D] and [G, D]. vehicle_protocol "random_gallery": the rank metrics of sets
-    without a gallery are those of random_gallery. scoring: seed, metrics, nmi_average, memory for
-    evaluate_embeddings.
+    without a gallery are those of random_gallery. progress: as in embed. scoring: seed, metrics,
+    nmi_average, memory for evaluate_embeddings.
     """
     rows, metrics, embedded, sets = {}, {}, [], list(sets)
 
     def embed_once(dataset):
         if id(dataset) not in rows:
-            rows[id(dataset)] = embed(network, dataset, device, batch_size, num_workers)
+            rows[id(dataset)] = embed(network, dataset, device, batch_size, num_workers,
+                                      progress)
         return rows[id(dataset)]
 
     for name, queries, gallery in sets:

@@ -413,7 +413,8 @@ class Run:
         metrics, self.embedded = evaluate.evaluate_sets(
             trainer.compute_embeddings, self.evaluation_sets, self.device, opt.k_vals,
             -(-opt.eval_bs // auxiliaries.num_ranks()), opt.kernels, opt.vehicle_protocol,
-            seed=opt.seed, metrics=chosen, nmi_average=opt.nmi_average, memory=memory)
+            progress=self.progress.count, seed=opt.seed, metrics=chosen,
+            nmi_average=opt.nmi_average, memory=memory)
         return metrics
 
     def after_iteration(self, trainer):
@@ -511,7 +512,8 @@ class Run:
         if not trainer.epoch:
             print(f"untrained{shown}", flush=True)
             return
-        images = self.progress.done * trainer.batch_size
+        rate = (f", {self.progress.done * trainer.batch_size / seconds:.0f} images/s"
+                if seconds else "")  # a coarse clock may stand still
         skipped = f", {trainer.skipped_steps} steps skipped" if trainer.skipped_steps else ""
         trained = self.train_rows[-1]
         seen = ", ".join(f"{name}{suffix} {trained[name + suffix]:.3f}"
@@ -519,8 +521,7 @@ class Run:
                          if name + suffix in trained and name != "length")
         print(f"epoch {trainer.epoch}/{self.opt.n_epochs}  loss {trained['total_loss']:.4f}"
               f"{f' ({seen})' * bool(seen)}{shown}  "
-              f"{auxiliaries.duration(seconds)}, {images / seconds:.0f} images/s{skipped}",
-              flush=True)
+              f"{auxiliaries.duration(seconds)}{rate}{skipped}", flush=True)
         for suffix in self.diagnoses:
             row = {name.removesuffix(suffix): value for name, value in trained.items()}
             if trainers.Diagnosis.has_collapsed(row):

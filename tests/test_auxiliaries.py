@@ -360,15 +360,35 @@ def clock(monkeypatch):
     return clock
 
 
-def test_progress_is_silent_where_there_is_no_terminal(clock):
-    stream = Stream(terminal=False)
-    progress = auxiliaries.Progress(2, 10, stream)
-    for iteration in range(5):
+def test_progress_is_a_plain_line_a_minute_where_there_is_no_terminal(clock):
+    progress = auxiliaries.Progress(2, 10, stream := Stream(terminal=False))
+    for iteration in range(50):
         clock.now += 10
-        progress.update(1, iteration, 5, 0.5)
-    progress.write("evaluating")
+        progress.update(1, iteration, 50, 0.5)
+    progress.pause("epoch 1: evaluating")
+    for done in range(0, 60502, 4096):
+        clock.now += 25
+        progress.count(done, 60502)
     progress.write("")
-    assert stream.getvalue() == ""
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "epoch 1/2  iteration 6/50  loss 0.5000  1 images/s  15m 40s left"
+    assert len([line for line in lines if "iteration" in line]) == 8  # in 500 seconds
+    assert lines[8:11] == [f"epoch 1: evaluating {done} of 60,502"
+                           for done in ("4,096", "16,384", "28,672")]
+    assert "\r" not in stream.getvalue()
+
+
+def test_the_progress_line_is_cut_to_the_width_of_the_terminal(clock, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    progress = auxiliaries.Progress(2, 10, stream := Stream(terminal=True))
+    clock.now += 1
+    progress.update(1, 0, 5, 0.5)
+    progress.pause("epoch 1: evaluating")
+    clock.now += 1
+    progress.count(12288, 60502)
+    assert stream.getvalue().split("\r")[1:] == [
+        "epoch 1/2  iteration 1/5  los", "epoch 1: evaluating".ljust(29),
+        "epoch 1: evaluating 12,288 of"]
 
 
 def test_progress_says_rate_and_time_left(clock):
