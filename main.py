@@ -636,9 +636,9 @@ class Run:
                 if curve and not name.startswith("length")}
         if len(losses_shown) == 2:
             losses_shown.pop("metric_loss", None)  # alone, it is the total loss
-        best = {name: (min if name.endswith("dist_ratio") else max)(
-            row[name] for row in val_rows[1:] or val_rows if name in row) for name in metrics
-            if any(name in row for row in val_rows[1:] or val_rows)}
+        result = auxiliaries.Result(self.folder, vars(self.opt), val_rows)
+        best = {name: result.best(name) for name in metrics
+                if any(name in row for row in val_rows[1:] or val_rows)}
         title = [f"{self.opt.dataset}, {self.opt.arch}, {self.opt.loss} / {self.opt.sampling}: "
                  f"{self.summary()}",
                  "best of each metric over the epochs: "

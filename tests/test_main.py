@@ -324,6 +324,26 @@ def test_a_collapse_is_said(small, capsys, monkeypatch):
     assert "warning: the embeddings have collapsed: their spread std is" in capsys.readouterr().out
 
 
+def test_a_clock_that_stands_still_ends_no_run(small, capsys, monkeypatch):
+    still = {**vars(auxiliaries.time), "monotonic": lambda: 5.0}
+    monkeypatch.setattr(auxiliaries, "time", types.SimpleNamespace(**still))
+    main.main(small)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "epoch 1/1" in line)
+    assert line.endswith("  0s")
+
+
+def test_the_plot_names_the_best_of_each_metric_as_the_table_does(small):
+    folder = main.main([*small, "--n_epochs", "3", "--metrics", "all"])
+    title = [text.text for text in ElementTree.parse(Path(folder) / "InfoPlot_Base.svg").iter()
+             if text.text and text.text.startswith("best of each metric")][0]
+    named = dict(part.rsplit(" ", 1) for part in title.split(": ")[1].split(", "))
+    measured = rows(folder, "log_val_Base.csv")[1:]
+    assert list(named) == [name for name in measured[0] if name != "epoch"]
+    for name, value in named.items():
+        best = min if name in ("dist_ratio", "rho", "d_ap") else max
+        assert value == f"{best(float(row[name]) for row in measured):.4f}", name
+
+
 def test_the_phases_of_adversarial_training_in_the_files(small):
     """Each phase logs its own losses: the columns are all of them, an absent one is empty."""
     folder = main.main([*small, "--trainer", "DeepAdversarialMetricLearning", "--n_epochs", "3",
