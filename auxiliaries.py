@@ -7,6 +7,7 @@ is a writer here that goes through written_whole.
 """
 
 import argparse
+import colorsys
 import contextlib
 import csv
 import datetime
@@ -957,14 +958,7 @@ def save_plot(path, title, panels):
     value; three stand in a row.
     """
     width, height, head = 620, 380, 24 + 20 * len(title)
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width * min(3, len(panels))}" '
-             f'height="{height * -(-len(panels) // 3) + head}" font-family="Helvetica, Arial, sans-serif" '
-             'font-size="13">',
-             '<rect width="100%" height="100%" fill="white"/>']
-    for i, line in enumerate(title):
-        weight = "bold" if i == 0 else "normal"
-        parts.append(f'<text x="20" y="{26 + 20 * i}" font-weight="{weight}">'
-                     f'{escape(line)}</text>')
+    parts = opening(width * min(3, len(panels)), height * -(-len(panels) // 3) + head, title)
     for i, (name, curves) in enumerate(panels):
         parts.append(f'<g transform="translate({width * (i % 3)} {height * (i // 3) + head})">')
         parts += panel(name, curves, width, height)
@@ -972,6 +966,15 @@ def save_plot(path, title, panels):
     parts.append("</svg>")
     with written_whole(path, "w") as file:
         file.write("\n".join(parts) + "\n")
+
+
+def opening(width, height, title):
+    """The first SVG elements of a picture of so many pixels, with its header lines."""
+    return [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+            'font-family="Helvetica, Arial, sans-serif" font-size="13">',
+            '<rect width="100%" height="100%" fill="white"/>',
+            *(f'<text x="20" y="{26 + 20 * i}" font-weight="{"normal" if i else "bold"}">'
+              f'{escape(line)}</text>' for i, line in enumerate(title))]
 
 
 def panel(name, curves, width, height):
@@ -1002,6 +1005,8 @@ def panel(name, curves, width, height):
     parts.append(f'<path d="M{left} {top} V{bottom} H{right}" stroke="black" fill="none"/>')
     parts.append(f'<text x="{(left + right) / 2}" y="{bottom + 38}" text-anchor="middle">'
                  'epoch</text>')
+    if any(curves.values()):
+        parts.append(f'<text x="{right + 12}" y="{top - 10}">last epoch:</text>')
     for i, (label, curve) in enumerate(curves.items()):
         colour = COLOURS[i % len(COLOURS)]
         line = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in curve)
@@ -1019,8 +1024,8 @@ def panel(name, curves, width, height):
 def save_scatter(path, title, points, names, size=760):
     """Draws points [N, 2], coloured by their names, as an SVG that a browser opens.
 
-    names: a string for each point. Up to 24 names stand in a legend; a browser shows the name of
-    the point under the mouse. The axes have one scale and no numbers.
+    title: list of header lines. names: a string for each point. Up to 20 names stand in a legend;
+    a browser shows the name of the point under the mouse. The axes have one scale and no numbers.
     """
     points = np.asarray(points, dtype=float)
     low, high = points.min(0), points.max(0)
@@ -1029,19 +1034,14 @@ def save_scatter(path, title, points, names, size=760):
     groups = {}
     for name, (x, y) in zip(names, places):
         groups.setdefault(name, []).append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2"/>')
-    with_legend = len(groups) <= 24
-    head = 34
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{size + 220 * with_legend}" '
-             f'height="{size + head}" font-family="Helvetica, Arial, sans-serif" font-size="13">',
-             '<rect width="100%" height="100%" fill="white"/>',
-             f'<text x="20" y="22" font-weight="bold">{escape(title)}</text>',
+    with_legend = len(groups) <= 20
+    head = 14 + 20 * len(title)
+    parts = [*opening(size + 220 * with_legend, size + head, title),
              f'<g transform="translate(0 {head})" fill-opacity="0.75">',
              f'<rect x="8" y="0" width="{size - 16}" height="{size - 8}" fill="none" '
              'stroke="#cccccc"/>']
     for i, (name, circles) in enumerate(sorted(groups.items())):
-        # Steps of the golden angle keep neighbouring names apart in hue.
-        colour = (COLOURS[i] if len(groups) <= len(COLOURS) else
-                  f"hsl({i * 137.508 % 360:.0f}, {85 - i % 3 * 20}%, {35 + i % 4 * 9}%)")
+        colour = COLOURS[i] if len(groups) <= len(COLOURS) else colour_of(i)
         parts += [f'<g fill="{colour}"><title>{escape(name)}</title>', *circles, "</g>"]
         if with_legend:
             parts += [f'<circle cx="{size + 16}" cy="{24 + 22 * i}" r="5" fill="{colour}"/>',
@@ -1051,9 +1051,22 @@ def save_scatter(path, title, points, names, size=760):
         file.write("\n".join(parts) + "\n")
 
 
+def colour_of(i):
+    """The i-th of any number of colours, as #rrggbb, the form that every SVG viewer knows."""
+    # Steps of the golden angle keep neighbouring numbers apart in hue.
+    colour = colorsys.hls_to_rgb(i * 137.508 / 360 % 1, 0.35 + i % 4 * 0.09, 0.85 - i % 3 * 0.2)
+    return "#" + "".join(f"{round(255 * part):02x}" for part in colour)
+
+
 def ticks(low, high, whole=False, count=6):
-    """Round numbers that enclose [low, high], about `count` of them, evenly spaced."""
-    span = max(high - low, 1 if whole else 1e-6 * max(1, abs(low), abs(high)))
+    """Round numbers that enclose [low, high], about `count` of them, evenly spaced.
+
+    Where low and high are nearly one, they enclose the numbers around it.
+    """
+    most = max(abs(low), abs(high))
+    if not whole and high - low <= 1e-4 * most:  # nearer than labels of six digits tell apart
+        low, high = low - (most / 20 or 0.5), high + (most / 20 or 0.5)
+    span = max(high - low, 1) if whole else high - low
     step = 10 ** np.floor(np.log10(span / count))
     step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= count)
     step = max(1, step) if whole else step
@@ -1061,7 +1074,7 @@ def ticks(low, high, whole=False, count=6):
     return [round(float(i * step), 12) for i in np.arange(first, max(last, first + 1) + 1)]
 
 
-def save_image_grid(path, rows, size=112):
+def save_image_grid(path, rows, size=112, title=""):
     """Writes rows of (PIL image, role) as a PNG; role "query", "hit" or "miss" sets the frame.
 
     Queries stand on the left, framed red; hits are framed green; misses grey, with a cross.
@@ -1073,7 +1086,7 @@ def save_image_grid(path, rows, size=112):
                      "white")
     draw = ImageDraw.Draw(grid)
     draw.text((gap, 4),
-              "query (red)   neighbours: same class (green), other class (grey, crossed)",
+              f"{title}   query (red)   neighbours: same class (green), other (grey, crossed)",
               fill="black", font=ImageFont.load_default(13))
     for i, row in enumerate(rows):
         for j, (image, role) in enumerate(row):

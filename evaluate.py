@@ -1074,12 +1074,12 @@ def evaluate_sets(network, sets, device, k_vals=(1, 2, 4, 8), batch_size=112, nu
 
 
 def draw_recoveries(path, queries, gallery, query_rows, gallery_rows, seed=0, rows=10,
-                    neighbours=5):
+                    neighbours=5, title=""):
     """Writes a picture of some queries and their nearest neighbours to a PNG file.
 
     queries, gallery: ImageDataset (gallery None: the queries themselves); query_rows [Q, D] and
     gallery_rows [G, D] their embeddings. Queries, drawn at random with the seed, are framed red,
-    neighbours of the same class green, others grey and crossed out.
+    neighbours of the same class green, others grey and crossed out. title: a few words on top.
     """
     others = queries if gallery is None else gallery
     available = len(others) - (gallery is None)
@@ -1096,16 +1096,16 @@ def draw_recoveries(path, queries, gallery, query_rows, gallery_rows, seed=0, ro
                    == others.class_names[others.labels[i]])
             row.append((others.load(i), "hit" if hit else "miss"))
         grid.append(row)
-    auxiliaries.save_image_grid(path, grid)
+    auxiliaries.save_image_grid(path, grid, title=title)
 
 
-def draw_embeddings(path, dataset, embeddings, method="pca", seed=0, most=2000):
+def draw_embeddings(path, dataset, embeddings, method="pca", seed=0, most=2000, title=()):
     """Draws embeddings [N, D] in two dimensions, coloured by class, to an SVG file.
 
     dataset: ImageDataset, whose labels and class names they have. method: "pca", the two
     directions of greatest variance, or "tsne" (van der Maaten and Hinton, JMLR 2008; perplexity
     30), which keeps neighbours together. Of more than `most` embeddings a sample drawn with the
-    seed is shown; t-SNE takes seconds for 2,000.
+    seed is shown; t-SNE takes seconds for 2,000. title: header lines above the one that says this.
     """
     import threadpoolctl  # scikit-learn brings it along
     from sklearn.decomposition import PCA  # here, since they take a second to import
@@ -1128,8 +1128,8 @@ def draw_embeddings(path, dataset, embeddings, method="pca", seed=0, most=2000):
         points, drawn = PCA(2, svd_solver="full").fit_transform(points), "PCA"
     names = [dataset.class_names[dataset.labels[i]] for i in chosen]
     count = f"{len(chosen):,}" + f" of {len(embeddings):,}" * (len(chosen) < len(embeddings))
-    auxiliaries.save_scatter(path, f"{count} test embeddings, {drawn}, coloured by class", points,
-                             names)
+    auxiliaries.save_scatter(
+        path, [*title, f"{count} test embeddings, {drawn}, coloured by class"], points, names)
 
 
 # ---- alone, on saved embeddings

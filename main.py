@@ -589,19 +589,14 @@ class Run:
         if gradients:
             auxiliaries.save_pickle(self.path(f"gradients_{trainer.epoch:04d}.pkl"),
                                     torch.stack(gradients).cpu().numpy())
+        rows = self.validation.rows
         auxiliaries.save_csv(self.path("log_train_Base.csv"), self.train_rows)
-        auxiliaries.save_csv(self.path("log_val_Base.csv"), self.validation.rows)
+        auxiliaries.save_csv(self.path("log_val_Base.csv"), rows)
         self.draw()
-        if self.validation.best()["epoch"] == trainer.epoch:
-            _, queries, gallery = self.evaluation_sets[0]
-            evaluate.draw_recoveries(self.path("sample_recoveries.png"), queries, gallery,
-                                     *self.embedded[0], seed=self.opt.seed)
-            if self.opt.save_embeddings:
-                self.save_embeddings()
-            if self.opt.plot_embeddings:
-                evaluate.draw_embeddings(self.path(f"embeddings_{trainer.epoch:04d}.svg"), queries,
-                                         self.embedded[0][0], self.opt.plot_embeddings,
-                                         self.opt.seed)
+        if self.opt.save_embeddings and self.validation.best()["epoch"] == trainer.epoch:
+            self.save_embeddings()
+        if max(rows, key=self.validation.value)["epoch"] == trainer.epoch:
+            self.draw_evaluation(rows[-1])
         if self.log:
             self.log.after_epoch(trainer)
 
@@ -618,6 +613,20 @@ class Run:
                         metrics=opt.metrics, nmi_average=opt.nmi_average,
                         vehicle_protocol=opt.vehicle_protocol, device=self.device.type,
                         gallery_file="" if sets[1] is None else files[1])
+
+    def draw_evaluation(self, row):
+        """Draws neighbours and embeddings of the evaluation that gave a row of the log.
+
+        Of the best so far: the untrained network's stay where training has not gained on it.
+        """
+        opt, (_, queries, gallery), rows = self.opt, self.evaluation_sets[0], self.embedded[0]
+        epoch, name = row["epoch"], self.validation.name()
+        evaluate.draw_recoveries(self.path("sample_recoveries.png"), queries, gallery, *rows,
+                                 seed=opt.seed, title=f"epoch {epoch}")
+        if opt.plot_embeddings:
+            title = f"{opt.savename}, epoch {epoch}: {name} {row[name]:.4f}"
+            evaluate.draw_embeddings(self.path(f"embeddings_{epoch:04d}.svg"), queries, rows[0],
+                                     opt.plot_embeddings, opt.seed, title=[title])
 
     def draw(self):
         """Writes InfoPlot_Base.svg: losses and metrics over the epochs, the best values on top."""

@@ -2008,7 +2008,7 @@ def test_pca_shows_the_two_directions_of_greatest_spread(scattered, count, dimen
         sign = np.sign((expected * drawn.points[:, axis]).sum())  # a direction has no sign
         np.testing.assert_allclose(drawn.points[:, axis], sign * expected, atol=1e-8)
     assert drawn.names == [f"class {i % 4}" for i in range(count)]
-    assert drawn.title == f"{count} test embeddings, PCA, coloured by class"
+    assert drawn.title == [f"{count} test embeddings, PCA, coloured by class"]
 
 
 def test_tsne_keeps_neighbours_together(scattered):
@@ -2018,7 +2018,7 @@ def test_tsne_keeps_neighbours_together(scattered):
     evaluate.draw_embeddings("unused", dataset, rows[order], "tsne")
     drawn, = scattered
     assert drawn.names == [["cat", "dog", "emu"][label] for label in labels[order]]
-    assert drawn.title == "36 test embeddings, t-SNE, coloured by class"
+    assert drawn.title == ["36 test embeddings, t-SNE, coloured by class"]
     distances = np.linalg.norm(drawn.points[:, None] - drawn.points[None], axis=2)
     np.fill_diagonal(distances, np.inf)
     assert [drawn.names[i] for i in distances.argmin(1)] == drawn.names
@@ -2056,7 +2056,7 @@ def test_of_many_embeddings_a_sample_is_drawn(scattered, count, most, shown, tit
         evaluate.draw_embeddings("unused", dataset, rows, "pca", seed, most)
     first, again, other = scattered
     drawn = "PCA" if shown > 1 else "all in one place"
-    assert first.title == f"{title} test embeddings, {drawn}, coloured by class"
+    assert first.title == [f"{title} test embeddings, {drawn}, coloured by class"]
     numbers = np.array([int(name.split()[1]) for name in first.names])
     assert len(numbers) == len(set(numbers)) == shown and max(numbers) < count
     assert first.names == again.names
@@ -2068,7 +2068,8 @@ def test_of_many_embeddings_a_sample_is_drawn(scattered, count, most, shown, tit
 def test_no_more_than_two_thousand_are_drawn_unless_asked_for(scattered):
     dataset = Numbered([i % 5 for i in range(2001)])
     evaluate.draw_embeddings("unused", dataset, unit_rows(2001, 2))
-    assert scattered[0].title.startswith("2,000 of 2,001 ") and "PCA" in scattered[0].title
+    line, = scattered[0].title
+    assert line.startswith("2,000 of 2,001 ") and "PCA" in line
 
 
 FEW = {"one": unit_rows(1, 3), "two": unit_rows(2, 3), "four": unit_rows(4, 3),

@@ -524,15 +524,37 @@ def test_without_the_package_tensorboard_the_flag_is_an_error(small, monkeypatch
 def test_embeddings_are_drawn_after_each_best_evaluation(small, method):
     folder = main.main([*small, "--n_epochs", "3", "--plot_embeddings", method])
     recalls = [float(row["recall@1"]) for row in rows(folder, "log_val_Base.csv")]
-    expected = [0] + [epoch for epoch in (1, 2, 3)
-                      if all(recalls[epoch] > value for value in recalls[1:epoch])]
+    expected = [epoch for epoch in range(4) if recalls[epoch] > max(recalls[:epoch], default=-1)]
     drawn = sorted(name for name in os.listdir(folder) if name.startswith("embeddings_"))
     assert drawn == [f"embeddings_{epoch:04d}.svg" for epoch in expected]
     picture = ElementTree.parse(Path(folder) / drawn[-1]).getroot()
     space = "{http://www.w3.org/2000/svg}"
+    title = [text.text for text in picture.findall(f"{space}text")]
+    assert title[0] == f"run, epoch {expected[-1]}: recall@1 {recalls[expected[-1]]:.4f}"
+    assert {"pca": "PCA", "tsne": "t-SNE"}[method] in title[1]
     groups = [group for group in picture.iter(f"{space}g")
               if group.find(f"{space}title") is not None]
     assert [len(group.findall(f"{space}circle")) for group in groups] == [6] * 4
+
+
+def test_the_untrained_networks_pictures_stay_where_training_does_not_gain(small, monkeypatch):
+    """The checkpoint is of the best epoch of training all the same."""
+    evaluate_sets, recalls = evaluate.evaluate_sets, iter([0.5, 0.25, 0.5, 0.75, 0.625])
+
+    def scripted(*args, **kwargs):
+        metrics, rows = evaluate_sets(*args, **kwargs)
+        return metrics | {"recall@1": next(recalls)}, rows
+
+    drawn = []
+    monkeypatch.setattr(evaluate, "evaluate_sets", scripted)
+    monkeypatch.setattr(auxiliaries, "save_image_grid",
+                        lambda path, grid, title: drawn.append(title))
+    folder = main.main([*small, "--n_epochs", "2", "--plot_embeddings", "pca"])
+    assert drawn == ["epoch 0"] and state(folder)["epoch"] == 2
+    main.main([*small, "--n_epochs", "4", "--plot_embeddings", "pca", "--resume"])
+    assert drawn == ["epoch 0", "epoch 3"] and state(folder)["epoch"] == 3
+    assert sorted(name for name in os.listdir(folder) if name.startswith("embeddings")) == [
+        "embeddings_0000.svg", "embeddings_0003.svg"]
 
 
 def test_a_hook_that_raises_leaves_the_last_checkpoint_whole(small, monkeypatch):
