@@ -2,8 +2,9 @@
 
 ClassBalancedBatchSampler and ShuffledBatchSampler choose the images of each batch; Sampler chooses
 tuples (anchor, positive, negative) inside a batch of embeddings. Nothing here knows a network, a
-loss or a command line beyond its own flags. A new tuple sampler is one method of Sampler and its
-name in METHODS; a new way to compose batches is a class beside ClassBalancedBatchSampler.
+loss or a command line beyond its own flags. A new tuple sampler is one method of Sampler, its name
+in METHODS and in losses.TRIPLET_SAMPLINGS; a new way to compose batches is a class beside
+ClassBalancedBatchSampler.
 """
 
 import numpy as np
@@ -84,7 +85,7 @@ def draw_columns(weights):
     return columns.masked_fill(total <= 0, -1).squeeze(1)
 
 
-class Sampler:
+class Sampler(torch.nn.Module):
     """Chooses index tuples inside a batch of embeddings; one method per name in METHODS.
 
     method: a name of METHODS. margin: the loss's margin, in the loss's own distance (semihard
@@ -99,6 +100,7 @@ class Sampler:
 
     def __init__(self, method="random", margin=0.2, squared=False, distance_cutoff=None,
                  lower_cutoff=0.5, mining_epsilon=0.1, rho_probability=0.3):
+        super().__init__()
         if method not in METHODS:
             raise ValueError(f"no sampling method {method!r}; --sampling takes "
                              f"{', '.join(METHODS)}")
@@ -127,14 +129,15 @@ class Sampler:
     def give(self, embeddings, labels, padded=False, **parameters):
         """embeddings [B, D], labels [B] -> LongTensor [T, 3] (npair: [T, 1 + 1 + (T - 1)]).
 
-        Each row is (anchor, positive, negative, ...), indices into the batch; an anchor without a
+        Tensors, arrays or lists.         Each row is (anchor, positive, negative, ...), indices into the batch; an anchor without a
         positive or a negative gives no row, so T may be 0. The methods mark such a row with -1.
         Counting the good rows makes the host wait for the device, so the losses ask for
         padded=True: all rows, the -1 ones included. A method may also return a list of tuples.
         parameters go to the method.
         """
-        if embeddings.dtype in (torch.float16, torch.bfloat16):
-            embeddings = embeddings.float()
+        embeddings = torch.as_tensor(embeddings)
+        embeddings = embeddings if embeddings.dtype.itemsize > 2 else embeddings.float()
+        labels = torch.as_tensor(labels, device=embeddings.device)
         with torch.autocast(embeddings.device.type, enabled=False):
             tuples = self.sample(embeddings, labels, **parameters)
         if not torch.is_tensor(tuples):
@@ -146,14 +149,23 @@ class Sampler:
         tuples = tuples[tuples[:, 0] >= 0]
         return tuples[tuples >= 0].view(len(tuples), -1) if len(tuples) else tuples
 
-    def __call__(self, embeddings, labels, others=None, other_labels=None):
+    def forward(self, embeddings, labels, others=None, other_labels=None):
         """Index tensors (anchors, positives, negatives), [T] each: a miner for any trainer.
 
         With others [G, D] and other_labels [G], anchors index the embeddings, positives and
-        negatives the others (not for npair).
+        negatives the others. ValueError for npair, whose tuples are longer.
         """
-        given = {} if others is None else {"others": others, "other_labels": other_labels}
+        if self.method == "npair":
+            raise ValueError("npair is no miner: NPairLoss and AngularLoss draw its tuples "
+                             "themselves; as a miner take another method of samplers.METHODS")
+        given = {} if others is None else {"others": torch.as_tensor(others),
+                                           "other_labels": torch.as_tensor(other_labels)}
         return self.give(embeddings, labels, **given).unbind(1)
+
+    def extra_repr(self):
+        """What repr shows: the method, then the scalars of the methods that have any."""
+        return ", ".join(f"{name}={value!r}" for name, value in vars(self).items()
+                         if name in ("method", "squared", "lower_cutoff", *OPTIONS))
 
     def random(self, embeddings, labels, others=None, other_labels=None):
         """For each anchor a random positive and a random negative -> [B, 3]."""

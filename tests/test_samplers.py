@@ -8,6 +8,7 @@ draw is repeated. The batch samplers are held to their promises on many unbalanc
 import argparse
 import inspect
 import math
+import pickle
 import types
 from collections import Counter
 
@@ -812,6 +813,40 @@ def test_flags_and_constructors_share_their_defaults():
 def test_every_method_is_a_choice_of_the_flag(method):
     assert flags().parse_args(["--sampling", method]).sampling == method
     assert callable(getattr(Sampler, method))
+
+
+@pytest.mark.parametrize("method", samplers.METHODS)
+def test_a_sampler_is_a_module_that_shows_its_method_and_keeps_no_state(method):
+    """So that other libraries' hooks can save it among their miners."""
+    sampler = Sampler(method, mining_epsilon=0.3)
+    assert not sampler.state_dict() and not list(sampler.parameters())
+    sampler.load_state_dict({})
+    assert f"method={method!r}" in repr(sampler) and "mining_epsilon=0.3" in repr(sampler)
+    rows, labels = torch.randn(8, 3), torch.arange(8) % 4
+    torch.manual_seed(0)
+    expected = sampler.give(rows, labels)
+    torch.manual_seed(0)
+    assert torch.equal(pickle.loads(pickle.dumps(sampler)).give(rows, labels), expected)
+
+
+def test_npair_as_a_miner_is_refused():
+    with pytest.raises(ValueError, match="npair is no miner: NPairLoss and AngularLoss"):
+        Sampler("npair")(torch.randn(8, 3), torch.arange(8) % 4)
+
+
+@pytest.mark.parametrize("kind", [list, np.array])
+@pytest.mark.parametrize("method", [m for m in samplers.METHODS if m != "npair"])
+def test_arrays_and_lists_are_taken(method, kind):
+    rows, labels = torch.randn(2, 8, 3), torch.arange(8) % 4
+    given = [kind(part.tolist()) for part in (rows[0], labels, rows[1], labels)]
+    if kind is np.array:
+        given[0], given[2] = given[0].astype(np.float32), given[2].astype(np.float32)
+    for number in (2, 4):
+        torch.manual_seed(0)
+        expected = Sampler(method)(*(rows[0], labels, rows[1], labels)[:number])
+        torch.manual_seed(0)
+        for part, same in zip(Sampler(method)(*given[:number]), expected, strict=True):
+            assert torch.equal(part, same)
 
 
 # ---- the two helpers
