@@ -10,6 +10,7 @@ that most callers want, Validation, Diagnosis and TensorBoardLog, stand at the e
 import copy
 import functools
 import math
+import types
 import warnings
 
 import numpy as np
@@ -195,9 +196,10 @@ class BaseTrainer:
     features and the labels are gathered, so that embedder, miners and losses see the whole batch
     in every process.
 
-    Hooks can read losses (numbers as 0-dimensional tensors, by name and "total_loss"), epoch,
-    iteration (from 0), get_global_iteration() and every argument under its name. Raises ValueError
-    for dictionary keys that are missing or unknown.
+    Hooks can read losses (numbers as 0-dimensional tensors, by name, each times its weight, and
+    "total_loss"), epoch, iteration (from 0), get_global_iteration() and every argument under its
+    name; models without an embedder have the identity as one. Raises ValueError for dictionary
+    keys that are missing or unknown.
     """
 
     model_names = ("trunk", "embedder")
@@ -216,7 +218,11 @@ class BaseTrainer:
                  dataloader_num_workers=2, data_and_label_getter=None, dataset_labels=None,
                  set_min_label_to_zero=False, end_of_iteration_hook=None, end_of_epoch_hook=None,
                  between_iterations_hook=None, grad_scaler=None, skip_nonfinite=0):
-        self.models = models
+        self.check_dicts(models=models, optimizers=optimizers, loss_funcs=loss_funcs,
+                         mining_funcs=mining_funcs, loss_weights=loss_weights,
+                         lr_schedulers=lr_schedulers, gradient_clippers=gradient_clippers)
+        # Without an embedder hooks find the identity, as in that library.
+        self.models = {**models, "embedder": models.get("embedder", torch.nn.Identity())}
         self.optimizers = optimizers
         self.batch_size = batch_size
         self.loss_funcs = loss_funcs
@@ -334,7 +340,8 @@ class BaseTrainer:
             return
         finally:
             self.in_step = False
-        self.losses = {name: loss.detach() for name, loss in self.losses.items()}
+        self.losses = {name: self.loss_weights[name] * loss.detach()
+                       for name, loss in self.losses.items()}
         self.losses["total_loss"] = total.detach()
         self.unchecked_losses.append(self.losses["total_loss"])
         if len(self.unchecked_losses) >= (20 if total.is_cuda else 1):
@@ -397,7 +404,7 @@ class BaseTrainer:
         raise NotImplementedError
 
     def compute_embeddings(self, data):
-        """data [B, ...] -> embeddings [B, D]: the trunk, then the embedder if there is one."""
+        """data [B, ...] -> embeddings [B, D]: the trunk, then the embedder."""
         return self.embed_features(self.compute_features(data))
 
     def compute_features(self, data):
@@ -410,8 +417,8 @@ class BaseTrainer:
         return GatherFeatures.apply(self.shared_trunk(data))
 
     def embed_features(self, features):
-        """Features of the trunk [B, F] -> embeddings [B, D]; the features without an embedder."""
-        return self.models["embedder"](features) if "embedder" in self.models else features
+        """Features of the trunk [B, F] -> embeddings [B, D]."""
+        return self.models["embedder"](features)
 
     def mine_tuples(self, embeddings, labels, miner="tuple_miner"):
         """The miner's index tuples for this batch, or None without that miner."""
@@ -714,6 +721,25 @@ class BaseTrainer:
 
     # Construction
 
+    @staticmethod
+    def check_dicts(**arguments):
+        """ValueError for an argument that is no dict, as the dataset in the place of the miners.
+
+        Early versions of pytorch-metric-learning had mining_funcs before dataset.
+        """
+        for name, given in arguments.items():
+            if given is not None and not isinstance(given, dict):
+                raise ValueError(f"{name} is a {type(given).__name__}; it must be a dict. By "
+                                 "position the arguments are models, optimizers, batch_size, "
+                                 "loss_funcs, dataset, mining_funcs, then those by name")
+
+    @property
+    def loss_tracker(self):
+        """losses, 0 for those that rest, and loss_weights, for pytorch-metric-learning's hooks."""
+        weights = {**self.loss_weights, "total_loss": 1}
+        return types.SimpleNamespace(losses={**dict.fromkeys(weights, 0), **self.losses},
+                                     loss_weights=weights)
+
     def complete_loss_weights(self, weights):
         """The given weights, or 1 for every loss."""
         return weights or dict.fromkeys(self.loss_funcs, 1)
@@ -792,20 +818,37 @@ class TrainWithClassifier(BaseTrainer):
     """A metric loss on the embeddings and a classification loss on a classifier behind them.
 
     models: {"trunk": ..., "classifier": ..., "embedder": ... (optional)}; loss_funcs:
-    {"metric_loss": ..., "classifier_loss": callable(logits [B, C], labels [B])}. No one paper's
+    {"metric_loss": ..., "classifier_loss": callable(logits [B, C], labels [B])}. Without a
+    classifier or its loss the metric loss is alone, and the other way round. No one paper's
     method: a common way to keep a metric loss from collapsing.
     """
 
     model_names = ("trunk", "embedder", "classifier")
-    required_models = ("trunk", "classifier")
-    loss_names = required_losses = ("metric_loss", "classifier_loss")
+    loss_names = ("metric_loss", "classifier_loss")
+    required_losses = ()
+
+    def check_keys(self):
+        super().check_keys()
+        has = [name in part for name, part in (("classifier", self.models),
+                                               ("classifier_loss", self.loss_funcs))]
+        self.classifies = all(has)
+        if not self.classifies and "metric_loss" not in self.loss_funcs:
+            raise ValueError("TrainWithClassifier has no loss: it needs metric_loss in "
+                             "loss_funcs, or a classifier in models with its classifier_loss")
+        if any(has) and not self.classifies:
+            warnings.warn("TrainWithClassifier: a classifier in models without classifier_loss in "
+                          "loss_funcs, or the other way round, is not used", stacklevel=4)
 
     def calculate_loss(self, data, labels):
-        embeddings = self.compute_embeddings(data)                               # [B, D]
-        logits = self.models["classifier"](embeddings)                           # [B, C]
-        indices_tuple = self.mine_tuples(embeddings, labels)
-        return {"metric_loss": self.loss_funcs["metric_loss"](embeddings, labels, indices_tuple),
-                "classifier_loss": self.loss_funcs["classifier_loss"](logits, labels)}
+        embeddings, losses = self.compute_embeddings(data), {}                   # [B, D]
+        if "metric_loss" in self.loss_funcs:
+            indices_tuple = self.mine_tuples(embeddings, labels)
+            losses["metric_loss"] = self.loss_funcs["metric_loss"](
+                embeddings, labels, indices_tuple)
+        if self.classifies:
+            logits = self.models["classifier"](embeddings)                       # [B, C]
+            losses["classifier_loss"] = self.loss_funcs["classifier_loss"](logits, labels)
+        return losses
 
 
 class CascadedEmbeddings(BaseTrainer):

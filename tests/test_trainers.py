@@ -375,6 +375,17 @@ def test_losses_are_numbers_without_a_graph():
         assert losses["total_loss"] == losses["metric_loss"] + losses["second_loss"]
 
 
+def test_hooks_see_weighted_losses():
+    plain, weighted = [], []
+    for kept, factors in ((plain, (1, 1)), (weighted, (3, 0.5))):
+        two_losses(loss_weights=dict(zip(("metric_loss", "second_loss"), factors)), optimizers={},
+                   end_of_iteration_hook=lambda trainer: kept.append(trainer.losses)).train()
+    for one, other in zip(plain, weighted, strict=True):
+        assert other == {"metric_loss": 3 * one["metric_loss"],
+                         "second_loss": 0.5 * one["second_loss"],
+                         "total_loss": other["metric_loss"] + other["second_loss"]}
+
+
 # ---- miners
 
 
@@ -962,7 +973,88 @@ def test_every_epoch_begins_in_train_mode():
     assert modes == [True, True]
 
 
+class LibraryHooks:
+    """What pytorch-metric-learning's hook container does with a trainer, and its tester.
+
+    accuracies: what the tester would find, epoch after epoch.
+    """
+
+    def __init__(self, folder, accuracies, patience):
+        self.folder, self.accuracies, self.patience = folder, list(accuracies), patience
+        self.losses, self.weights, self.history = [], [], {}
+
+    def after_iteration(self, trainer):
+        self.losses.append({name: float(loss)
+                            for name, loss in trainer.loss_tracker.losses.items()})
+        self.weights.append(dict(trainer.loss_tracker.loss_weights))
+        for part in (trainer.loss_funcs, trainer.mining_funcs, trainer.models):
+            assert all(vars(value) for value in part.values())
+
+    def after_epoch(self, trainer):
+        embedding = trainer.models["embedder"](trainer.models["trunk"](four_classes()[:2][0]))
+        assert embedding.shape[0] == 2
+        self.history[trainer.epoch] = self.accuracies[trainer.epoch - 1]
+        trainer.step_lr_plateau_schedulers(self.history[trainer.epoch])
+        for group in ("models", "optimizers", "lr_schedulers", "loss_funcs", "mining_funcs"):
+            for name, part in getattr(trainer, group).items():
+                torch.save(part.state_dict(), self.folder / f"{name}_{trainer.epoch}.pth")
+        best = max(self.history, key=self.history.get)
+        return trainer.epoch - best <= self.patience
+
+    def load(self, trainer, epoch):
+        for group in ("models", "optimizers", "lr_schedulers", "loss_funcs", "mining_funcs"):
+            for name, part in getattr(trainer, group).items():
+                part.load_state_dict(torch.load(self.folder / f"{name}_{epoch}.pth"))
+
+
+@pytest.mark.parametrize("with_embedder", [False, True])
+@pytest.mark.parametrize("name", ["MetricLossOnly", "TrainWithClassifier", "CascadedEmbeddings",
+                                  "DeepAdversarialMetricLearning", "TwoStreamMetricLoss"])
+def test_hooks_of_the_library(name, with_embedder, tmp_path):
+    """Losses with weights, identity for the embedder, saving, patience and accuracy history."""
+    hooks = LibraryHooks(tmp_path, [0.1, 0.3, 0.2, 0.25, 0.9], patience=1)
+    make = {"MetricLossOnly": lambda **changes: assemble(MetricLossOnly, **(dict(
+        models={"trunk": linear(3, 5), "embedder": linear(5, 2)},
+        loss_funcs={"metric_loss": Hinge()}) | changes)), **EVERY_TRAINER}[name]
+    models = dict(make().models)
+    size = models["embedder"].weight.shape[0]
+    if not with_embedder:
+        del models["embedder"]
+        models["trunk"] = linear(3, size)
+    if "generator" in models:
+        models["generator"] = linear(*(3 * size, size) if not with_embedder else (15, 5))
+    miner = "tuple_miner_1" if name == "CascadedEmbeddings" else "tuple_miner"
+    trainer = make(models=models, mining_funcs={miner: samplers.Sampler("random")},
+                   optimizers={f"{part}_optimizer": sgd(model) for part, model in models.items()},
+                   end_of_iteration_hook=hooks.after_iteration,
+                   end_of_epoch_hook=hooks.after_epoch)
+    trainer.train(num_epochs=5)
+    assert hooks.history == {1: 0.1, 2: 0.3, 3: 0.2, 4: 0.25}  # two epochs without a better one
+    assert len(hooks.losses) == 8
+    for losses, given in zip(hooks.losses, hooks.weights):
+        assert given == {**trainer.loss_weights, "total_loss": 1}
+        assert losses.keys() == given.keys()
+        assert losses.pop("total_loss") == pytest.approx(sum(losses.values()))
+    trained = weights(models["trunk"])
+    models["trunk"].weight.data.zero_()
+    hooks.load(trainer, epoch=4)
+    assert same(weights(models["trunk"]), trained)
+
+
 # ---- bad input
+
+
+def test_arguments_in_the_librarys_old_order_fail_by_their_type():
+    """mining_funcs before dataset; the dataset never ends, so it must not be iterated."""
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            raise AssertionError("iterated")
+
+    trunk = linear()
+    with pytest.raises(ValueError, match="mining_funcs is a Endless; it must be a dict.*"
+                                         "loss_funcs, dataset, mining_funcs"):
+        MetricLossOnly({"trunk": trunk}, {"trunk_optimizer": sgd(trunk)}, BATCH,
+                       {"metric_loss": MeanSquare()}, {"tuple_miner": print}, Endless())
 
 
 @pytest.mark.parametrize("argument, given, key, allowed", [
@@ -1170,9 +1262,9 @@ def check_against_loop(make, step, epochs=2, stepped=lambda name, epoch: True):
     expected = []
     for epoch in range(1, epochs + 1):
         for *data, labels in DataLoader(trainer.dataset, 8, sampler=InOrder()):
-            values = step(parts, *data, labels, epoch)
-            values["total_loss"] = sum(trainer.loss_weights[name] * value
-                                       for name, value in values.items())
+            values = {name: trainer.loss_weights[name] * value
+                      for name, value in step(parts, *data, labels, epoch).items()}
+            values["total_loss"] = sum(values.values())
             for optimizer in optimizers.values():
                 optimizer.zero_grad()
             values["total_loss"].backward()
@@ -1250,6 +1342,46 @@ def test_train_with_classifier_without_an_embedder():
     before = weights(trainer.models["classifier"])
     trainer.train()
     assert not same(before, weights(trainer.models["classifier"]))
+
+
+@pytest.mark.parametrize("models, loss_funcs", [
+    (["trunk", "embedder"], ["metric_loss"]),
+    (["trunk", "embedder"], ["metric_loss", "classifier_loss"]),
+    (["trunk", "embedder", "classifier"], ["metric_loss"]),
+    (["trunk", "embedder", "classifier"], ["classifier_loss"])])
+@pytest.mark.filterwarnings("ignore:TrainWithClassifier. a classifier in models without")
+def test_train_with_classifier_without_a_classifier_or_a_metric_loss(models, loss_funcs):
+    """What is there is trained by; half of a classifier is none."""
+    whole = with_classifier()
+    parts = {name: whole.models[name] for name in models}
+    losses = {name: whole.loss_funcs[name] for name in loss_funcs}
+    kept = []
+    trainer = with_classifier(
+        models=copy.deepcopy(parts), loss_funcs=losses, optimizers={},
+        end_of_iteration_hook=lambda trainer: kept.append(trainer.losses))
+    trainer.train()
+    data, labels = four_classes()[:8]
+    embeddings = parts["embedder"](parts["trunk"](data))
+    expected = {}
+    if "metric_loss" in losses:
+        expected["metric_loss"] = losses["metric_loss"](embeddings, labels)
+    if "classifier" in parts and "classifier_loss" in losses:
+        expected["classifier_loss"] = F.cross_entropy(parts["classifier"](embeddings), labels)
+    assert kept[0].pop("total_loss") == sum(expected.values())
+    assert kept[0] == expected
+
+
+def test_train_with_classifier_without_any_loss():
+    with pytest.raises(ValueError, match="TrainWithClassifier has no loss"):
+        with_classifier(loss_funcs={})
+    with pytest.raises(ValueError, match="TrainWithClassifier has no loss"):
+        with_classifier(models={"trunk": linear(3, 2)}, optimizers={},
+                        loss_funcs={"classifier_loss": torch.nn.CrossEntropyLoss()})
+
+
+def test_half_of_a_classifier_is_said():
+    with pytest.warns(UserWarning, match="a classifier in models without classifier_loss"):
+        with_classifier(models={"trunk": linear(3, 2)}, optimizers={})
 
 
 # ---- sections of the embedding
@@ -1534,7 +1666,8 @@ def test_both_spellings_of_the_hard_losss_weight(spelling):
     given = dict(factors)
     trainer = adversarial((0, 0), loss_weights=factors)
     trainer.train()
-    assert trainer.losses["total_loss"] == 2.5 * trainer.losses["g_hard_loss"] > 0
+    assert trainer.loss_weights["g_hard_loss"] == 2.5
+    assert trainer.losses["total_loss"] == trainer.losses["g_hard_loss"] > 0
     assert factors == given
 
 
@@ -1703,10 +1836,7 @@ def test_two_streams_take_tuple_miners_only():
 
 
 @pytest.mark.parametrize("name, argument, keys, expected", [
-    ("TrainWithClassifier", "models", ["-classifier"], "no key 'classifier'"),
     ("TrainWithClassifier", "models", ["head"], "unknown key 'head'"),
-    ("TrainWithClassifier", "loss_funcs", ["-classifier_loss"], "no key 'classifier_loss'"),
-    ("TrainWithClassifier", "loss_funcs", ["-metric_loss"], "no key 'metric_loss'"),
     ("TrainWithClassifier", "loss_weights", ["metric_loss"], "no key 'classifier_loss'"),
     ("TrainWithClassifier", "optimizers", ["generator_optimizer"],
      "unknown key 'generator_optimizer'"),
