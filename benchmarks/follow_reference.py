@@ -1,0 +1,472 @@
+"""The authors' runs followed step by step: their loss, sampler, network and metrics beside ours.
+
+python benchmarks/follow_reference.py --baselines DIR --revisiting DIR takes two clones, of
+github.com/Confusezius/Deep-Metric-Learning-Baselines and of
+github.com/Confusezius/Revisiting_Deep_Metric_Learning_PyTorch. Their side is built from the lines
+of their own scripts by their own parsers, ours from recipes.csv by main.parse_options; both start
+from the same weights and see the same batches, and where tuples are drawn theirs are given to
+ours. It needs no GPU and none of the packages that the clones import beyond numpy, scipy and
+scikit-learn: small stand-ins are made below.
+"""
+
+import argparse
+import contextlib
+import importlib
+import io
+import os
+import re
+import shlex
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import sklearn.metrics
+import torch
+import torchvision.models  # noqa: F401, looks for pandas: before there is a stand-in
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+
+import auxiliaries
+import evaluate
+import main as program
+import netlib
+
+CLASSES, IMAGES, PIXELS = 100, 10, 16  # as many classes as CUB200-2011 trains on
+CUB_LOSSES = ("margin-distance", "triplet-softhard", "npair", "proxynca")
+
+# What their code says in the words of the machine or the torch that it was written for.
+CHANGES = {
+    "losses": (("torch.cuda.FloatTensor", "batch.dtype"), ("torch.cuda.LongTensor", "torch.int64"),
+               # torch 1.0.1, which they name, adds comparisons as numbers.
+               ("(pos_loss>0.)+(neg_loss>0.)", "(pos_loss>0.).int()+(neg_loss>0.).int()")),
+    # float64 here
+    "criteria.margin": ((".to(torch.float)", ".to(batch.dtype)"),),
+    # Until torch 1.11 PairwiseDistance summed over the second dimension, not the last.
+    "criteria.lifted": (("nn.PairwiseDistance(p=2)",
+                         "(lambda x, y: (x - y + 1e-6).norm(dim=1))"),),
+}
+
+
+# ---- stand-ins, and what is read of the clones
+
+
+class SmallTrunk(torch.nn.Module):
+    """A ResNet50 in small, with its layers' names: images [B, 3, H, W] -> [B, 1000]."""
+
+    def __init__(self):
+        super().__init__()
+        widths = (8, 16, 32, 64, 64)
+        self.conv1, self.bn1 = torch.nn.Conv2d(3, widths[0], 3, padding=1), torch.nn.BatchNorm2d(8)
+        self.relu, self.maxpool = torch.nn.ReLU(), torch.nn.MaxPool2d(2)
+        for i, (before, after) in enumerate(zip(widths, widths[1:]), 1):
+            setattr(self, f"layer{i}", torch.nn.Sequential(
+                torch.nn.Conv2d(before, after, 3, padding=1), torch.nn.BatchNorm2d(after),
+                torch.nn.ReLU()))
+        self.avgpool = torch.nn.AdaptiveAvgPool2d(1)
+        self.last_linear = torch.nn.Linear(widths[-1], 1000)
+
+    def forward(self, x):
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.last_linear(self.avgpool(x).flatten(1))
+
+
+class Index:
+    """faiss's exact index: the rows' nearest, by Euclidean distance."""
+
+    def __init__(self, dimensions):
+        self.rows = np.empty((0, dimensions), "float32")
+
+    def add(self, rows):
+        self.rows = np.concatenate([self.rows, rows])
+
+    def search(self, queries, k):
+        distances = torch.cdist(*(torch.from_numpy(rows).double()[None]
+                                  for rows in (queries, self.rows)),
+                                compute_mode="donot_use_mm_for_euclid_dist")[0]
+        found = distances.topk(k, largest=False)
+        return tuple(part.numpy() for part in found)
+
+
+class Clustering:
+    """faiss's k-means, which starts at random: here by this project's, so that both are one."""
+
+    def __init__(self, dimensions, clusters):
+        self.clusters = clusters
+
+    def train(self, rows, index):
+        rows = torch.from_numpy(rows)
+        self.centroids = evaluate.kmeans(rows, self.clusters)[1].numpy()
+
+
+@contextlib.contextmanager
+def stand_ins():
+    """Within it the packages that the clones import are small stand-ins."""
+    parts = {
+        "faiss": {"IndexFlatL2": Index, "Clustering": Clustering, "omp_set_num_threads": int,
+                  "vector_float_to_array": np.ravel},
+        "pretrainedmodels": {"resnet50": lambda **_: SmallTrunk(), "__path__": []},
+        "pretrainedmodels.utils": {}, "pandas": {}, "graphviz": {}, "skimage": {},
+        "matplotlib": {"__path__": [], "use": str}, "matplotlib.pyplot": {},
+        "tqdm": {"tqdm": lambda rows, **_: rows}}
+    for name, members in parts.items():
+        sys.modules[name] = types.ModuleType(name)
+        vars(sys.modules[name]).update(members)
+    yield
+    for name in parts:  # others ask for pandas, too
+        del sys.modules[name]
+
+
+def read(module, path):
+    """Runs a file of theirs, with CHANGES, as this module, which it returns."""
+    text = Path(path).read_text()
+    for old, new in CHANGES.get(module.__name__.removeprefix("baselines."), ()):
+        if old not in text:
+            raise SystemExit(f"{path} does not say {old!r}: is it another version?")
+        text = text.replace(old, new)
+    exec(compile(text, str(path), "exec"), vars(module))
+    return module
+
+
+class Baselines:
+    """Deep-Metric-Learning-Baselines: its modules, and the options of its scripts' lines."""
+
+    def __init__(self, folder):
+        # googlenet is the one module of its own that netlib imports.
+        sys.modules["googlenet"] = read(types.ModuleType("googlenet"), folder / "googlenet.py")
+        for name in ("losses", "netlib", "auxiliaries"):
+            setattr(self, name, read(types.ModuleType(f"baselines.{name}"), folder / f"{name}.py"))
+        lines = (folder / "Standard_Training.py").read_text().splitlines()
+        scope = {"argparse": argparse, "os": os}
+        exec("\n".join(line for line in lines if line.startswith("parser")), scope)
+        self.options = {}
+        for line in (folder / "sample_training_runs.sh").read_text().splitlines():
+            words = shlex.split(line.lstrip("# "))
+            # The last two lines ask for measures, one by a flag that there is not.
+            if words[1:2] == ["Standard_Training.py"] and not words[-1].endswith("_measure"):
+                opt, _ = scope["parser"].parse_known_args(words[2:])
+                self.add(opt)
+
+    def add(self, opt):
+        """Keeps a line's options under our recipe's name."""
+        if opt.loss == "proxynca":  # as the script does after parsing
+            opt.samples_per_class = 1
+        network = "googlenet-" * (opt.arch == "googlenet")
+        name = opt.loss.removesuffix("loss")
+        sampling = f"-{opt.sampling}" * (opt.loss in ("triplet", "marginloss"))
+        self.options[f"{opt.dataset}/{network}{name}{sampling}"] = opt
+        # Their tables have softhard where their script has semihard.
+        if opt.sampling == "semihard" and opt.arch == "resnet50":
+            opt = argparse.Namespace(**{**vars(opt), "sampling": "softhard"})
+            self.options[f"{opt.dataset}/{name}-softhard"] = opt
+
+    def build(self, opt):
+        """(network, criterion, parameter groups) as Standard_Training.py makes them."""
+        opt.num_classes, opt.device = CLASSES, torch.device("cpu")
+        opt.arch = "resnet50"  # the small trunk for GoogLeNet too
+        network = self.netlib.networkselect(opt)
+        groups = [{"params": network.parameters(), "lr": opt.lr, "weight_decay": opt.decay}]
+        criterion, groups = self.losses.loss_select(opt.loss, opt, groups)
+        if hasattr(criterion, "sampler"):
+            criterion.sampler.give = Recorded(criterion.sampler.give)
+        return network, criterion, groups
+
+
+class Revisiting:
+    """Revisiting_Deep_Metric_Learning_PyTorch: its modules, and its scripts' lines' options."""
+
+    def __init__(self, folder):
+        sys.path.append(str(folder))  # after this project's modules
+        for name in ("criteria", "batchminer", "architectures", "metrics", "parameters"):
+            setattr(self, name, importlib.import_module(name))
+        for name in CHANGES:
+            if name.startswith("criteria."):
+                read(sys.modules[name], sys.modules[name].__file__)
+        parser = argparse.ArgumentParser()
+        for part in ("basic_training", "batch_creation", "batchmining_specific", "loss_specific",
+                     "wandb"):
+            parser = getattr(self.parameters, f"{part}_parameters")(parser)
+        self.options = {}
+        for line in next(folder.glob("Sample_Runs/*.sh")).read_text().splitlines():
+            words = shlex.split(line) if line.startswith("python main.py") else []
+            if "--group" in words:  # the others are trials
+                opt, _ = parser.parse_known_args(words[2:])
+                self.options[self.name(opt, words)] = opt
+
+    @staticmethod
+    def name(opt, words):
+        """Our recipe's name for a line's options."""
+        regularised = "r-" * (opt.batch_mining == "rho_distance")
+        mining = f"-{opt.batch_mining.removeprefix('rho_')}" * (opt.loss in (
+            "contrastive", "margin", "triplet", "snr", "quadruplet"))
+        beta = f"-beta{opt.loss_margin_beta}" * (opt.loss == "margin")
+        name = {"softtriplet": "softtriple"}.get(opt.loss, opt.loss)
+        return f"{opt.dataset}/rev-{regularised}{name}{mining}{beta}"
+
+    def build(self, opt):
+        """(network, criterion, parameter groups) as main.py makes them."""
+        opt.n_classes, opt.device = CLASSES, torch.device("cpu")
+        network = self.architectures.select(opt.arch, opt)
+        groups = [{"params": network.parameters(), "lr": opt.lr, "weight_decay": opt.decay}]
+        miner = Recorded(self.batchminer.select(opt.batch_mining, opt))
+        criterion, groups = self.criteria.select(opt.loss, opt, groups, miner)
+        return network, criterion, groups
+
+
+class Recorded:
+    """A sampler of theirs that keeps what it gave last."""
+
+    def __init__(self, sampler):
+        self.sampler, self.name = sampler, getattr(sampler, "name", None)
+
+    def __call__(self, *batch):
+        self.given = self.sampler(*batch)
+        return self.given
+
+
+# ---- twenty steps
+
+
+class Theirs:
+    """Their run of a recipe, from the weights of ours."""
+
+    def __init__(self, repository, opt, ours):
+        self.remark = ""
+        try:
+            self.network, self.criterion, groups = repository.build(opt)
+        except AttributeError as error:  # an option that their parser does not give
+            name = re.search(r"attribute '(\w+)'", str(error))[1]
+            self.remark = f"as it is: no attribute {name}, here {name}multi"
+            setattr(opt, name, getattr(opt, f"{name}multi"))
+            self.network, self.criterion, groups = repository.build(opt)
+        self.optimizer = torch.optim.Adam(groups)
+        self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, opt.tau, opt.gamma)
+        self.own = list(self.criterion.parameters())
+        self.weights = [*self.network.model.parameters(), *self.own]
+        self.lengths = [row_length(weight) for weight in self.own]
+        embedder = ours.models["embedder"].linear
+        with torch.no_grad():
+            for weight, value in zip(self.weights, [
+                    *ours.models["trunk"].backbone.parameters(), *embedder.parameters(),
+                    *ours.own], strict=True):
+                weight.copy_(as_theirs(value, weight))
+
+    def step(self, images, labels):
+        embeddings = self.network(images)
+        embeddings = embeddings[0] if isinstance(embeddings, tuple) else embeddings
+        drawn, choice = [], np.random.choice
+
+        def recorded(*options, **more):
+            drawn.append(choice(*options, **more))
+            return drawn[-1]
+
+        np.random.choice = recorded
+        try:
+            loss = self.criterion(embeddings, labels)
+        finally:
+            np.random.choice = choice
+        self.optimizer.zero_grad()
+        loss.backward()
+        gradients = [weight.grad.clone() for weight in self.weights]
+        self.optimizer.step()
+        return loss.detach(), gradients, self.tuples(drawn, len(labels))
+
+    def tuples(self, drawn, batch):
+        """What their sampler gave in the last step, as indices_tuple; None where it gave none."""
+        sampler = getattr(self.criterion, "batchminer", getattr(
+            getattr(self.criterion, "sampler", None), "give", None))
+        given = sampler and sampler.given
+        if given is None or isinstance(given, tuple) and np.ndim(given[1][0]):
+            return None  # sets of positives: all pairs
+        if isinstance(given, tuple):  # anchors, positives, sets of negatives
+            widest = max(map(len, given[2]))
+            given = [[a, p, *n, *[-1] * (widest - len(n))] for a, p, n in zip(*given)]
+        if getattr(self.criterion, "name", None) == "quadruplet":
+            given = [[*row, fourth] for row, fourth in zip(given, drawn[-batch:], strict=True)]
+        return torch.tensor([[int(index) for index in row] for row in given])
+
+
+class Ours:
+    """This project's run of a recipe, as main.py builds it."""
+
+    def __init__(self, opt, images):
+        self.models, self.loss_funcs, groups, _ = program.make_parts(opt, CLASSES)
+        self.optimizers, self.schedulers = program.make_optimizers(groups, opt)
+        self.own = list(self.loss_funcs["metric_loss"].parameters())
+        self.weights = [*self.models["trunk"].backbone.parameters(),
+                        *self.models["embedder"].parameters(), *self.own]
+        for layer in self.models["trunk"].modules():
+            if isinstance(layer, torch.nn.BatchNorm2d) and opt.batchnorm == "frozen":
+                layer.eval()
+        # Embeddings around the origin lie as far apart as those of a trained network.
+        with torch.no_grad():
+            layer, features = self.models["embedder"].linear, self.models["trunk"](images)
+            spread = ((features - features.mean(0)) @ layer.weight.t()).norm(dim=1).mean()
+            layer.weight /= spread
+            layer.bias.copy_(-layer.weight @ features.mean(0))
+        self.lengths = [row_length(weight) for weight in self.own]
+
+    def step(self, images, labels, tuples):
+        embeddings = self.models["embedder"](self.models["trunk"](images))
+        loss = self.loss_funcs["metric_loss"](embeddings, labels, tuples)
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+        loss.backward()
+        gradients = [weight.grad.clone() for weight in self.weights]
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+        return loss.detach(), gradients
+
+
+def as_theirs(weight, like):
+    """Our weight [...] in the shape of theirs, which may be [C, D], or [D, C K] for [C, K, D]."""
+    return weight.flatten(0, 1).t() if weight.dim() == 3 and like.dim() == 2 else weight
+
+
+def row_length(weight):
+    """The root of an own weight's mean square length over the classes."""
+    return float(weight.detach().norm() / CLASSES ** 0.5)
+
+
+def largest(pairs):
+    """The largest absolute difference over pairs of tensors of theirs and ours."""
+    return max(float((theirs - as_theirs(ours, theirs)).detach().abs().max())
+               for theirs, ours in pairs)
+
+
+def rates(theirs, ours, epochs=120):
+    """The largest difference of rates and decays of the three parts, relative to theirs."""
+    worst = 0
+    for _ in range(epochs):
+        for i, (name, optimizer) in enumerate(ours.optimizers.items()):
+            first, = optimizer.param_groups
+            other = theirs.optimizer.param_groups[max(0, i - 1)]  # trunk, embedder, own weights
+            worst = max(worst, *(abs(first[key] - other[key]) / max(other[key], 1e-12)
+                                 for key in ("lr", "weight_decay")))
+        for scheduler in (theirs.scheduler, *ours.schedulers.values()):
+            scheduler.optimizer.step()
+            scheduler.step()
+    return worst
+
+
+def batches(opt, images, number, distinct):
+    """Batches of classes and images drawn with replacement, or of distinct classes."""
+    generator = np.random.default_rng(0)
+    for _ in range(number):
+        labels = generator.choice(CLASSES, opt.bs // opt.samples_per_class, not distinct)
+        labels = np.repeat(labels, opt.samples_per_class)
+        places = labels * IMAGES + generator.integers(0, IMAGES, opt.bs)
+        yield images[torch.from_numpy(places)], torch.from_numpy(labels)
+
+
+def follow(name, repository, images, steps, distinct=False):
+    """Both runs of a recipe, side by side: the cells of its row."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    opt = program.parse_options(["--recipe", name, "--gpu", "-1", "--not_pretrained"])
+    with contextlib.redirect_stdout(io.StringIO()):
+        ours = Ours(opt, images)
+        theirs = Theirs(repository, repository.options[name], ours)
+    worst_loss = worst_gradient = 0
+    for pixels, labels in batches(opt, images, steps, distinct):
+        try:
+            their_loss, their_gradients, tuples = theirs.step(pixels, labels)
+        except ValueError as error:
+            if distinct:
+                raise
+            cells = follow(name, repository, images, steps, distinct=True)
+            return [*cells[:-1], "theirs cannot run where a class comes twice in a batch "
+                    f"({error}); distinct classes here"]
+        if not torch.isfinite(their_loss):
+            theirs.remark += f"their loss is {float(their_loss)}"
+            break
+        our_loss, our_gradients = ours.step(pixels, labels, tuples)
+        worst_loss = max(worst_loss, abs(float(their_loss - our_loss)))
+        most = max(float(gradient.abs().max()) for gradient in their_gradients)
+        worst_gradient = max(worst_gradient,
+                             largest(zip(their_gradients, our_gradients)) / most)
+    numbers = (worst_loss, worst_gradient, largest(zip(theirs.weights, ours.weights)),
+               rates(theirs, ours))
+    lengths = "; ".join(f"{first:.2f} / {second:.2f}"
+                        for first, second in zip(theirs.lengths, ours.lengths))
+    return [name, *(f"{number:.1e}" for number in numbers), lengths, theirs.remark]
+
+
+def steps_table(repositories, names, number):
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(CLASSES, 3, PIXELS, PIXELS, generator=generator)
+    images = centres.repeat_interleave(IMAGES, 0)
+    images = images + torch.randn(images.shape, generator=generator)
+    print(f"\n| recipe | loss | gradient, of its largest | weights after {number} steps | "
+          "rates, 120 epochs | length of own weights, theirs / ours | remark |\n"
+          "|---|---|---|---|---|---|---|")
+    for name in names:
+        repository = next(part for part in repositories if name in part.options)
+        print(f"| {' | '.join(follow(name, repository, images, number))} |", flush=True)
+
+
+# ---- the metrics
+
+
+class Rows(list):
+    """Their loader of a test set whose network is the identity: [(labels, rows, places)]."""
+
+    def __init__(self, rows, labels, width):
+        super().__init__([(labels, rows, torch.arange(len(rows)))[:width]])
+        paths = [("", int(label)) for label in labels]
+        self.dataset = types.SimpleNamespace(avail_classes=labels.unique().tolist(),
+                                             image_list=paths, image_paths=paths)
+
+
+def metrics_table(baselines, revisiting):
+    """Prints each metric of one set of embeddings by their two codes and by ours."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60).repeat_interleave(40)
+    rows = torch.randn(60, 128, generator=generator)[labels]
+    rows = rows + 2 * torch.randn(rows.shape, generator=generator)
+    rows = torch.nn.functional.normalize(rows).float()
+    opt = types.SimpleNamespace(n_classes=60, kernels=1, evaluate_on_gpu=False, device="cpu",
+                                rho_spectrum_embed_dim=128)
+    k_vals = [1, 2, 4, 8]
+    names = {**{f"recall@{k}": f"e_recall@{k}" for k in k_vals}, "nmi": "nmi", "f1": "f1",
+             "dist_ratio": "dists@intra_over_inter", "rho": "rho_spectrum@1"}
+    score = sklearn.metrics.cluster.normalized_mutual_info_score
+    sklearn.metrics.cluster.normalized_mutual_info_score = (  # its default until 0.21
+        lambda *pair: score(*pair, average_method="geometric"))
+    f1, nmi, recalls, _ = baselines.auxiliaries.eval_metrics_one_dataset(
+        torch.nn.Identity(), Rows(rows, labels, 2), "cpu", k_vals, opt)
+    first = {**{f"recall@{k}": value for k, value in zip(k_vals, recalls)}, "nmi": nmi, "f1": f1}
+    second = revisiting.metrics.MetricComputer(list(names.values()), opt).compute_standard(
+        opt, torch.nn.Identity(), Rows(rows, labels, 3), ["discriminative"], "cpu")[0]
+    ours = evaluate.evaluate_embeddings(rows, labels, k_vals=k_vals, nmi_average="geometric",
+                                        metrics=("recall", "nmi", "f1", "dist_ratio", "rho"))
+    print("\n| metric | Baselines | Revisiting | ours |\n|---|---|---|---|")
+    for name, theirs in names.items():
+        cells = (first.get(name), second["discriminative"][theirs], ours[name])
+        print(f"| {name} | " + " | ".join("" if cell is None else f"{cell:.6f}" for cell in cells)
+              + " |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--baselines", type=Path, required=True, help="the first clone")
+    parser.add_argument("--revisiting", type=Path, required=True, help="the second clone")
+    parser.add_argument("--recipes", nargs="+", default=None, help="default: all losses")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--dtype", choices=("float64", "float32"), default="float64")
+    args = parser.parse_args()
+    torch.set_default_dtype(getattr(torch, args.dtype))
+    torch.set_num_threads(1)
+    with stand_ins():
+        repositories = Baselines(args.baselines), Revisiting(args.revisiting)
+    netlib.torchvision_network = lambda *_: SmallTrunk()
+    names = args.recipes or [
+        *(f"cub200/{name}" for name in CUB_LOSSES), "in-shop/triplet-semihard",
+        *(name for name in auxiliaries.read_recipes() if name.startswith("cub200/rev-"))]
+    steps_table(repositories, names, args.steps)
+    metrics_table(*repositories)
+
+
+if __name__ == "__main__":
+    main()
