@@ -1,11 +1,12 @@
 """Which images form a batch, and which tuples of a batch form the loss.
 
-ClassBalancedBatchSampler and ShuffledBatchSampler choose the images of each batch; Sampler chooses
-tuples (anchor, positive, negative) inside a batch of embeddings. Nothing here knows a network, a
-loss or a command line beyond its own flags. A new tuple sampler is one method of Sampler, its name
-in METHODS and in losses.TRIPLET_SAMPLINGS; a new way to compose batches is a class beside
-ClassBalancedBatchSampler.
+The batch samplers at the end choose the images of each batch; Sampler chooses tuples (anchor,
+positive, negative) inside a batch of embeddings. Nothing here knows a network, a loss or a command
+line beyond its own flags. A new tuple sampler is one method of Sampler, its name in METHODS and in
+losses.TRIPLET_SAMPLINGS; a new way to compose batches is a class beside ClassBalancedBatchSampler.
 """
+
+import collections
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ METHODS = ("random", "semihard", "softhard", "hard", "distance", "rho", "multisi
            "npair")
 # Of Sampler, by their flags.
 OPTIONS = ("margin", "distance_cutoff", "mining_epsilon", "rho_probability")
+# How many groups of a batch, by --batch_draw, must lie between two of the same class.
+SPACINGS = {"replacement": 0, "spaced_replacement": 2}
 MOST_TRIPLETS = 2 ** 24  # that "all" and "multisimilarity" list: 900 MiB while they are made
 
 
@@ -27,8 +30,16 @@ def add_arguments(parser):
     batch.add_argument("--samples_per_class", type=int, default=None, metavar="M",
                        help="images of each class in a batch, so that B / M classes meet; useful "
                             "2 to 8. 1 means plain shuffled batches, each image once an epoch, "
-                            "for losses that need no positive pairs. Default 4, and 1 for "
-                            "proxynca, as in the reference runs")
+                            "for losses that need no positive pairs, if --batch_draw is "
+                            "distinct. Default 4, and 1 for proxynca, as in the reference runs")
+    batch.add_argument("--batch_draw", choices=("distinct", *SPACINGS), default="distinct",
+                       help="distinct: a class is once in a batch, an image about once in an "
+                            "epoch. replacement: each group of M images is of a class drawn from "
+                            "all, its images are drawn from all of the class, so classes and "
+                            "images come twice (Roth et al. 2020). spaced_replacement: the same, "
+                            "but never one of the last two classes again (the reference runs). "
+                            "Repeated images make a class's pairs easier, most in small classes. "
+                            "Default %(default)s")
     sampling = parser.add_argument_group("sampling", "how tuples are chosen inside a batch")
     sampling.add_argument("--sampling", choices=(*METHODS, "none"), default=None,
                           help="random: any positive, any negative. semihard: negatives just "
@@ -372,6 +383,8 @@ class ClassBalancedBatchSampler(torch.utils.data.BatchSampler):
     the sizes do not fit.
     """
 
+    distinct = True
+
     def __init__(self, labels, batch_size=112, samples_per_class=4, seed=1):
         labels = np.asarray(labels)
         if samples_per_class < 1 or batch_size < 1 or batch_size % samples_per_class:
@@ -379,7 +392,7 @@ class ClassBalancedBatchSampler(torch.utils.data.BatchSampler):
                              f"{samples_per_class}")
         self.classes_per_batch = batch_size // samples_per_class
         _, self.labels, self.counts = np.unique(labels, return_inverse=True, return_counts=True)
-        if self.classes_per_batch > len(self.counts):
+        if self.distinct and self.classes_per_batch > len(self.counts):
             raise ValueError(
                 f"a batch of {batch_size} with {samples_per_class} images a class needs "
                 f"{self.classes_per_batch} classes; the training split has {len(self.counts)}: "
@@ -441,6 +454,44 @@ class ClassBalancedBatchSampler(torch.utils.data.BatchSampler):
             taken[classes] += 1
 
 
+class ReplacementBatchSampler(ClassBalancedBatchSampler):
+    """Batches of groups of samples_per_class images, each group of a class drawn anew.
+
+    Every class is equally likely, whatever its size, and so is every image of it: a class may come
+    several times in a batch, an image several times in a group. spacing: a group is of none of the
+    classes of so many groups before it in the batch. Roth et al., "Revisiting Training Strategies
+    and Generalization Performance in Deep Metric Learning", ICML 2020, have 0 in their code, Roth
+    and Brattoli's reference code, 2019, has 2 (and carries them from batch to batch). Length,
+    seed, epoch and skip as above.
+    """
+
+    distinct = False
+
+    def __init__(self, labels, batch_size=112, samples_per_class=4, seed=1, spacing=0):
+        super().__init__(labels, batch_size, samples_per_class, seed)
+        if spacing >= len(self.counts):
+            raise ValueError(f"the training split has {len(self.counts)} classes; --batch_draw "
+                             f"spaced_replacement needs more than {spacing}")
+        self.spacing = spacing
+
+    def __iter__(self):
+        epoch, skip, self.skip = self.epoch, self.skip, 0
+        self.epoch += 1  # for a loop that never calls set_epoch
+        order = np.argsort(self.labels, kind="stable")  # the images, class after class
+        first = np.cumsum(self.counts) - self.counts
+        for number in range(skip, self.num_batches):
+            generator = np.random.default_rng([self.seed, epoch, number])
+            classes, recent = [], collections.deque(maxlen=self.spacing)
+            while len(classes) < self.classes_per_batch:
+                drawn = generator.integers(len(self.counts))
+                if drawn not in recent:
+                    classes.append(drawn)
+                    recent.append(drawn)
+            places = generator.integers(self.counts[classes, None],
+                                        size=(self.classes_per_batch, self.samples_per_class))
+            yield order[first[classes, None] + places].ravel().tolist()
+
+
 class ShuffledBatchSampler(torch.utils.data.BatchSampler):
     """Plain shuffled batches: each image at most once an epoch, the incomplete last batch dropped.
 
@@ -474,10 +525,13 @@ class ShuffledBatchSampler(torch.utils.data.BatchSampler):
 
 
 def batch_sampler_select(labels, opt):
-    """The batch sampler of the options: balanced, or shuffled for 1 sample a class.
+    """The batch sampler of the options: with replacement, balanced, or shuffled for 1 a class.
 
     labels: shape [N], the training images' classes.
     """
+    if opt.batch_draw != "distinct":
+        return ReplacementBatchSampler(labels, opt.bs, opt.samples_per_class, opt.seed,
+                                       SPACINGS[opt.batch_draw])
     if opt.samples_per_class == 1:
         return ShuffledBatchSampler(len(labels), opt.bs, opt.seed)
     return ClassBalancedBatchSampler(labels, opt.bs, opt.samples_per_class, opt.seed)

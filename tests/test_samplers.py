@@ -17,7 +17,8 @@ import pytest
 import torch
 
 import samplers
-from samplers import ClassBalancedBatchSampler, Sampler, ShuffledBatchSampler
+from samplers import (ClassBalancedBatchSampler, ReplacementBatchSampler, Sampler,
+                      ShuffledBatchSampler)
 
 # What each triplet method is tried with; the key is the test's name.
 VARIANTS = {
@@ -1037,6 +1038,98 @@ def test_balanced_sampler_refuses_sizes_and_names_the_flags(batch_size, samples_
     assert all(flag in str(error.value) for flag in flags_named)
 
 
+# ---- batches with replacement
+
+def bird_like():
+    """The classes of 5,864 images: 100 classes of 41 to 60, as CUB200-2011's training half has."""
+    return np.repeat(np.arange(100), [41, 44, 45, 48, 50] + [59] * 64 + [60] * 31)
+
+
+@pytest.mark.parametrize("samples_per_class,spacing,distinct", [
+    (4, 2, 25.0),  # the reference code's: 25.01 +- 0.04 in 1,040 batches of its own
+    (2, 0, 43.0),  # 100 (1 - 0.99^56); the code of Roth et al. 2020: 43.12 +- 0.08
+])
+def test_replacement_has_the_figures_of_the_published_runs(samples_per_class, spacing, distinct):
+    """Distinct classes of a batch of 112 birds, and groups with one image twice."""
+    labels, classes, twice = bird_like(), [], []
+    sampler = ReplacementBatchSampler(labels, 112, samples_per_class, spacing=spacing)
+    assert len(sampler) == 52
+    for _ in range(20):
+        for batch in sampler:
+            groups = np.reshape(batch, (-1, samples_per_class))
+            assert (labels[groups] == labels[groups[:, :1]]).all()
+            classes.append(len(set(labels[batch])))
+            twice += [len(set(group)) < samples_per_class for group in groups.tolist()]
+    assert np.mean(classes) == pytest.approx(distinct, abs=0.25)
+    expected = np.mean([1 - math.prod(1 - k / size for k in range(samples_per_class))
+                        for size in np.bincount(labels)])
+    assert np.mean(twice) == pytest.approx(expected, abs=6 * math.sqrt(expected / len(twice)))
+
+
+@pytest.mark.parametrize("spacing", [0, 2])
+def test_replacement_draws_classes_and_images_alike(spacing):
+    """4,000 batches of 6 groups, classes of 1 to 30 images: counts, and a group's successor.
+
+    Chi-square: the first class of a batch, each class after each other (after itself as often as
+    after another, or never), the ordered pairs of images of a group.
+    """
+    sizes, batches = [1, 2, 3, 4, 30], 4000
+    labels = np.repeat(np.arange(5), sizes)
+    sampler = ReplacementBatchSampler(labels, 12, 2, seed=4, spacing=spacing)
+    sampler.num_batches = batches
+    first, following, pairs = Counter(), Counter(), Counter()
+    for batch in sampler:
+        classes = labels[batch[::2]].tolist()
+        assert spacing == 0 or all(a not in classes[i + 1:i + 3] for i, a in enumerate(classes))
+        first[classes[0]] += 1
+        following[tuple(classes[:2])] += 1
+        pairs.update((a, b) for a, b in zip(batch[::2], batch[1::2]) if labels[a] == 3)
+    assert chi_square_ok(first, {c: 1 / 5 for c in range(5)}, batches)
+    chances = {(a, b): 1 for a in range(5) for b in range(5) if a != b or not spacing}
+    assert chi_square_ok(following, {pair: 1 / len(chances) for pair in chances}, batches)
+    assert chi_square_ok(pairs, {(a, b): 1 / 16 for a in range(6, 10) for b in range(6, 10)},
+                         pairs.total())
+
+
+def test_replacement_may_draw_more_groups_than_there_are_classes():
+    labels = np.repeat(np.arange(3), 4)
+    assert len(next(iter(ReplacementBatchSampler(labels, 40, 4)))) == 40
+    with pytest.raises(ValueError, match="3 classes; --batch_draw"):
+        ReplacementBatchSampler(labels, 8, 4, spacing=3)
+    with pytest.raises(ValueError, match="--bs 10"):
+        ReplacementBatchSampler(labels, 10, 4)
+
+
+# ---- all batch samplers
+
+every_batch_sampler = pytest.mark.parametrize("make", [
+    lambda seed=4: ClassBalancedBatchSampler(np.arange(40) // 5, 8, 2, seed=seed),
+    lambda seed=4: ReplacementBatchSampler(np.arange(40) // 5, 8, 2, seed=seed, spacing=2),
+    lambda seed=4: ShuffledBatchSampler(40, 8, seed=seed),
+], ids=["balanced", "replacement", "shuffled"])
+
+
+@every_batch_sampler
+def test_batches_depend_on_seed_and_epoch_alone(make):
+    """After other epochs and under other global seeds too; skip leaves out the first ones."""
+    expected = []
+    for epoch in range(3):
+        sampler = make()
+        sampler.set_epoch(epoch)
+        expected.append(list(sampler))
+    torch.manual_seed(9)
+    np.random.seed(9)
+    sampler = make()
+    assert [list(sampler) for _ in range(3)] == expected  # without set_epoch
+    assert len({str(epoch) for epoch in expected}) == 3 and list(make(seed=5)) != expected[0]
+    for epoch, skip in ((2, 3), (0, 1), (1, 5)):
+        sampler.set_epoch(epoch)
+        sampler.skip = skip
+        assert list(sampler) == expected[epoch][skip:]
+        assert all(type(i) is int for batch in expected[epoch] for i in batch)
+        assert len(sampler) == len(list(sampler)) == 5  # once only
+
+
 # ---- shuffled batches
 
 def test_shuffled_batches_keep_their_promises():
@@ -1052,18 +1145,6 @@ def test_shuffled_batches_keep_their_promises():
         drawn = [i for batch in batches for i in batch]
         assert len(set(drawn)) == len(drawn) and set(drawn) <= set(range(num_images))
         assert all(type(i) is int for i in drawn)
-
-
-def test_shuffled_batches_depend_on_seed_and_epoch_alone():
-    sampler = ShuffledBatchSampler(50, 8, seed=2)
-    expected = list(sampler)
-    sampler.set_epoch(1)
-    assert list(sampler) != expected
-    sampler.set_epoch(0)
-    torch.manual_seed(3)
-    np.random.seed(3)
-    assert list(sampler) == expected
-    assert list(ShuffledBatchSampler(50, 8, seed=3)) != expected
 
 
 def test_shuffled_batches_leave_no_image_out_for_long():
@@ -1084,8 +1165,8 @@ def test_shuffled_sampler_refuses_sizes_and_names_the_flag(batch_size):
 
 # ---- selection, and the way through a DataLoader
 
-def test_batch_sampler_select_follows_samples_per_class():
-    options = types.SimpleNamespace(bs=4, samples_per_class=2, seed=9)
+def test_batch_sampler_select_follows_the_options():
+    options = types.SimpleNamespace(bs=4, samples_per_class=2, seed=9, batch_draw="distinct")
     balanced = samplers.batch_sampler_select([0, 0, 1, 1, 2, 2], options)
     assert type(balanced) is ClassBalancedBatchSampler
     assert (balanced.batch_size, balanced.samples_per_class, balanced.seed) == (4, 2, 9)
@@ -1093,12 +1174,14 @@ def test_batch_sampler_select_follows_samples_per_class():
     shuffled = samplers.batch_sampler_select([0, 0, 1, 1, 2, 2], options)
     assert type(shuffled) is ShuffledBatchSampler
     assert (shuffled.num_images, shuffled.batch_size, shuffled.seed) == (6, 4, 9)
+    for options.batch_draw, spacing in (("replacement", 0), ("spaced_replacement", 2)):
+        drawn = samplers.batch_sampler_select([0, 0, 1, 1, 2, 2], options)
+        assert type(drawn) is ReplacementBatchSampler
+        assert (drawn.batch_size, drawn.samples_per_class, drawn.seed) == (4, 1, 9)
+        assert drawn.spacing == spacing
 
 
-@pytest.mark.parametrize("make", [
-    lambda: ClassBalancedBatchSampler(np.arange(40) // 5, 8, 2, seed=4),
-    lambda: ShuffledBatchSampler(40, 8, seed=4),
-], ids=["balanced", "shuffled"])
+@every_batch_sampler
 def test_data_loader_gives_the_same_batches_with_any_number_of_workers(make):
     """Two epochs with 0 and 2 workers under different global seeds: the sampler's batches."""
     dataset, seen = torch.utils.data.TensorDataset(torch.arange(40)), []
