@@ -33,6 +33,7 @@ import main as program
 import netlib
 
 CLASSES, IMAGES, PIXELS = 100, 10, 16  # as many classes as CUB200-2011 trains on
+SIZES = ("n_epochs", "bs", "samples_per_class", "embed_dim")
 CUB_LOSSES = ("margin-distance", "triplet-softhard", "npair", "proxynca")
 
 # What their code says in the words of the machine or the torch that it was written for.
@@ -406,6 +407,44 @@ def steps_table(repositories, names, number):
         print(f"| {' | '.join(follow(name, repository, images, number))} |", flush=True)
 
 
+def lines_table(repositories):
+    """Prints whether all recipes with a line in the authors' scripts have its sizes and rates."""
+    images, differing, number = torch.zeros(2, 3, PIXELS, PIXELS), [], 0
+    for name in auxiliaries.read_recipes():
+        line = next((part.options[name] for part in repositories if name in part.options), None)
+        if line is None:
+            continue
+        number += 1
+        opt = program.parse_options(["--recipe", name, "--gpu", "-1", "--not_pretrained"])
+        with contextlib.redirect_stdout(io.StringIO()):
+            ours = Ours(opt, images)
+            repository = next(part for part in repositories if name in part.options)
+            worst = rates(Theirs(repository, line, ours), ours)
+        differing += [f"{name} {flag}" for flag in SIZES if vars(opt)[flag] != vars(line)[flag]]
+        differing += [f"{name} rates ({worst:.1e})"] * (worst > 1e-12)
+    print(f"\n{number} recipes have a line in the authors' scripts; {', '.join(SIZES)}, decay and "
+          f"rates over 120 epochs differ in: {', '.join(differing) or 'none'}")
+
+
+def googlenet_difference(baselines):
+    """The largest difference of embeddings by their GoogLeNet and ours, of the same weights.
+
+    Relative to the largest difference between two images.
+    """
+    name = "cub200/googlenet-npair"
+    opt = program.parse_options(["--recipe", name, "--gpu", "-1", "--not_pretrained"])
+    theirs = baselines.netlib.GoogLeNet(argparse.Namespace(
+        **{**vars(baselines.options[name]), "not_pretrained": True})).eval()
+    trunk, embedder = (part.eval() for part in netlib.network_select(opt, unit_norm=False))
+    state = theirs.model.state_dict()
+    trunk.backbone.load_state_dict({key: state[key] for key in trunk.backbone.state_dict()})
+    embedder.linear.load_state_dict(theirs.model.last_linear.state_dict())
+    images = torch.randn(2, 3, opt.image_size, opt.image_size)
+    with torch.no_grad():
+        first, second = theirs(images), embedder(trunk(images))
+    return largest([(first, second)]) / largest([first])
+
+
 # ---- the metrics
 
 
@@ -460,7 +499,9 @@ def main():
     torch.set_num_threads(1)
     with stand_ins():
         repositories = Baselines(args.baselines), Revisiting(args.revisiting)
+    print(f"GoogLeNet's embeddings differ by {googlenet_difference(repositories[0]):.1e}")
     netlib.torchvision_network = lambda *_: SmallTrunk()
+    lines_table(repositories)
     names = args.recipes or [
         *(f"cub200/{name}" for name in CUB_LOSSES), "in-shop/triplet-semihard",
         *(name for name in auxiliaries.read_recipes() if name.startswith("cub200/rev-"))]
