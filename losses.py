@@ -30,9 +30,10 @@ import samplers
 from samplers import Sampler, draw_columns, pairwise_sq_distances
 
 # The first is the default.
-TRIPLET_SAMPLINGS = ("distance", "semihard", "softhard", "random", "hard", "multisimilarity",
-                     "all", "rho")
-PAIR_SAMPLINGS = ("none", *TRIPLET_SAMPLINGS)  # none: all pairs of the batch
+TRIPLET_SAMPLINGS = ("distance", "semihard", "facenet", "softhard", "random", "hard",
+                     "multisimilarity", "all", "rho")
+# none: all pairs of the batch. Without rho, some of whose anchors have a negative alone.
+PAIR_SAMPLINGS = ("none", *TRIPLET_SAMPLINGS[:-1])
 
 
 def add_arguments(parser):
@@ -51,7 +52,7 @@ def add_arguments(parser):
     group.add_argument("--margin", type=float, default=0.2, metavar="M",
                        help="triplet: margin between squared distances; marginloss: half-width "
                             "around beta in plain distance, both on the unit sphere (distances 0 "
-                            "to 2); semihard sampling uses the same margin. Useful 0.05 to 1. "
+                            "to 2); facenet sampling uses the same margin. Useful 0.05 to 1. "
                             "Default %(default)s (both papers)")
     group.add_argument("--beta", type=float, default=1.2, metavar="B",
                        help="marginloss: first value of the boundary between positive and "
@@ -259,10 +260,13 @@ def check_indices(indices, labels):
 
 
 def pair_mask(first, second, valid, labels):
-    """The pairs (first[t], second[t]) that are valid, [T] each, as a mask [B, B]."""
+    """The pairs (first[t], second[t]) that are valid, [T] each, as a mask [B, B].
+
+    An image is no pair with itself.
+    """
     number = len(labels)
     # One element more than pairs: it takes what is not valid.
-    pair = torch.where(valid, first * number + second, number * number)
+    pair = torch.where(valid & (first != second), first * number + second, number * number)
     mask = torch.zeros(number * number + 1, dtype=torch.bool, device=labels.device)
     return mask.index_fill_(0, pair, True)[:-1].view(number, number)
 
@@ -313,13 +317,14 @@ def pair_sq_distances(embeddings, first, *others):
     """Squared distances of the pairs (first[t], other[t]) for each of others: [B, D] -> [O, T].
 
     Few pairs are computed row by row, exactly; many (a miner can return B^3 triplets) are looked
-    up in the matrix of all pairs, which then costs less memory than the gathered rows.
+    up in the matrix of all pairs, which then costs less memory than the gathered rows. An image is
+    0 from itself, without a gradient.
     """
     if len(first) <= 4 * len(embeddings):
         shape = len(others), *first.shape, embeddings.shape[1]
         rows = embeddings.index_select(0, torch.cat(others)).view(shape)         # [O, T, D]
         return (embeddings.index_select(0, first) - rows).square().sum(2)
-    return pairwise_sq_distances(embeddings)[first, torch.stack(others)]
+    return pairwise_sq_distances(embeddings).fill_diagonal_(0)[first, torch.stack(others)]
 
 
 def distance_from_square(sq_distances):
@@ -509,7 +514,9 @@ class MarginLoss(torch.nn.Module):
         beyond = torch.stack([d_ap - beta, beta - d_an])                         # [2, T]
         terms = F.relu(beyond + self.margin) * valid
         active = (terms > 0).sum()
-        self.active = active / (2 * valid.sum()).clamp_min(1)
+        # Where the positive is the anchor, as in rho's rows, the first term is a constant.
+        constant = ((terms[0] > 0) & (anchors == positives)).sum()
+        self.active = (active - constant) / (2 * valid.sum()).clamp_min(1)
         loss = terms.sum() / active.clamp_min(1)
         return loss + self.nu * (beta * valid).sum() if self.nu else loss
 
@@ -654,7 +661,7 @@ class ContrastiveLoss(torch.nn.Module):
     """
 
     unit_norm = True
-    samplings = PAIR_SAMPLINGS
+    samplings = (*PAIR_SAMPLINGS, "rho")
     min_samples_per_class, max_samples_per_class = 2, sys.maxsize
 
     def __init__(self, contrastive_margin=1.0, contrastive_linear=False, sampling="none",
@@ -691,8 +698,8 @@ class LiftedLoss(torch.nn.Module):
     """
 
     unit_norm = False
-    # Those by distance are for unit-norm rows.
-    samplings = tuple(name for name in PAIR_SAMPLINGS if name not in ("distance", "rho"))
+    # That by distance is for unit-norm rows.
+    samplings = tuple(name for name in PAIR_SAMPLINGS if name != "distance")
     min_samples_per_class, max_samples_per_class = 2, sys.maxsize
 
     def __init__(self, lifted_margin=1.0, lifted_l2=0.005, sampling="none", **sampling_options):
@@ -726,7 +733,7 @@ class MultiSimilarityLoss(torch.nn.Module):
 
     unit_norm = True
     samplings = ("multisimilarity", *(name for name in PAIR_SAMPLINGS
-                                      if name != "multisimilarity"))
+                                      if name != "multisimilarity"), "rho")
     min_samples_per_class, max_samples_per_class = 2, sys.maxsize
 
     def __init__(self, multisimilarity_alpha=2.0, multisimilarity_beta=50.0,

@@ -139,6 +139,9 @@ def contradiction(opt):
     if opt.trainer == "TwoStreamMetricLoss" and opt.loss not in of_triplets:
         return (f"--trainer {opt.trainer} needs a loss of triplets, {', '.join(of_triplets)}; "
                 f"--loss {opt.loss} is not")
+    if opt.trainer == "TwoStreamMetricLoss" and opt.sampling == "rho":
+        return (f"--trainer {opt.trainer} cannot use --sampling rho, whose anchors are positives: "
+                "its two streams share no image")
     fewest, most = samples_per_class_bounds(opt)
     if fewest > most:
         return (f"--trainer {opt.trainer} needs {fewest} images of a class in a batch; --loss "

@@ -11,8 +11,8 @@ import collections
 import numpy as np
 import torch
 
-METHODS = ("random", "semihard", "softhard", "hard", "distance", "rho", "multisimilarity", "all",
-           "npair")
+METHODS = ("random", "semihard", "facenet", "softhard", "hard", "distance", "rho",
+           "multisimilarity", "all", "npair")
 # Of Sampler, by their flags.
 OPTIONS = ("margin", "distance_cutoff", "mining_epsilon", "rho_probability")
 # How many groups of a batch, by --batch_draw, must lie between two of the same class.
@@ -42,12 +42,15 @@ def add_arguments(parser):
                             "Default %(default)s")
     sampling = parser.add_argument_group("sampling", "how tuples are chosen inside a batch")
     sampling.add_argument("--sampling", choices=(*METHODS, "none"), default=None,
-                          help="random: any positive, any negative. semihard: negatives just "
-                               "behind the positive (FaceNet). softhard: random among the hard "
+                          help="random: any positive, any negative. semihard: negatives up to "
+                               "0.2 behind the positive in plain distance (reference runs). "
+                               "facenet: the same in the loss's own distance and margin (Schroff "
+                               "et al. 2015). softhard: random among the hard "
                                "ones. hard: farthest positive, nearest negative (Hermans et al. "
                                "2017). distance: negatives spread evenly over all distances (Wu "
-                               "et al. 2017). rho: the same, some negatives replaced by positives "
-                               "(Roth et al. 2020). multisimilarity: all pairs that are hard for "
+                               "et al. 2017). rho: the same, but some tuples only push the anchor "
+                               "from an image of its own class (Roth et al. 2020). "
+                               "multisimilarity: all pairs that are hard for "
                                "their anchor (Wang et al. 2019). all: every triplet of a small "
                                "batch. npair: one pair of each class. none: every image or pair "
                                "counts. Default: the first that the README's table gives for the "
@@ -57,9 +60,9 @@ def add_arguments(parser):
                                "may be easier than the anchor's hardest pair of the other kind; "
                                "useful 0.05 to 0.3. Default %(default)s (paper)")
     sampling.add_argument("--rho_probability", type=float, default=0.3, metavar="P",
-                          help="rho sampling: share of the negatives that is replaced by "
-                               "positives, 0 to 1; useful 0.1 to 0.4. Default %(default)s (the "
-                               "paper has 0.15 to 0.4)")
+                          help="rho sampling: share of the tuples that push an image of the "
+                               "anchor's class, 0 to 1; useful 0.1 to 0.4. Default %(default)s "
+                               "(the paper has 0.15 to 0.4)")
     sampling.add_argument("--distance_cutoff", type=float, default=None, metavar="D",
                           help="distance sampling: drop negatives at this Euclidean distance or "
                                "farther on the unit sphere; the paper uses 1.4. Default: off, as "
@@ -99,12 +102,12 @@ def draw_columns(weights):
 class Sampler(torch.nn.Module):
     """Chooses index tuples inside a batch of embeddings; one method per name in METHODS.
 
-    method: a name of METHODS. margin: the loss's margin, in the loss's own distance (semihard
+    method: a name of METHODS. margin: the loss's margin, in the loss's own distance (facenet
     only). squared: whether that distance is the squared Euclidean one. lower_cutoff: distance
     sampling treats nearer negatives as if at this distance (0.5 in the paper). distance_cutoff: it
     drops negatives that far or farther (1.4 in the paper; None keeps all). mining_epsilon:
     multisimilarity's margin, a difference of cosine similarities. rho_probability: the share of
-    negatives that rho replaces.
+    tuples that rho replaces.
 
     Everything is drawn from torch's global generator of the embeddings' device.
     """
@@ -164,11 +167,15 @@ class Sampler(torch.nn.Module):
         """Index tensors (anchors, positives, negatives), [T] each: a miner for any trainer.
 
         With others [G, D] and other_labels [G], anchors index the embeddings, positives and
-        negatives the others. ValueError for npair, whose tuples are longer.
+        negatives the others. ValueError for npair, whose tuples are longer, and for rho with
+        others, since its anchors are positives too.
         """
         if self.method == "npair":
             raise ValueError("npair is no miner: NPairLoss and AngularLoss draw its tuples "
                              "themselves; as a miner take another method of samplers.METHODS")
+        if self.method == "rho" and others is not None:
+            raise ValueError("rho takes anchors as positives, so it mines in one set; between two "
+                             "take another method of samplers.METHODS")
         given = {} if others is None else {"others": torch.as_tensor(others),
                                            "other_labels": torch.as_tensor(other_labels)}
         return self.give(embeddings, labels, **given).unbind(1)
@@ -184,20 +191,33 @@ class Sampler(torch.nn.Module):
         return self.triplets(draw_columns(positive.float()), draw_columns((~same).float()))
 
     def semihard(self, embeddings, labels, others=None, other_labels=None):
+        """Random positive; negative with d_ap < d_an < d_ap + 0.2, else a random one -> [B, 3].
+
+        d is the plain Euclidean distance and 0.2 fixed, whatever the loss's own are, as in the
+        code of Roth and Brattoli 2019 and of Roth et al. 2020. facenet is the paper's.
+        """
+        return self.just_behind(0.2, False, embeddings, labels, others, other_labels)
+
+    def facenet(self, embeddings, labels, others=None, other_labels=None):
         """Random positive; negative with d_ap < d_an < d_ap + margin, else a random one -> [B, 3].
 
         Schroff et al., "FaceNet", CVPR 2015, section 3.2, in the loss's own distance and margin.
         Departs from the paper: where no negative is semi-hard a random one stands in, so that
-        every anchor counts, as in the reference code.
+        every anchor counts, as in semihard.
         """
+        return self.just_behind(self.margin, self.squared, embeddings, labels, others,
+                                other_labels)
+
+    def just_behind(self, margin, squared, embeddings, labels, others, other_labels):
+        """semihard and facenet -> [B, 3]; squared: whether margin is a squared distance."""
         same, positive = self.pair_masks(labels, other_labels)
         distances = pairwise_sq_distances(embeddings, others)
-        if not self.squared:
+        if not squared:
             distances = distances.sqrt_()
         positives = draw_columns(positive.float())
         d_ap = distances.gather(1, positives.clamp_min(0).unsqueeze(1))
-        semihard = ~same & (distances > d_ap) & (distances < d_ap + self.margin)
-        return self.triplets(positives, self.draw_preferred(semihard, ~same))
+        behind = ~same & (distances > d_ap) & (distances < d_ap + margin)
+        return self.triplets(positives, self.draw_preferred(behind, ~same))
 
     def softhard(self, embeddings, labels, others=None, other_labels=None):
         """Positive beyond the nearest negative, negative within the farthest positive -> [B, 3].
@@ -252,19 +272,17 @@ class Sampler(torch.nn.Module):
             negatives = torch.where(negatives < 0, draw_columns((~same).float()), negatives)
         return self.triplets(positives, negatives)
 
-    def rho(self, embeddings, labels, others=None, other_labels=None):
-        """As distance, but a share of the negatives is replaced by positives -> [B, 3].
+    def rho(self, embeddings, labels):
+        """As distance, but a share of the rows is (anchor, the anchor itself, a positive) -> [B, 3].
 
         Roth et al., "Revisiting Training Strategies and Generalization Performance in Deep Metric
-        Learning", ICML 2020, section 5: with rho_probability a triplet's negative becomes a random
-        image of the anchor's own class, which keeps the embedding from discarding directions.
+        Learning", ICML 2020, section 5: with rho_probability a triplet only pushes the anchor from
+        a random image of its own class, which keeps the embedding from discarding directions. The
+        positive of such a row is the anchor, as in the authors' code: its distance is constant.
         """
-        triplets = self.distance(embeddings, labels, others, other_labels)
-        _, positive = self.pair_masks(labels, other_labels)
-        replaced = torch.rand(len(labels), device=labels.device) < self.rho_probability
-        replaced &= triplets[:, 0] >= 0
-        triplets[:, 2] = torch.where(replaced, draw_columns(positive.float()), triplets[:, 2])
-        return triplets
+        triplets = self.distance(embeddings, labels)
+        replaced = torch.rand(len(triplets), 1, device=labels.device) < self.rho_probability
+        return torch.where(replaced, triplets[:, [0, 0, 1]], triplets)
 
     def all(self, embeddings, labels, others=None, other_labels=None):
         """Every valid triplet of the batch -> [T, 3]; ValueError for more than MOST_TRIPLETS.

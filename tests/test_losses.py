@@ -135,7 +135,7 @@ def pair_sets(labels, tuples):
     if tuples is None:
         return [([p for p in images if p != a and names[p] == names[a]],
                  [n for n in images if names[n] != names[a]]) for a in images]
-    return [(sorted({row[1] for row in tuples if row[0] == a}),
+    return [(sorted({row[1] for row in tuples if row[0] == a != row[1]}),
              sorted({row[2] for row in tuples if row[0] == a})) for a in images]
 
 
@@ -445,14 +445,17 @@ VARIANTS = {
     "triplet": (TripletLoss, {"margin": 0.5}),
     "triplet-random": (TripletLoss, {"margin": 0.9, "sampling": "random"}),
     "triplet-semihard": (TripletLoss, {"sampling": "semihard"}),
+    "triplet-facenet": (TripletLoss, {"sampling": "facenet"}),
+    "triplet-rho": (TripletLoss, {"sampling": "rho", "rho_probability": 0.5, "margin": 0.9}),
     "triplet-softhard": (TripletLoss, {"sampling": "softhard"}),
     "triplet-cutoff": (TripletLoss, {"distance_cutoff": 1.2}),
     "triplet-multisimilarity": (TripletLoss, {"sampling": "multisimilarity"}),
     "margin": (MarginLoss, {}),
     "margin-nu": (MarginLoss, {"nu": 0.3, "beta": 0.9, "margin": 0.4}),
     "margin-constant": (MarginLoss, {"beta_constant": True, "nu": 0.1, "sampling": "random"}),
-    "margin-semihard": (MarginLoss, {"sampling": "semihard", "beta": 1.0}),
+    "margin-facenet": (MarginLoss, {"sampling": "facenet", "beta": 1.0}),
     "margin-softhard": (MarginLoss, {"sampling": "softhard"}),
+    "margin-rho": (MarginLoss, {"sampling": "rho", "rho_probability": 0.5}),
     "margin-multisimilarity": (MarginLoss, {"sampling": "multisimilarity",
                                             "mining_epsilon": 0.3}),
     "npair": (NPairLoss, {}),
@@ -478,6 +481,7 @@ VARIANTS = {
         "multisimilarity_alpha": 5.0, "multisimilarity_beta": 9.0, "multisimilarity_lambda": 0.4,
         "sampling": "none"}),
     "multisimilarity-random": (MultiSimilarityLoss, {"sampling": "random"}),
+    "multisimilarity-rho": (MultiSimilarityLoss, {"sampling": "rho", "rho_probability": 0.5}),
     "circle": (CircleLoss, {}),
     "circle-soft": (CircleLoss, {"circle_margin": 0.25, "circle_gamma": 6.0}),
     "circle-distance": (CircleLoss, {"sampling": "distance", "circle_margin": 0.0}),
@@ -486,7 +490,7 @@ VARIANTS = {
     "ntxent-hard": (NTXentLoss, {"sampling": "hard"}),
     "supcon": (SupConLoss, {}),
     "supcon-warm": (SupConLoss, {"supcon_temperature": 0.7}),
-    "supcon-rho": (SupConLoss, {"sampling": "rho", "rho_probability": 0.5}),
+    "supcon-distance": (SupConLoss, {"sampling": "distance"}),
     "angular": (AngularLoss, {}),
     "angular-narrow": (AngularLoss, {"angular_alpha": 30.0, "angular_weight": 0.6,
                                      "l2npair": 0.3}),
@@ -503,8 +507,10 @@ VARIANTS = {
     "recallatk-wide": (RecallAtKLoss, {"recallatk_k": [1, 2], "recallatk_tau1": 5.0,
                                        "recallatk_tau2": 0.5}),
     "snr": (SNRLoss, {}),
+    "snr-rho": (SNRLoss, {"snr_margin": 0.9, "sampling": "rho", "rho_probability": 0.5}),
     "snr-wide": (SNRLoss, {"snr_margin": 0.9, "snr_lambda": 0.3, "sampling": "random"}),
     "quadruplet": (QuadrupletLoss, {}),
+    "quadruplet-rho": (QuadrupletLoss, {"sampling": "rho", "rho_probability": 0.5}),
     "quadruplet-wide": (QuadrupletLoss, {"quadruplet_margin1": 1.1, "quadruplet_margin2": 0.4,
                                          "sampling": "random"}),
     "proxyanchor": (ProxyAnchorLoss, {}),
@@ -1281,9 +1287,60 @@ def test_divisor_counts_the_terms_above_zero(margin, active):
     assert value * active == pytest.approx(sum(terms), abs=1e-6)
 
 
-@pytest.mark.parametrize("loss,squared", [(TripletLoss(0.7, "semihard"), True),
-                                          (MarginLoss(2, 0.7, sampling="semihard"), False)])
-def test_semihard_uses_the_margin_and_the_distance_of_the_loss(loss, squared):
+def test_margin_of_a_rho_row_is_a_constant_that_is_not_active():
+    """(0, 0, 1): d_aa = 0 and margin 0.7 leave 0.2 above beta, of no image; d_an = sqrt(0.8).
+
+    The other term, 0.5 - 0.894 + 0.7 = 0.306, is the one active of two; beta's gradient is of
+    both, (-1 + 1) / 2.
+    """
+    rows, loss = HAND.clone().requires_grad_(), MarginLoss(2, 0.7, beta=0.5).double()
+    value = loss(rows, ALTERNATING, [(0, 0, 1)])
+    assert value.item() == pytest.approx((0.2 + 1.2 - math.sqrt(0.8)) / 2)
+    assert loss.active.item() == 1 / 2
+    value.backward()
+    away = (HAND[0] - HAND[1]) / math.sqrt(0.8) / 2
+    torch.testing.assert_close(rows.grad[:2], torch.stack([-away, away]))
+    assert not rows.grad[2:].any() and loss.beta.grad.tolist() == [0, 0]
+
+
+RHO_LOSSES = (TripletLoss(), MarginLoss(5, beta=0.1), SNRLoss(), QuadrupletLoss(),
+              ContrastiveLoss(), MultiSimilarityLoss())
+
+
+@pytest.mark.parametrize("loss", RHO_LOSSES, ids=lambda loss: type(loss).__name__)
+@pytest.mark.parametrize("repeats", [1, 40])
+def test_rho_rows_move_anchors_and_their_negatives_alone(loss, repeats):
+    """With positive == anchor, few rows or many: gradients are finite, none from the pull.
+
+    Row (0, 0, 1) leaves images 2 to 9 alone but the quadruplet's fourth, and pushes 0 and 1.
+    """
+    torch.manual_seed(0)
+    rows = F.normalize(torch.randn(10, 3), dim=1)
+    rows[1] = F.normalize(rows[0] + 0.1 * rows[1], dim=0)
+    rows.requires_grad_()
+    tuples = torch.tensor([[0, 0, 1]] * repeats)
+    if isinstance(loss, QuadrupletLoss):
+        tuples = F.pad(tuples, (0, 1), value=-1)
+    loss.zero_grad()
+    loss(rows, torch.arange(10) // 2, tuples).backward()
+    assert torch.isfinite(rows.grad).all()
+    assert (rows[0] - rows[1]) @ (rows.grad[0] - rows.grad[1]) < 0  # down the slope is apart
+    if not isinstance(loss, SNRLoss):  # whose regulariser is of all images
+        assert not rows.grad[2:].any()
+
+
+def test_rho_pull_has_no_gradient_in_the_matrix_of_all_pairs():
+    """500 dimensions in float32: |a|^2 + |a|^2 - 2 a.a is rounding, whose root has a slope."""
+    rows = (100 * torch.randn(4, 500)).requires_grad_()
+    anchors = torch.arange(4).repeat(10)
+    sq_aa, _ = losses.pair_sq_distances(rows, anchors, anchors, anchors.flip(0))
+    losses.distance_from_square(sq_aa).sum().backward()
+    assert not sq_aa.any() and not rows.grad.any()
+
+
+@pytest.mark.parametrize("loss,squared", [(TripletLoss(0.7, "facenet"), True),
+                                          (MarginLoss(2, 0.7, sampling="facenet"), False)])
+def test_facenet_uses_the_margin_and_the_distance_of_the_loss(loss, squared):
     assert (loss.sampler.margin, loss.sampler.squared) == (0.7, squared)
 
 
@@ -2056,10 +2113,10 @@ def test_loss_select_passes_every_option():
     """Non-default flags reach the modules that are built."""
     loss, groups = loss_select("marginloss", options(
         "--margin", "0.3", "--beta", "0.8", "--beta_lr", "0.01", "--nu", "0.2", "--sampling",
-        "semihard"), [], 9)
+        "facenet"), [], 9)
     assert (loss.margin, loss.nu, loss.sampler.margin) == (0.3, 0.2, 0.3)
     assert loss.beta.tolist() == pytest.approx([0.8] * 9) and groups[0]["lr"] == 0.01
-    assert (loss.sampler.method, loss.sampler.squared) == ("semihard", False)
+    assert (loss.sampler.method, loss.sampler.squared) == ("facenet", False)
     loss, _ = loss_select("triplet", options("--margin", "0.4", "--distance_cutoff", "1.4"), [], 9)
     assert (loss.margin, loss.sampler.margin, loss.sampler.distance_cutoff) == (0.4, 0.4, 1.4)
     assert (loss.sampler.method, loss.sampler.squared) == ("distance", True)
@@ -2109,7 +2166,7 @@ for _name in ("marginloss", "triplet", "arcface", "contrastive", "lifted", "mult
               "circle", "ntxent", "supcon", "snr", "quadruplet"):
     FLAGS_OF[_name] += ["distance_cutoff", "mining_epsilon", "rho_probability"]
     if "margin" not in FLAGS_OF[_name] and _name != "quadruplet":  # which has its own two
-        FLAGS_OF[_name].append("margin")  # of semihard sampling
+        FLAGS_OF[_name].append("margin")  # of facenet sampling
 
 
 def contents(name, opt):
@@ -2168,8 +2225,8 @@ def test_which_losses_want_raw_embeddings_or_faster_weights():
 
 
 def test_samplers_get_the_margin_and_the_distance_of_the_loss():
-    """Semihard negatives of the quadruplet loss: squared distances and its first margin."""
-    loss, _ = loss_select("quadruplet", options("--sampling", "semihard", "--margin", "0.7",
+    """facenet's negatives for the quadruplet loss: squared distances and its first margin."""
+    loss, _ = loss_select("quadruplet", options("--sampling", "facenet", "--margin", "0.7",
                                                 "--quadruplet_margin1", "0.3"), [], NUM_CLASSES)
     assert (loss.sampler.margin, loss.sampler.squared) == (0.3, True)
 

@@ -1035,6 +1035,7 @@ def test_progress_line_on_a_terminal_only(small, monkeypatch, capsys):
     (["--trainer", "UnsupervisedEmbeddingsUsingAugmentations", "--bs", "1"], ["--bs 1"]),
     (["--trainer", "UnsupervisedEmbeddingsUsingAugmentations", "--bs", "400"], ["--bs 400"]),
     (["--trainer", "TwoStreamMetricLoss", "--samples_per_class", "1"], ["--samples_per_class 1"]),
+    (["--trainer", "TwoStreamMetricLoss", "--sampling", "rho"], ["TwoStream", "--sampling rho"]),
     (["--trainer", "DeepAdversarialMetricLearning", "--loss", "npair"],
      ["--trainer Deep", "unit-norm", "npair"]),
 ])

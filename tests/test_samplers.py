@@ -23,9 +23,10 @@ from samplers import (ClassBalancedBatchSampler, ReplacementBatchSampler, Sample
 # What each triplet method is tried with; the key is the test's name.
 VARIANTS = {
     "random": {"method": "random"},
-    "semihard-plain": {"method": "semihard", "margin": 0.3},
-    "semihard-squared": {"method": "semihard", "margin": 0.3, "squared": True},
-    "semihard-wide": {"method": "semihard", "margin": 2.0, "squared": True},
+    "semihard": {"method": "semihard"},
+    "facenet-plain": {"method": "facenet", "margin": 0.3},
+    "facenet-squared": {"method": "facenet", "margin": 0.3, "squared": True},
+    "facenet-wide": {"method": "facenet", "margin": 2.0, "squared": True},
     "softhard": {"method": "softhard"},
     "distance": {"method": "distance"},
     "distance-cutoff-1.4": {"method": "distance", "distance_cutoff": 1.4},
@@ -35,6 +36,10 @@ VARIANTS = {
     "rho-always-cutoff-1.4": {"method": "rho", "rho_probability": 1, "distance_cutoff": 1.4},
 }
 variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+# rho's anchors stand among its positives, so it takes one set only.
+variants_of_two_sets = pytest.mark.parametrize(
+    "variant", [given for given in VARIANTS.values() if given["method"] != "rho"],
+    ids=[name for name, given in VARIANTS.items() if given["method"] != "rho"])
 TAKE_ALL = ("hard", "all", "multisimilarity")  # methods that draw nothing
 
 
@@ -50,7 +55,7 @@ def one_thread():
 # ---- oracles
 
 def allowed(d, positives, negatives, method, margin=0.2, distance_cutoff=None,
-            rho_probability=0.3):
+            rho_probability=0.3, anchor=None):
     """The (positive, negative) of one anchor, at distances d from all, that a method allows."""
     if method == "hard" and positives and negatives:
         farthest, nearest = max(d[p] for p in positives), min(d[n] for n in negatives)
@@ -62,12 +67,12 @@ def allowed(d, positives, negatives, method, margin=0.2, distance_cutoff=None,
         negatives = [n for n in negatives if d[n] < farthest] or negatives
     if method in ("distance", "rho") and distance_cutoff is not None:
         negatives = [n for n in negatives if d[n] < distance_cutoff] or negatives
-    if method == "rho" and negatives:
-        negatives = (negatives if rho_probability < 1 else []) + positives
-    pairs = set()
+    pairs = {(anchor, p) for p in positives} if method == "rho" and negatives else set()
+    if method == "rho" and rho_probability == 1:
+        return pairs
     for p in positives:
         chosen = negatives
-        if method == "semihard":
+        if method in ("semihard", "facenet"):
             chosen = [n for n in negatives if d[p] < d[n] < d[p] + margin] or negatives
         pairs |= {(p, n) for n in chosen}
     return pairs
@@ -77,11 +82,12 @@ def eligible_pairs(embeddings, labels, method, squared=False, **options):
     """For each anchor the set of (positive, negative) that the definition of the method allows.
 
     random    any positive, any negative
-    semihard  any positive; negatives with d_ap < d_an < d_ap + margin, or all if there is none
+    semihard  any positive; negatives with d_ap < d_an < d_ap + 0.2, or all if there is none
+    facenet   the same with the margin, in plain or in squared distance
     softhard  positives with d_ap > min d_an, or all; negatives with d_an < max d_ap, or all
     distance  any positive; negatives nearer than the cut-off, or all if there is none
     hard      the positives with d_ap = max d_ap, the negatives with d_an = min d_an
-    rho       as distance, and any positive in the negative's place, if there is a negative
+    rho       as distance, and the anchor with any positive as its negative, if it has a negative
     all       any positive, any negative
     """
     rows, labels = embeddings.double().tolist(), labels.tolist()
@@ -92,7 +98,7 @@ def eligible_pairs(embeddings, labels, method, squared=False, **options):
             d = [math.sqrt(value) for value in d]
         positives = [i for i in range(len(rows)) if labels[i] == labels[a] and i != a]
         negatives = [i for i in range(len(rows)) if labels[i] != labels[a]]
-        pairs.append(allowed(d, positives, negatives, method, **options))
+        pairs.append(allowed(d, positives, negatives, method, anchor=a, **options))
     return pairs
 
 
@@ -243,17 +249,19 @@ def test_every_eligible_triplet_can_be_drawn(variant):
     assert seen == listed(pairs)
 
 
-def test_semihard_band_by_hand():
-    """Points on a line; anchor 0 at 0, its positive at 1, negatives at 0.9, 1.0, 1.1, 1.25, 1.5.
+def test_semihard_and_facenet_band_by_hand():
+    """Points on a line; anchor 0 at 0, its positive at 1, negatives at 0.9, 1, 1.1, 1.18, 1.25, 1.5.
 
-    Margin 0.3: plain distances in (1, 1.3) are those of 1.1 and 1.25; squared distances, with the
-    positive at 1, in (1, 1.3) leave 1.1^2 = 1.21 alone, since 1.25^2 = 1.5625.
+    facenet with margin 0.3: plain distances in (1, 1.3) are those of 1.1, 1.18 and 1.25; of squared
+    distances, with the positive at 1, 1.1^2 = 1.21 alone is in (1, 1.3), since 1.18^2 = 1.3924.
+    semihard: plain distances in (1, 1.2), whatever the loss's margin and distance are.
     """
     torch.manual_seed(0)
-    embeddings = torch.tensor([0, 1, 0.9, 1.0, 1.1, 1.25, 1.5], dtype=torch.float64)[:, None]
-    labels = torch.tensor([0, 0, 1, 2, 3, 4, 5])
-    for squared, expected in ((False, {4, 5}), (True, {4})):
-        sampler = Sampler("semihard", margin=0.3, squared=squared)
+    embeddings = torch.tensor([0, 1, 0.9, 1, 1.1, 1.18, 1.25, 1.5], dtype=torch.float64)[:, None]
+    labels = torch.tensor([0, 0, 1, 2, 3, 4, 5, 6])
+    for method, squared, expected in (("facenet", False, {4, 5, 6}), ("facenet", True, {4}),
+                                      ("semihard", False, {4, 5}), ("semihard", True, {4, 5})):
+        sampler = Sampler(method, margin=0.3, squared=squared)
         drawn = {int(sampler.give(embeddings, labels)[0, 2]) for _ in range(60)}
         assert drawn == expected
 
@@ -553,7 +561,7 @@ def two_sets():
                unit_rows(others, dim, generator), torch.from_numpy(numbers.choice(names, others)))
 
 
-@variants
+@variants_of_two_sets
 def test_two_sets_satisfy_the_definition(variant):
     """Anchors index the one set, positives and negatives the other: its own place is no self."""
     torch.manual_seed(0)
@@ -564,7 +572,7 @@ def test_two_sets_satisfy_the_definition(variant):
             check_triplets(torch.stack(sampler(*sets), 1), pairs)
 
 
-@variants
+@variants_of_two_sets
 def test_every_eligible_triplet_between_two_sets_can_be_drawn(variant):
     """600 draws give the whole brute-force set, the pair of equal places included."""
     torch.manual_seed(0)
@@ -644,11 +652,8 @@ def test_distance_treats_near_negatives_alike():
     assert chi_square_ok(drawn, {2: 1 / 3, 3: 1 / 3, 4: 1 / 3}, 1500)
 
 
-def test_rho_replaces_its_share_by_any_positive():
-    """1,000 draws: (1 - rho) 1 / q(d) for negatives, rho / positives for these, by chi-square.
-
-    The positive is drawn apart: it and its stand-in for the negative may be the same image.
-    """
+def test_rho_replaces_its_share_by_rows_that_push_a_positive():
+    """1,000 draws: (1 - rho) / q(d) of (a, p, n), rho of (a, a, p), p uniform, by chi-square."""
     labels, draws = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2]), 1000
     embeddings = unit_rows(9, 4, torch.Generator().manual_seed(6))
     rows, names = embeddings.tolist(), labels.tolist()
@@ -661,14 +666,20 @@ def test_rho_replaces_its_share_by_any_positive():
                 seen[a][p, n] += 1
         for a, counts in enumerate(seen):
             own = [p for p in range(9) if names[p] == names[a] and p != a]
-            chances = {n: (1 - share) * chance for n, chance in distance_probabilities(
-                {n: math.dist(rows[a], rows[n]) for n in range(9) if names[n] != names[a]},
-                4).items()} | {p: share / len(own) for p in own}
-            expected = {(p, n): chance / len(own) for p in own
-                        for n, chance in chances.items() if chance}
+            chances = distance_probabilities(
+                {n: math.dist(rows[a], rows[n]) for n in range(9) if names[n] != names[a]}, 4)
+            expected = {(p, n): (1 - share) * chance / len(own) for p in own
+                        for n, chance in chances.items()} | {(a, p): share / len(own) for p in own}
+            expected = {pair: chance for pair, chance in expected.items() if chance}
             if len(expected) > 1:
                 assert chi_square_ok(counts, expected, draws)
             assert set(counts) <= set(expected)
+
+
+def test_rho_mines_in_one_set_only():
+    rows, labels = torch.zeros(4, 2), torch.arange(4) // 2
+    with pytest.raises(ValueError, match="rho takes anchors as positives"):
+        Sampler("rho")(rows, labels, rows, labels)
 
 
 def test_rho_decides_for_each_anchor_by_itself():
@@ -842,7 +853,7 @@ def test_arrays_and_lists_are_taken(method, kind):
     given = [kind(part.tolist()) for part in (rows[0], labels, rows[1], labels)]
     if kind is np.array:
         given[0], given[2] = given[0].astype(np.float32), given[2].astype(np.float32)
-    for number in (2, 4):
+    for number in (2,) if method == "rho" else (2, 4):
         torch.manual_seed(0)
         expected = Sampler(method)(*(rows[0], labels, rows[1], labels)[:number])
         torch.manual_seed(0)
