@@ -1,4 +1,4 @@
-"""The authors' runs followed step by step: their loss, sampler, network and metrics beside ours.
+"""The authors' runs followed step by step: their loss, samplers, network, metrics beside ours.
 
 python benchmarks/follow_reference.py --baselines DIR --revisiting DIR takes two clones, of
 github.com/Confusezius/Deep-Metric-Learning-Baselines and of
@@ -10,10 +10,13 @@ scikit-learn: small stand-ins are made below.
 """
 
 import argparse
+import collections
 import contextlib
 import importlib
 import io
+import itertools
 import os
+import random
 import re
 import shlex
 import sys
@@ -21,6 +24,7 @@ import types
 from pathlib import Path
 
 import numpy as np
+import scipy.stats
 import sklearn.metrics
 import torch
 import torchvision.models  # noqa: F401, looks for pandas: before there is a stand-in
@@ -31,6 +35,7 @@ import auxiliaries
 import evaluate
 import main as program
 import netlib
+import samplers
 
 CLASSES, IMAGES, PIXELS = 100, 10, 16  # as many classes as CUB200-2011 trains on
 SIZES = ("n_epochs", "bs", "samples_per_class", "embed_dim")
@@ -136,7 +141,7 @@ class Baselines:
     def __init__(self, folder):
         # googlenet is the one module of its own that netlib imports.
         sys.modules["googlenet"] = read(types.ModuleType("googlenet"), folder / "googlenet.py")
-        for name in ("losses", "netlib", "auxiliaries"):
+        for name in ("losses", "netlib", "auxiliaries", "datasets"):
             setattr(self, name, read(types.ModuleType(f"baselines.{name}"), folder / f"{name}.py"))
         lines = (folder / "Standard_Training.py").read_text().splitlines()
         scope = {"argparse": argparse, "os": os}
@@ -179,7 +184,8 @@ class Revisiting:
 
     def __init__(self, folder):
         sys.path.append(str(folder))  # after this project's modules
-        for name in ("criteria", "batchminer", "architectures", "metrics", "parameters"):
+        for name in ("criteria", "batchminer", "datasampler", "architectures", "metrics",
+                     "parameters"):
             setattr(self, name, importlib.import_module(name))
         for name in CHANGES:
             if name.startswith("criteria."):
@@ -487,12 +493,116 @@ def metrics_table(baselines, revisiting):
               + " |")
 
 
+# ---- how often a sampler draws what
+
+
+def count(draw, number):
+    """{place: Counter of what stood there} over so many draws, each a list of (place, what)."""
+    counts = collections.defaultdict(collections.Counter)
+    for _ in range(number):
+        for place, what in draw():
+            counts[place][what] += 1
+    return counts
+
+
+def chi_square(first, second):
+    """Whether two counts are of one distribution at each place -> (chi-square, freedom, p).
+
+    What both together drew less than ten times is one cell.
+    """
+    statistic = freedom = 0
+    for place in first.keys() | second.keys():
+        table = np.array([[counts[place][what] for what in first[place] | second[place]]
+                          for counts in (first, second)])
+        rare = table.sum(0) < 10
+        table = np.column_stack([table[:, ~rare], table[:, rare].sum(1)])
+        found = scipy.stats.chi2_contingency(table[:, table.sum(0) > 0], correction=False)
+        statistic, freedom = statistic + found.statistic, freedom + found.dof
+    return statistic, freedom, scipy.stats.chi2.sf(statistic, freedom)
+
+
+def places(tuples, labels):
+    """Rows (a, p, n) or (a, p, n, n, ...), or vectors of them, as (place, what): n-pair by class."""
+    if isinstance(tuples, tuple):
+        tuples = [[a, p, *n] for a, p, n in zip(*tuples)]
+    rows = [[int(index) for index in row] for row in tuples]
+    if len(rows[0]) == 3:
+        return [(a, (p, n)) for a, p, n in rows]
+    return [pair for a, p, *_ in rows for pair in ((a, p), (f"class {labels[a]}", a))]
+
+
+def groups_of(images, labels, size):
+    """A batch [B] of images: its classes and the groups with one twice, and the last class."""
+    groups = np.reshape(images, (-1, size))
+    return [("classes", len(np.unique(labels[groups]))), ("class", labels[groups[-1, 0]]),
+            ("twice", sum(len(set(group)) < size for group in groups.tolist()))]
+
+
+def baselines_batches(repository, labels, batch_size, size):
+    """Their batches, as lists of images, without end."""
+    images = {int(name): np.flatnonzero(labels == name).tolist() for name in np.unique(labels)}
+    dataset = repository.datasets.BaseTripletDataset(
+        images, argparse.Namespace(arch="resnet50"), samples_per_class=size)
+    repository.datasets.Image = types.SimpleNamespace(open=int)  # an image is its number
+    dataset.ensure_3dim = dataset.transform = int
+    while True:
+        order = np.random.permutation(len(dataset))
+        for start in range(0, len(order) - batch_size + 1, batch_size):
+            yield [dataset[i][1] for i in order[start:start + batch_size]]
+
+
+def revisiting_batches(repository, labels, batch_size, size):
+    """Their batches, as lists of images, without end."""
+    images = {int(name): [("", int(place)) for place in np.flatnonzero(labels == name)]
+              for name in np.unique(labels)}
+    opt = argparse.Namespace(bs=batch_size, samples_per_class=size)
+    sampler = repository.datasampler.select("class_random", opt, images, labels)
+    return itertools.chain.from_iterable(itertools.repeat(sampler))
+
+
+def frequencies_table(baselines, revisiting, number):
+    """Prints chi-square tests of their samplers' draws and ours, of the same 12 images and birds."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3])
+    rows = torch.randn(4, 8)[labels] + 1.5 * torch.randn(12, 8)
+    rows = torch.nn.functional.normalize(rows)
+    miners = argparse.Namespace(
+        loss="triplet", loss_triplet_margin=0.2, miner_distance_lower_cutoff=0.5,
+        miner_distance_upper_cutoff=1.4, miner_rho_distance_lower_cutoff=0.5,
+        miner_rho_distance_upper_cutoff=1.4, miner_rho_distance_cp=0.3)
+    pairs = [("Baselines", method, baselines.losses.TupleSampler(method).give)
+             for method in ("random", "semihard", "softhard", "distance", "npair")]
+    pairs += [("Revisiting", method.removesuffix("_distance"),
+               revisiting.batchminer.select(method, miners))
+              for method in ("random", "semihard", "softhard", "distance", "rho_distance", "npair")]
+    draws = [(code, method, lambda their=their: places(their(rows, labels), labels),
+              lambda our=samplers.Sampler(method): places(our.give(rows, labels), labels))
+             for code, method, their in pairs]
+    birds = np.repeat(np.arange(100), [41, 44, 45, 48, 50] + [59] * 64 + [60] * 31)  # as CUB200's
+    for code, size, spacing, theirs in (
+            ("Baselines", 4, 2, baselines_batches(baselines, birds, 112, 4)),
+            ("Revisiting", 2, 0, revisiting_batches(revisiting, birds, 112, 2))):
+        ours = samplers.ReplacementBatchSampler(birds, 112, size, spacing=spacing)
+        ours = itertools.chain.from_iterable(itertools.repeat(ours))
+        draws.append((code, f"batches of {size} a class", *(
+            lambda batches=batches, size=size: groups_of(next(batches), birds, size)
+            for batches in (theirs, ours))))
+    print(f"\n| authors' code | sampler | chi-square of {number:,} draws each | degrees of freedom | "
+          "p |\n|---|---|---|---|---|")
+    for code, method, *both in draws:
+        statistic, freedom, p = chi_square(*(count(draw, number) for draw in both))
+        print(f"| {code} | {method} | {statistic:.1f} | {freedom} | {p:.3f} |", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--baselines", type=Path, required=True, help="the first clone")
     parser.add_argument("--revisiting", type=Path, required=True, help="the second clone")
     parser.add_argument("--recipes", nargs="+", default=None, help="default: all losses")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--draws", type=int, default=10000, help="of each sampler")
     parser.add_argument("--dtype", choices=("float64", "float32"), default="float64")
     args = parser.parse_args()
     torch.set_default_dtype(getattr(torch, args.dtype))
@@ -507,6 +617,7 @@ def main():
         *(name for name in auxiliaries.read_recipes() if name.startswith("cub200/rev-"))]
     steps_table(repositories, names, args.steps)
     metrics_table(*repositories)
+    frequencies_table(*repositories, args.draws)
 
 
 if __name__ == "__main__":
