@@ -8,11 +8,12 @@ of index vectors, (a, p, n) or (a1, p, a2, n), as the miners of other libraries 
 
 unit_norm says whether the loss wants embeddings of length one, samplings which --sampling it takes
 (the default first), and the two samples_per_class bounds how many images of a class a batch should
-hold. A loss in which tuples can be satisfied sets self.active in forward, the share of tuples that
-were not, a 0-dimensional tensor for the log. lr_factor: how much faster than the network its own
-weights learn by default. stops_gradients = True and rotation_invariant = False say what --check
-cannot expect of it. To add a loss: write the class here, its flags in add_arguments, its line in
-LOSSES; then python losses.py --check NAME looks for what is commonly wrong with a new loss.
+hold (default_samples_per_class: unless the user says, without it 4). A loss in which tuples can be
+satisfied sets self.active in forward, the share of tuples that were not, a 0-dimensional tensor
+for the log. lr_factor: how much faster than the network its own weights learn by default.
+stops_gradients = True and rotation_invariant = False say what --check cannot expect of it. To add
+a loss: write the class here, its flags in add_arguments, its line in LOSSES; then python losses.py
+--check NAME looks for what is commonly wrong with a new loss.
 """
 
 import argparse
@@ -559,7 +560,8 @@ class ProxyNCALoss(torch.nn.Module):
 
     unit_norm = True
     samplings = ()
-    min_samples_per_class, max_samples_per_class = 1, 1
+    min_samples_per_class, max_samples_per_class = 1, sys.maxsize
+    default_samples_per_class = 1  # reference runs
     scale = 3.0
 
     def __init__(self, num_classes, embed_dim, proxynca_positive_in_denominator=False):

@@ -142,10 +142,6 @@ def contradiction(opt):
     if opt.trainer == "TwoStreamMetricLoss" and opt.sampling == "rho":
         return (f"--trainer {opt.trainer} cannot use --sampling rho, whose anchors are positives: "
                 "its two streams share no image")
-    fewest, most = samples_per_class_bounds(opt)
-    if fewest > most:
-        return (f"--trainer {opt.trainer} needs {fewest} images of a class in a batch; --loss "
-                f"{opt.loss} takes {most} only")
     if opt.trainer == "DeepAdversarialMetricLearning" and not loss_class.unit_norm:
         return (f"--trainer {opt.trainer} needs unit-norm embeddings for its triplet losses; "
                 f"--loss {opt.loss} wants raw ones")
@@ -175,7 +171,9 @@ def fill_defaults(opt):
     chosen = evaluate.METRICS if "all" in opt.metrics else opt.metrics
     opt.metrics = [name for name in evaluate.METRICS
                    if name in chosen or name == "dist_ratio" and opt.dist_measure]
-    default("samples_per_class", min(4, samples_per_class_bounds(opt)[1]))
+    fewest, most = samples_per_class_bounds(opt)
+    wanted = getattr(losses.LOSSES[opt.loss][0], "default_samples_per_class", 4)
+    default("samples_per_class", min(most, max(fewest, wanted)))
     default("sampling", next(iter(losses.LOSSES[opt.loss][0].samplings), "none"))
     default("n_epochs", 20 if glyphs else 70)
     default("tau", [15] if glyphs else [30, 55])
