@@ -37,8 +37,8 @@ RECIPES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "recipes.csv"
 # Options in which runs of one row of a table, or of one recipe, may differ.
 NOT_OF_RECIPE = ("seed", "seeds", "recipe", "recipes", "dry_run", "departures", "savename",
                  "save_path", "source_path", "gpu", "kernels", "resume", "tensorboard", "weights",
-                 "plot_embeddings", "save_embeddings", "checkpoint_every", "on_save_error",
-                 "skip_nonfinite", "deterministic", "eval_memory", "eval_bs", "cache_path")
+                 "plot_embeddings", "save_embeddings", "checkpoint_every", "deterministic",
+                 "eval_memory", "eval_bs", "cache_path")
 
 
 def add_arguments(parser):
@@ -77,17 +77,12 @@ def add_arguments(parser):
     group.add_argument("--resume", action="store_true",
                        help="go on with the run named by --savename where its last checkpoint "
                             "is; give the same options as before (--n_epochs, --patience, --gpu, "
-                            "--kernels, --deterministic, --skip_nonfinite, paths and what is "
-                            "saved or drawn, and when, may change)")
+                            "--kernels, --deterministic, paths and what is saved or drawn, and "
+                            "when, may change)")
     group.add_argument("--checkpoint_every", type=int, default=None, metavar="N",
                        help="save the state every N iterations, for long epochs; it is saved at "
                             "the end of every epoch's training and after its evaluation in any "
                             "case. Default: only then")
-    group.add_argument("--on_save_error", choices=("stop", "continue"), default="stop",
-                       help="what to do where a file cannot be written, as on a full disk; the "
-                            "files of before are kept in any case. stop: end the run, which "
-                            "--resume takes further. continue: say so and go on. Default "
-                            "%(default)s")
     group.add_argument("--deterministic", action="store_true",
                        help="on a GPU: only algorithms that give the same bits each time, some of "
                             "them slower. On the CPU a seed gives the same bits anyway")
@@ -115,8 +110,8 @@ def written_whole(path, mode="wb"):
             os.remove(temporary)
         # torch.save reports a full disk as RuntimeError.
         if isinstance(error, (OSError, RuntimeError)):
-            raise OSError(f"{path} could not be written: {error}. Is the disk full or read-only? "
-                          "--save_path names another place") from error
+            raise OSError(f"{path} could not be written: {error}; what it held is kept. Is the "
+                          "disk full or read-only? --save_path names another place") from error
         raise
 
 
@@ -628,22 +623,14 @@ def random_state():
 
 
 def restore_random_state(state):
-    """Sets the generators to a state of random_state; a GPU's only where there is one.
-
-    ValueError where it is no such state.
-    """
-    try:
-        torch.set_rng_state(state["cpu"])
-        if len(state["cuda"]) == 1 and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["cuda"][0])
-        name, keys, *rest = state["numpy"]
-        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-        version, numbers, rest = state["python"]
-        random.setstate((version, tuple(numbers), rest))
-    except (TypeError, KeyError, IndexError, AttributeError, RuntimeError, ValueError,
-            OverflowError) as error:
-        raise ValueError("the saved state of the random generators is damaged: "
-                         f"{one_line(error)}") from error
+    """Sets the generators to a state of random_state; a GPU's only where there is one."""
+    torch.set_rng_state(state["cpu"])
+    if len(state["cuda"]) == 1 and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"][0])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    version, numbers, rest = state["python"]
+    random.setstate((version, tuple(numbers), rest))
 
 
 def select_device(gpu):

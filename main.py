@@ -33,8 +33,8 @@ import trainers
 # (that the data is the same is checked by its fingerprint).
 MAY_CHANGE = {"resume", "n_epochs", "patience", "gpu", "kernels", "source_path", "save_path",
               "savename", "tensorboard", "plot_embeddings", "save_embeddings", "checkpoint_every",
-              "on_save_error", "skip_nonfinite", "deterministic", "eval_memory", "cache_path",
-              "seeds", "recipe", "departures", "dry_run", "recipes"}
+              "deterministic", "eval_memory", "cache_path", "seeds", "recipe", "departures",
+              "dry_run", "recipes"}
 TWO_VIEWS = ("UnsupervisedEmbeddingsUsingAugmentations", "TwoStreamMetricLoss")
 
 
@@ -207,7 +207,7 @@ def wrong_value(opt):
                         ("metric_alone_epochs", 0), ("g_alone_epochs", 0),
                         ("g_triplets_per_anchor", 1), ("eval_every", 1), ("patience", 1),
                         ("plateau_patience", 1), ("cluster_every", 1), ("eval_bs", 1),
-                        ("checkpoint_every", 1), ("skip_nonfinite", 0)):
+                        ("checkpoint_every", 1)):
         if getattr(opt, name) is not None and getattr(opt, name) < least:
             return f"--{name} {getattr(opt, name)}: the least value is {least}"
     if min(opt.g_weights) < 0:
@@ -351,15 +351,13 @@ class Run:
         self.validation = trainers.Validation(
             self.measure, every=opt.eval_every, patience=opt.patience, state=self.state,
             metric=f"val recall@{opt.k_vals[0]}" if opt.val_split else None,
-            checkpoint=self.path("checkpoint.pth.tar") if self.writes else None,
-            save=self.save_checkpoint)
+            checkpoint=self.path("checkpoint.pth.tar") if self.writes else None)
         self.log = None  # trainers.TensorBoardLog, once no other run can write here
         self.versions = auxiliaries.versions(device)
         self.progress = auxiliaries.Progress(opt.n_epochs, opt.bs, epochs_per_pause=opt.eval_every)
         self.diagnoses = {}  # by what is appended to their columns' names
         self.train_rows = []  # of log_train_Base.csv; those of log_val_Base.csv are validation's
         self.loss_sums, self.gradients = {}, []  # of the epoch that is under way
-        self.reported = 0  # of the trainer's nonfinite_steps
         self.embedded = None  # the evaluation sets' embeddings, of the last evaluation
 
     def carry_out(self, trainer, found):
@@ -369,15 +367,10 @@ class Run:
         state = auxiliaries.from_first(lambda: auxiliaries.load_last_checkpoint(
             self.path("last.pth.tar"), self.STATE_KEYS))
         if state:
-            try:
-                self.restore(trainer, state)
-            except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-                raise ValueError(f"--resume: what {self.path('last.pth.tar')} holds is not the "
-                                 f"state of a run ({error!r})") from error
+            self.restore(trainer, state)
         print_header(self.opt, self.versions, found, self.evaluation_sets, trainer)
         if self.writes:
-            with self.save_errors():
-                auxiliaries.save_options(self.folder, vars(self.opt))
+            auxiliaries.save_options(self.folder, vars(self.opt))
         if not state:
             self.after_epoch(trainer)
         elif trainer.epoch >= self.opt.n_epochs:
@@ -394,8 +387,8 @@ class Run:
             try:
                 trainer.train(trainer.epoch + 1, self.opt.n_epochs)
             except trainers.NonFiniteLoss as error:
-                self.report_nonfinite(trainer, (error.epoch, error.iteration))
-                raise
+                raise FloatingPointError(f"{error}; the images of its batch are listed in "
+                                         f"{self.list_batch(trainer, error)}") from error
         print(self.summary())
         if self.opt.val_split:
             print("\n".join(self.selections()))
@@ -437,11 +430,9 @@ class Run:
         """
         done = trainer.iterations_done
         stop = auxiliaries.any_rank(self.signals.caught is not None)
-        if len(trainer.nonfinite_steps) > self.reported:
-            self.report_nonfinite(trainer)
         if (stop or done == trainer.iterations_per_epoch
                 or self.opt.checkpoint_every and done % self.opt.checkpoint_every == 0):
-            trainer.check_losses()  # or the weights may be behind one that is not finite
+            trainer.check_weights()  # never saved over finite ones where they are not
             self.save_last(trainer)
         # What the evaluation computes is computed again from what was saved above.
         self.signals.at_once = done == trainer.iterations_per_epoch
@@ -451,27 +442,17 @@ class Run:
             auxiliaries.any_rank(True)  # waits for the first to have saved
             raise auxiliaries.Stopped(self.signals.caught or signal.SIGTERM)
 
-    def report_nonfinite(self, trainer, last=None):
-        """Writes the images of all batches whose loss was not finite to nonfinite.txt.
-
-        last: (epoch, iteration) of the one that ends the run, if one does.
-        """
-        self.reported = len(trainer.nonfinite_steps)
-        steps = [(*step, "step left out") for step in trainer.nonfinite_steps]
-        steps += [(*last, "the run ends")] if last else []
-        images, parts = trainer.dataset.images, []
-        for epoch, iteration, what in steps:
-            trainer.sampler.set_epoch(epoch)
-            batch = next(itertools.islice(iter(trainer.sampler), iteration, None))
-            found = f"epoch {epoch}, iteration {iteration + 1}: the loss is not finite, {what}"
-            parts += [f"{found}; images:\n", *(
-                f"  {images[i] if isinstance(images, list) else f'image {i}'}\n" for i in batch)]
+    def list_batch(self, trainer, error):
+        """Writes the images of a NonFiniteLoss's batch to nonfinite.txt -> its path."""
+        trainer.sampler.set_epoch(error.epoch)
+        batch = next(itertools.islice(iter(trainer.sampler), error.iteration, None))
+        images = trainer.dataset.images
+        lines = [f"{error}; images:", *(
+            f"  {images[i] if isinstance(images, list) else f'image {i}'}" for i in batch)]
         if self.writes:
-            self.progress.write("")
-            print(f"warning: {found}; its images are listed in {self.path('nonfinite.txt')}",
-                  flush=True)
-            with self.save_errors(), auxiliaries.written_whole(self.path("nonfinite.txt")) as file:
-                file.write("".join(parts).encode("utf-8", "surrogateescape"))
+            with auxiliaries.written_whole(self.path("nonfinite.txt")) as file:
+                file.write("\n".join([*lines, ""]).encode("utf-8", "surrogateescape"))
+        return self.path("nonfinite.txt")
 
     def after_epoch(self, trainer):
         """Evaluates, logs, draws, saves; epoch 0 is the untrained network.
@@ -494,8 +475,7 @@ class Run:
             self.train_rows[-1]["next_lr"] = next_lr(trainer)
         gradients, self.gradients, self.loss_sums = self.gradients, [], {}
         if self.writes:
-            with self.save_errors():
-                self.save(trainer, gradients)
+            self.save(trainer, gradients)
         self.save_last(trainer)
         self.progress.write("")
         self.report(trainer, seconds)
@@ -559,28 +539,11 @@ class Run:
                               "diagnoses": {suffix: diagnosis.sums for suffix, diagnosis
                                             in self.diagnoses.items()}}}
 
-    @contextlib.contextmanager
-    def save_errors(self):
-        """Within it a file that cannot be written ends the run or not, as --on_save_error says."""
-        try:
-            yield
-        except OSError as error:
-            if self.opt.on_save_error == "stop":
-                raise OSError(f"{error}. The files of before are kept; --resume goes on from "
-                              "them, --on_save_error continue does without") from error
-            self.progress.write("")
-            print(f"warning: {error}", flush=True)
-
-    def save_checkpoint(self, path, state, **options):
-        """auxiliaries.save_checkpoint, its errors as --on_save_error says."""
-        with self.save_errors():
-            auxiliaries.save_checkpoint(path, state, **options)
-
     def save_last(self, trainer):
         """Writes the checkpoint that --resume goes on from, and keeps the one before."""
         if self.writes:
-            self.save_checkpoint(self.path("last.pth.tar"), self.state(trainer),
-                                 keep_previous=True)
+            auxiliaries.save_checkpoint(self.path("last.pth.tar"), self.state(trainer),
+                                        keep_previous=True)
 
     def save(self, trainer, gradients):
         """Writes the files of the run folder; those of the best epoch only if it is this one.
@@ -664,86 +627,41 @@ class Run:
     def restore(self, trainer, state):
         """Puts a checkpoint's state back into the trainer and this run.
 
-        Raises ValueError where the options, the data or the code are not those of the checkpoint,
-        or where it is damaged.
+        Raises ValueError where the options, the data or the code are not those of the checkpoint.
         """
-        options = state["options"]
-        if not isinstance(options, dict) or not all(
-                isinstance(value, (int, float, str, type(None)))
-                for values in options.values()
-                for value in (values if isinstance(values, list) else [values])):
-            raise ValueError(f"--resume: the options saved in {self.folder} are damaged")
-        if not isinstance(state["versions"], str):
-            raise ValueError(f"--resume: the versions saved in {self.folder} are damaged")
-        changed = [f"--{name} (was {auxiliaries.one_line(options.get(name))}, is {value})"
-                   for name, value in vars(self.opt).items()
-                   if name not in MAY_CHANGE and options.get(name) != value]
+        try:
+            options = state["options"]
+            changed = [f"--{name} (was {auxiliaries.one_line(options.get(name))}, is {value})"
+                       for name, value in vars(self.opt).items()
+                       if name not in MAY_CHANGE and options.get(name) != value]
+            if not changed and state["data"] == self.data:
+                trainer.load_state_dict(state)
+                auxiliaries.restore_random_state(state["random_state"])
+                self.train_rows = state["train_rows"]
+                self.validation.rows = state["validation_rows"]
+                self.restore_epoch(state["under_way"])
+        except Exception as error:  # as many kinds as a checkpoint has parts
+            raise ValueError(f"--resume: {self.path('last.pth.tar')} does not fit this code "
+                             f"({type(error).__name__}: {auxiliaries.one_line(error)}): was it "
+                             "changed since?") from error
         if changed:
             raise ValueError(f"--resume with other options than the run in {self.folder}: "
                              f"{', '.join(changed)}")
         if state["data"] != self.data:
             raise ValueError(f"--resume with other data than the run in {self.folder}: the images "
                              "or classes below --source_path are not the same")
-        try:
-            trainer.load_state_dict(state)
-            for name, optimizer in trainer.optimizers.items():
-                if "betas" in optimizer.defaults:  # Adam, as make_optimizers has it
-                    check_adam(name, optimizer)
-            check_rows(state["train_rows"], state["validation_rows"], trainer.epoch)
-            auxiliaries.restore_random_state(state["random_state"])
-        except ValueError as error:
-            raise ValueError(f"--resume: {error}; was the code changed, or the file damaged?"
-                             ) from error
-        self.train_rows, self.validation.rows = state["train_rows"], state["validation_rows"]
-        self.restore_epoch(state["under_way"])
-        self.reported = len(trainer.nonfinite_steps)
         if state["versions"] != self.versions:
             print(f"note: the run was begun with {state['versions']}; it goes on with "
                   f"{self.versions}")
 
     def restore_epoch(self, under_way):
-        """Takes back what was summed up of the epoch that is under way; ValueError if damaged."""
-        try:
-            self.loss_sums, self.gradients = (
-                {name: total.to(self.device) for name, total in under_way["loss_sums"].items()},
-                [gradient.to(self.device) for gradient in under_way["gradients"]])
-            for suffix, sums in under_way["diagnoses"].items():
-                self.diagnoses[suffix].sums = {name: value.to(self.device)
-                                               for name, value in sums.items()}
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError("--resume: the saved sums of the epoch under way are damaged: "
-                             f"{auxiliaries.one_line(error)}") from error
-
-
-def check_adam(name, optimizer):
-    """ValueError unless a restored Adam keeps of each weight what Adam does, in its shape."""
-    for weight, kept in optimizer.state.items():
-        shape = getattr(weight, "shape", None)
-        found = {key: value.shape for key, value in kept.items() if torch.is_tensor(value)
-                 and value.is_floating_point() and value.layout == torch.strided
-                 } if isinstance(kept, dict) else {}
-        if (found != {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}
-                or not kept["step"] >= 0):
-            raise ValueError(f"the saved {name} does not fit its weights")
-    for group in optimizer.param_groups:
-        if any(group[key] != optimizer.defaults[key] for key in ("betas", "eps")):
-            raise ValueError(f"the saved {name} has other betas or another eps")
-
-
-def check_rows(train_rows, validation_rows, epoch):
-    """ValueError unless both are logs, [{"epoch": number, name: number}], up to this epoch."""
-    for name, rows, least in (("train_rows", train_rows, 0), ("validation_rows",
-                                                              validation_rows, 1)):
-        if not isinstance(rows, list) or len(rows) < least or not all(
-                isinstance(row, dict) and all(
-                    isinstance(key, str) and (type(value) is float or type(value) is int
-                                              and abs(value) < 2 ** 53)
-                    for key, value in row.items())
-                and type(row.get("epoch")) is int and 0 <= row["epoch"] <= epoch for row in rows):
-            raise ValueError(f"the saved {name} are no log of its epochs")
-    metrics = [list(row) for row in validation_rows]
-    if metrics[0][:1] != ["epoch"] or any(names[:2] != metrics[0][:2] for names in metrics):
-        raise ValueError("the saved validation_rows differ in the metric that counts")
+        """Takes back what was summed up of the epoch that is under way."""
+        self.loss_sums, self.gradients = (
+            {name: total.to(self.device) for name, total in under_way["loss_sums"].items()},
+            [gradient.to(self.device) for gradient in under_way["gradients"]])
+        for suffix, sums in under_way["diagnoses"].items():
+            self.diagnoses[suffix].sums = {name: value.to(self.device)
+                                           for name, value in sums.items()}
 
 
 def next_lr(trainer):
@@ -796,7 +714,7 @@ def build(opt, signals):
         collate_fn=getattr(train_set, "collate", None),
         freeze_trunk_batchnorm=opt.batchnorm == "frozen", dataloader_num_workers=opt.kernels,
         end_of_iteration_hook=run.after_iteration, end_of_epoch_hook=run.after_epoch,
-        between_iterations_hook=run.between_iterations, skip_nonfinite=opt.skip_nonfinite,
+        between_iterations_hook=run.between_iterations,
         grad_scaler=torch.amp.GradScaler(device.type) if opt.amp == "fp16" else None, **arguments)
     run.watch(loss_funcs)
     return run, trainer, found

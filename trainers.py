@@ -54,11 +54,6 @@ def add_arguments(parser):
     group.add_argument("--tau", type=int, nargs="+", default=None, metavar="E",
                        help="epochs after which --scheduler step lowers the rates. Default 30 55 "
                             "(reference runs); glyphs 15")
-    group.add_argument("--skip_nonfinite", type=int, default=0, metavar="N",
-                       help="leave out up to N steps whose loss is not finite, in the whole run, "
-                            "before one ends it. Each is noted in nonfinite.txt with its images. "
-                            "Above 0 each step waits for a GPU. Default %(default)s: the first "
-                            "ends the run")
     trainer = parser.add_argument_group("trainer", "how a batch becomes losses")
     trainer.add_argument("--trainer", choices=TRAINERS, default="MetricLossOnly",
                          help="MetricLossOnly: the loss alone. TrainWithClassifier: and a linear "
@@ -111,7 +106,7 @@ def identity(item):
 
 
 class NonFiniteLoss(FloatingPointError):
-    """A loss that is not finite; epoch and iteration (from 0) say where."""
+    """A loss, gradient or weight that is not finite; epoch and iteration (from 0) say where."""
 
     def __init__(self, message, epoch, iteration):
         super().__init__(message)
@@ -132,35 +127,12 @@ def not_empty(indices):
     return indices
 
 
-def misfit(saved, own, lacking, name=""):
-    """The name of the first entry of a saved state that is of another kind than the own; or None.
+def greatest(tensors):
+    """The greatest absolute value in each of the tensors, NaN where one is in it -> scalars.
 
-    Both are nested dicts and lists of tensors and plain values. lacking: whether it may not lack
-    what the own has, but for names that begin with _, in which versions differ.
+    Nothing waits for the device.
     """
-    if isinstance(own, dict) and isinstance(saved, dict):
-        for key, value in own.items():
-            if key in saved:
-                wrong = misfit(saved[key], value, lacking, f"{name}.{key}".lstrip("."))
-                if wrong:
-                    return wrong
-            elif lacking and isinstance(key, str) and not key.startswith("_"):
-                return f"{name}.{key}".lstrip(".")
-        return None
-    if isinstance(own, (list, tuple)) and isinstance(saved, (list, tuple)):
-        pairs = enumerate(zip(saved, own)) if len(saved) == len(own) else [(0, (None, 0))]
-        return next(filter(None, (misfit(a, b, lacking, f"{name}.{i}") for i, (a, b) in pairs)),
-                    None)
-    if torch.is_tensor(own):
-        fits = (torch.is_tensor(saved) and saved.is_complex() == own.is_complex()
-                and saved.is_floating_point() >= own.is_floating_point())
-    elif isinstance(own, (int, float, type(None))):
-        plain = (int, float, type(None)) if own is None else (int, float)
-        fits = isinstance(saved, plain) and (own is None
-                                             or isinstance(saved, bool) == isinstance(own, bool))
-    else:
-        fits = type(saved) is type(own)
-    return None if fits else name or "it"
+    return torch._foreach_norm(tensors, math.inf) if tensors else ()
 
 
 class BaseTrainer:
@@ -187,9 +159,6 @@ class BaseTrainer:
     latter returns exactly False. between_iterations_hook: callable(trainer), called where
     state_dict() is a state to go on from, after all that belongs to an iteration; exactly False
     ends the training there. grad_scaler: torch.amp.GradScaler, for float16 networks.
-    skip_nonfinite: so many steps whose loss is not finite are left out, which nonfinite_steps then
-    lists as [epoch, iteration from 0]; one more raises NonFiniteLoss, as the first does by
-    default. Above 0 it makes each iteration wait for a GPU.
 
     Where torch.distributed is initialised each process gives its share of every batch (the dataset
     or sampler sees to it): the trunk runs on the share, in DistributedDataParallel, and its
@@ -217,7 +186,7 @@ class BaseTrainer:
                  freeze_these=(), freeze_trunk_batchnorm=False, label_hierarchy_level=0,
                  dataloader_num_workers=2, data_and_label_getter=None, dataset_labels=None,
                  set_min_label_to_zero=False, end_of_iteration_hook=None, end_of_epoch_hook=None,
-                 between_iterations_hook=None, grad_scaler=None, skip_nonfinite=0):
+                 between_iterations_hook=None, grad_scaler=None):
         self.check_dicts(models=models, optimizers=optimizers, loss_funcs=loss_funcs,
                          mining_funcs=mining_funcs, loss_weights=loss_weights,
                          lr_schedulers=lr_schedulers, gradient_clippers=gradient_clippers)
@@ -247,12 +216,10 @@ class BaseTrainer:
         self.end_of_epoch_hook = end_of_epoch_hook or (lambda trainer: None)
         self.between_iterations_hook = between_iterations_hook or (lambda trainer: None)
         self.grad_scaler = grad_scaler or torch.amp.GradScaler(enabled=False)
-        self.skip_nonfinite = skip_nonfinite
-        self.nonfinite_steps = []
         self.in_step = False
         self.losses = {}
         self.stepped_schedulers, self.all_weights = set(), None
-        self.unchecked_losses = []
+        self.unchecked = []  # see look
         self.skipped_steps = 0
         self.idle = ()  # models that do not learn at present
         self.epoch = self.iteration = self.last_epoch = 0
@@ -304,7 +271,7 @@ class BaseTrainer:
                 if self.between_iterations_hook(self) is False:
                     self.goes_on = True
                     return
-            self.check_losses()
+            self.check_weights()
             self.step_schedulers("_scheduler_by_epoch")
             self.epochs_done, self.iterations_done = self.epoch, 0
             if self.end_of_epoch_hook(self) is False:
@@ -313,69 +280,67 @@ class BaseTrainer:
     def training_step(self):
         """One batch: forward, backward, clip, step.
 
-        Where a miner returns nothing the step is skipped, counted in skipped_steps, and its losses
-        are zero; so it is, in nonfinite_steps, where the loss is not finite.
+        Where a miner returns nothing, or a loss nothing to learn from, the step is skipped and
+        counted in skipped_steps. Raises NonFiniteLoss where loss or gradient is not finite.
         """
         for weight in self.weights():
             weight.grad = None
         try:
             data, labels = self.next_batch()
             self.in_step = True
-            self.losses = self.calculate_loss(data, labels)
-            total = self.weighted_sum(self.losses)
-            if (len(self.nonfinite_steps) < self.skip_nonfinite
-                    and not math.isfinite(total.detach())):
-                raise FloatingPointError(f"the loss is {float(total.detach())}")
+            losses = self.calculate_loss(data, labels)
         except NothingMined:
             self.skipped_steps += 1
-            self.leave_out()
+            zero = torch.zeros((), device=self.data_device)
+            self.losses = {name: zero for name in (*self.loss_weights, "total_loss")}
             return
-        except FloatingPointError as error:
-            self.leave_out()
+        except FloatingPointError as error:  # embeddings that are not finite
             self.check_losses()  # one before may be the cause
-            if len(self.nonfinite_steps) == self.skip_nonfinite:
-                raise NonFiniteLoss(f"epoch {self.epoch}, iteration {self.iteration + 1}: {error}",
-                                    self.epoch, self.iteration) from error
-            self.nonfinite_steps.append([self.epoch, self.iteration])
-            return
+            raise NonFiniteLoss(f"epoch {self.epoch}, iteration {self.iteration + 1}: {error}",
+                                self.epoch, self.iteration) from error
         finally:
             self.in_step = False
+        total = self.weighted_sum(losses)
         self.losses = {name: self.loss_weights[name] * loss.detach()
-                       for name, loss in self.losses.items()}
+                       for name, loss in losses.items()}
         self.losses["total_loss"] = total.detach()
-        self.unchecked_losses.append(self.losses["total_loss"])
-        if len(self.unchecked_losses) >= (20 if total.is_cuda else 1):
-            self.check_losses()
         if not total.requires_grad:
             # Zero is some losses' answer to a batch without tuples.
             if total == 0 and any(weight.requires_grad for weight in self.weights()):
                 self.skipped_steps += 1
                 return
-            raise ValueError("there is nothing to learn: the loss depends on no weight that is "
-                             "not frozen (freeze_these: "
+            raise ValueError(f"there is nothing to learn: the loss, {float(total)}, depends on no "
+                             "weight that is not frozen (freeze_these: "
                              f"{', '.join(self.freeze_these) or 'none'})")
         self.grad_scaler.scale(total).backward()
         self.average_gradients()
-        stepped = [optimizer for name, optimizer in self.optimizers.items()
-                   if name.removesuffix("_optimizer") not in (*self.freeze_these, *self.idle)]
-        if self.grad_scaler.is_enabled():  # which refuses to step where there is no gradient
-            stepped = [optimizer for optimizer in stepped if any(
-                weight.grad is not None for group in optimizer.param_groups
-                for weight in group["params"])]
-            for optimizer in stepped:
+        self.look(total.detach())
+        learning = self.learning_optimizers()
+        if self.grad_scaler.is_enabled():
+            for optimizer in learning:
                 self.grad_scaler.unscale_(optimizer)
         for clip in self.gradient_clippers.values():
             clip()
-        for optimizer in stepped:
-            self.grad_scaler.step(optimizer)
-        if self.grad_scaler.is_enabled() and stepped:
+        try:
+            for optimizer in learning:
+                self.grad_scaler.step(optimizer)
+        except RuntimeError:
+            if all(group["lr"] < 1e30 for optimizer in learning
+                   for group in optimizer.param_groups):
+                raise
+            self.refuse("the step is not finite in", self.iteration)
+        if self.grad_scaler.is_enabled() and learning:
             self.grad_scaler.update()
 
-    def leave_out(self):
-        """Makes the losses of this iteration zero."""
-        zero = torch.zeros((), device=self.data_device)
-        self.losses = {name: zero for name in (*self.loss_weights, "total_loss")}
-        self.unchecked_losses.append(zero)  # check_losses counts the iterations by them
+    def learning_optimizers(self):
+        """The optimizers of what is neither frozen nor at rest."""
+        learning = [optimizer for name, optimizer in self.optimizers.items()
+                    if name.removesuffix("_optimizer") not in (*self.freeze_these, *self.idle)]
+        if self.grad_scaler.is_enabled():  # which refuses to step where there is no gradient
+            learning = [optimizer for optimizer in learning if any(
+                weight.grad is not None for group in optimizer.param_groups
+                for weight in group["params"])]
+        return learning
 
     def weighted_sum(self, losses):
         """{loss name: scalar} -> the scalar to minimise; ValueError for what is no scalar."""
@@ -426,19 +391,53 @@ class BaseTrainer:
             return None
         return not_empty(self.mining_funcs[miner](embeddings, labels))
 
-    def check_losses(self):
-        """Raises FloatingPointError, with epoch and iteration, if a new loss is not finite.
+    def look(self, total):
+        """Keeps a step's loss, a scalar, and greatest gradients for check_losses.
 
-        New: since the last check. On a GPU a look at a loss makes the host wait, so the trainer
-        looks every 20 iterations.
+        Which it calls at once, on a GPU, where a look makes the host wait, every 20 iterations.
         """
-        values = torch.stack(self.unchecked_losses).tolist() if self.unchecked_losses else []
-        self.unchecked_losses = []
-        for iteration, value in enumerate(values, self.iteration + 2 - len(values)):
-            if not math.isfinite(value):
-                raise NonFiniteLoss(f"the loss is {value} in epoch {self.epoch}, iteration "
-                                    f"{iteration}; often the learning rate (--lr) is too high",
-                                    self.epoch, iteration - 1)
+        weights = [weight for weight in self.weights() if weight.grad is not None]
+        self.unchecked.append((self.iteration, weights, torch.stack([
+            total, *greatest([weight.grad for weight in weights])])))            # [1 + weights]
+        if len(self.unchecked) >= (20 if total.is_cuda else 1):
+            self.check_losses()
+
+    def check_losses(self):
+        """Raises NonFiniteLoss if a loss or gradient since the last check is not finite."""
+        unchecked, self.unchecked = self.unchecked, []
+        for iteration, weights, values in unchecked:
+            loss, *gradients = values.tolist()
+            if not math.isfinite(loss):
+                self.refuse(f"the loss is {loss} in", iteration)
+            name = self.not_finite(weights, gradients)
+            # A grad_scaler leaves such steps out, and halves its scale until there are none.
+            if name and not (self.grad_scaler.is_enabled() and self.grad_scaler.get_scale() >= 1):
+                self.refuse(f"the gradient of {name} is not finite in", iteration)
+
+    def check_weights(self):
+        """As check_losses, and of the weights, which it may take a last step to spoil."""
+        self.check_losses()
+        weights = self.weights()
+        values = torch.stack(greatest([weight.detach() for weight in weights])).tolist()
+        name = self.not_finite(weights, values)
+        if name:
+            self.refuse(f"the weight {name} is not finite after", self.iteration)
+
+    def refuse(self, what, iteration):
+        """Raises NonFiniteLoss of an iteration, from 0, of this epoch."""
+        raise NonFiniteLoss(f"{what} epoch {self.epoch}, iteration {iteration + 1}; often the "
+                            "learning rate (--lr) is too high, or a loss takes a root of 0",
+                            self.epoch, iteration)
+
+    def not_finite(self, weights, values):
+        """The name of the last of the weights whose value is not finite; None if all are.
+
+        The last, since what is wrong in the loss spoils all gradients that come from it.
+        """
+        wrong = [weight for weight, value in zip(weights, values) if not math.isfinite(value)]
+        names = {weight: f"{name}.{own}" for name, part in self.parts()
+                 if isinstance(part, torch.nn.Module) for own, weight in part.named_parameters()}
+        return names.get(wrong[-1], "a weight of an optimizer") if wrong else None
 
     def step_schedulers(self, suffix, *value):
         """Steps the schedulers whose key ends in the suffix, those of networks at rest too."""
@@ -470,58 +469,33 @@ class BaseTrainer:
         pass over the data, how many of its batches were taken, and the seeds of its order.
         """
         return {"epoch": self.epochs_done, "iteration": self.iterations_done,
-                "place": copy.deepcopy(self.place), "nonfinite_steps": self.nonfinite_steps[:],
-                "skipped_steps": self.skipped_steps,
+                "place": copy.deepcopy(self.place), "skipped_steps": self.skipped_steps,
                 "grad_scaler": self.grad_scaler.state_dict(),
                 **{group: {name: part.state_dict() for name, part in getattr(self, group).items()
                            if hasattr(part, "state_dict")} for group in self.STATE_GROUPS}}
 
     def load_state_dict(self, state):
-        """Takes back what state_dict gave; ValueError names what the state lacks or misfits.
+        """Takes back what state_dict gave; ValueError names a part that is missing or misfits.
 
         After an error the trainer is in part the old one and in part the new one.
         """
-        place = state.get("place") if isinstance(state, dict) else None
-        seeds = place.get("seeds") if isinstance(place, dict) else None
-        numbers = [None] if not isinstance(seeds, list) else [
-            *map(state.get, ("epoch", "iteration", "skipped_steps")),
-            *map(place.get, ("pass", "taken")), *seeds]
-        if any(type(number) is not int or number < 0 for number in numbers) or not isinstance(
-                state.get("nonfinite_steps"), list):
-            raise ValueError("not the state of a trainer: epoch, iteration or place is missing")
         for group in self.STATE_GROUPS:
             parts = {name: part for name, part in getattr(self, group).items()
                      if hasattr(part, "state_dict")}
-            saved = state.get(group)
-            if not isinstance(saved, dict):
-                raise ValueError(f"not the state of a trainer: {group} is missing")
-            if saved.keys() != parts.keys():
-                names = auxiliaries.one_line(", ".join(map(str, saved)))
-                raise ValueError(f"the saved {group} are {names or 'none'}, the trainer's "
-                                 f"{', '.join(parts) or 'none'}")
+            if state[group].keys() != parts.keys():
+                raise ValueError(f"the saved {group} are {', '.join(state[group]) or 'none'}, the "
+                                 f"trainer's {', '.join(parts) or 'none'}")
             for name, part in parts.items():
-                own = part.state_dict()
-                own.pop("state", None)  # what an optimizer keeps of each weight, if any yet
                 try:
-                    part.load_state_dict(saved[name])
-                    # An optimizer fills in what older versions of it did not save.
-                    taken = part.state_dict() if group == "optimizers" else saved[name]
-                    wrong = misfit(taken, own, lacking=group in ("optimizers", "lr_schedulers"))
+                    part.load_state_dict(state[group][name])
                 except Exception as error:  # each kind of part has its own errors
                     raise ValueError(f"the saved {name} of {group} does not fit: "
                                      f"{auxiliaries.one_line(error)}") from error
-                if wrong:
-                    raise ValueError(f"the saved {name} of {group} does not fit: {wrong} is "
-                                     "missing or of another kind")
         if self.grad_scaler.is_enabled():
-            try:
-                self.grad_scaler.load_state_dict(state["grad_scaler"])
-            except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-                raise ValueError(f"the saved grad_scaler does not fit: {error}") from error
+            self.grad_scaler.load_state_dict(state["grad_scaler"])
         self.epoch = self.epochs_done = state["epoch"]
         self.iterations_done, self.goes_on = state["iteration"], True
-        self.place = {**place, "seeds": seeds[:]}
-        self.nonfinite_steps = state["nonfinite_steps"][:]
+        self.place = copy.deepcopy(state["place"])
         self.skipped_steps = state["skipped_steps"]
 
     # Several processes
@@ -1146,8 +1120,7 @@ class Validation:
     that goes on from there goes on as if it had not stopped. Epochs in which the trunk rests are
     left out. patience: measurements in a row without a better value after which training ends;
     None: never. The schedulers by plateau are stepped with the metric. checkpoint: file that holds
-    state(trainer), a dict, of the best epoch, and the rows as "validation_rows"; save(checkpoint,
-    dict) writes it.
+    state(trainer), a dict, of the best epoch, and the rows as "validation_rows".
 
     rows lists what was measured, {"epoch": ..., metric: ...}; all that this hook decides follows
     from them, so a Validation that goes on where another ended takes its rows. Epoch 0, the
@@ -1155,8 +1128,7 @@ class Validation:
     """
 
     def __init__(self, measure, metric=None, every=1, patience=None, checkpoint=None,
-                 state=lambda trainer: trainer.state_dict(), rows=(),
-                 save=auxiliaries.save_checkpoint):
+                 state=lambda trainer: trainer.state_dict(), rows=()):
         if every < 1 or patience is not None and patience < 1:
             raise ValueError(f"every {every}, patience {patience}: both are 1 or more")
         self.measure = measure
@@ -1165,7 +1137,6 @@ class Validation:
         self.patience = patience
         self.checkpoint = checkpoint
         self.state = state
-        self.save = save
         self.rows = list(rows)
 
     def __call__(self, trainer):
@@ -1188,7 +1159,8 @@ class Validation:
         if trainer.epoch and trainer.epoch % self.every == 0:
             trainer.step_lr_plateau_schedulers(metrics[name])
         if self.checkpoint and self.best() is self.rows[-1]:
-            self.save(self.checkpoint, {**self.state(trainer), "validation_rows": self.rows})
+            auxiliaries.save_checkpoint(self.checkpoint, {**self.state(trainer),
+                                                          "validation_rows": self.rows})
         return False if self.is_over() else None
 
     def is_due(self, trainer):

@@ -41,8 +41,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import auxiliaries
 import datasets
 import evaluate
-import losses
-import main as program
 import netlib
 import test_datasets
 import trainers
@@ -468,62 +466,6 @@ def weights_target(folder):
     return case
 
 
-def tiny_run(folder, scheduler):
-    """A Run and a trainer of a few weights, as main.train makes them -> (Run, trainer)."""
-    opt = program.parse_options([*"--dataset glyphs --gpu -1 --bs 8 --samples_per_class 2".split(),
-                                 "--embed_dim", "4", "--scheduler", scheduler, "--savename", "a"])
-    torch.manual_seed(0)
-    models = {"trunk": torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4)),
-              "embedder": netlib.Embedder(4, 4)}
-    loss, (added,) = losses.loss_select(opt.loss, opt, [], num_classes=4)
-    groups = {**{name: {"params": list(model.parameters()), "lr": opt.lr}
-                 for name, model in models.items()}, "metric_loss": added}
-    optimizers, schedulers = program.make_optimizers(groups, opt)
-    rows = torch.randn(8, 5)
-    run = program.Run(opt, str(folder), "digest", [], torch.device("cpu"),
-                      auxiliaries.StopSignals())
-    return run, trainers.MetricLossOnly(
-        models, optimizers, 8, {"metric_loss": loss}, [(rows[i], i // 2) for i in range(8)],
-        data_device="cpu", lr_schedulers=schedulers, dataloader_num_workers=0)
-
-
-def resume_target(folder):
-    """--resume from states that have the right keys, then an epoch and the run's own summary."""
-    states = {}
-    for scheduler in ("step", "plateau"):
-        run, trainer = tiny_run(folder, scheduler)
-        trainer.train(1, 1)
-        run.train_rows = [{"epoch": 1, "metric_loss": 0.5, "total_loss": 0.5, "next_lr": 1e-3}]
-        run.validation.rows = [{"epoch": i, "recall@1": 0.5, "nmi": 0.2} for i in range(2)]
-        states[scheduler] = run.state(trainer)
-
-    def case(generator, work):
-        scheduler = list(states)[generator.integers(2)]
-        state = dict(states[scheduler])
-        for _ in range(generator.integers(3)):
-            key = list(state)[generator.integers(len(state))]
-            state[key] = damaged_value(state[key], generator)
-        path = work / "last.pth.tar"
-        path.write_bytes(saved(state, generator, work / "proof"))
-
-        def read():
-            run, trainer = tiny_run(work, scheduler)
-            state = auxiliaries.load_checkpoint(str(path), run.STATE_KEYS)
-            with torch.random.fork_rng(devices=[]):
-                run.restore(trainer, state)
-                assert type(trainer.epoch) is int and trainer.epoch >= 0
-                trainer.train(trainer.epoch + 1, trainer.epoch + 1)
-                trainer.step_lr_plateau_schedulers(0.5)
-            run.validation.is_over()
-            assert run.summary().isprintable()
-            run.draw()
-            auxiliaries.save_csv(plot := run.path("log_val_Base.csv"), run.validation.rows)
-            os.remove(plot)
-            os.remove(run.path("InfoPlot_Base.svg"))
-        return Case(read, (str(path), "--resume", "--lr"))
-    return case
-
-
 def embeddings_target(folder):
     """read_embeddings and evaluate.main on npz files: headers, types, settings, objects."""
     rows, labels = np.random.default_rng(0).normal(size=(12, 4)), np.arange(12) // 3
@@ -575,7 +517,7 @@ def score(path, given):
 
 
 TARGETS = {"datasets": dataset_target, "images": image_target, "checkpoints": checkpoint_target,
-           "weights": weights_target, "resume": resume_target, "embeddings": embeddings_target}
+           "weights": weights_target, "embeddings": embeddings_target}
 
 
 def fuzz(cases, seed=0, targets=tuple(TARGETS), keep=None):

@@ -211,18 +211,7 @@ def send(signals):
         signal.pause()
 
 
-def make_nonfinite(places):
-    """From here on the loss is NaN at (epoch, iteration from 0)."""
-    original = trainers.BaseTrainer.weighted_sum
-
-    def weighted_sum(trainer, values):
-        here = (trainer.epoch, trainer.iteration) in places
-        return original(trainer, values) * (float("nan") if here else 1)
-
-    trainers.BaseTrainer.weighted_sum = weighted_sum
-
-
-def child(options, output, moment, count, signals, nonfinite):
+def child(options, output, moment, count, signals):
     """The body of a process that is to be disturbed; its output goes into a file."""
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # of loading processes, as in a program
@@ -232,7 +221,6 @@ def child(options, output, moment, count, signals, nonfinite):
     sys.stdout = os.fdopen(1, "w")
     torch.set_num_threads(1)
     evaluate.draw_recoveries = draw
-    make_nonfinite(nonfinite)
     if moment:
         disturb(moment, count, signals)
     main.main(options)
@@ -258,10 +246,9 @@ def start(server, tmp_path):
     """A function that starts a run in a process of its own -> (process, file of its output)."""
     processes = []
 
-    def start(options, moment=None, count=1, signals=(signal.SIGKILL,), nonfinite=()):
+    def start(options, moment=None, count=1, signals=(signal.SIGKILL,)):
         output = tmp_path / f"output{len(processes)}.txt"
-        process = server.Process(target=child, args=(options, output, moment, count, signals,
-                                                     nonfinite))
+        process = server.Process(target=child, args=(options, output, moment, count, signals))
         process.start()
         processes.append(process)
         return process, output
@@ -518,11 +505,8 @@ def test_two_damaged_checkpoints_are_an_error(stopped, folder, tmp_path, capsys)
 def test_a_checkpoint_with_nonsense_in_it_is_refused(stopped, folder, capsys):
     state = load(folder / LAST)
     (folder / PREVIOUS).unlink()
-    numbers = {"cpu": torch.zeros(3), "cuda": [], "numpy": [], "python": []}
-    for change in ({"options": []}, {"options": {}}, {"under_way": {}}, {"place": None},
-                   {"under_way": {"loss_sums": 1}}, {"random_state": {}}, {"epoch": "x"},
-                   {"random_state": numbers}, {"nonfinite_steps": 1}, {"models": []},
-                   {"optimizers": {}}, {"data": None}):
+    for change in ({"options": []}, {"options": {}}, {"under_way": {}}, {"random_state": {}},
+                   {"models": []}, {"optimizers": {}}, {"data": None}):
         torch.save({**state, **change}, folder / LAST)
         assert "--resume" in error_of(stopped, capsys), change
         assert_same({**state, **change}, load(folder / LAST))
@@ -561,11 +545,11 @@ def disk(monkeypatch):
     return disk
 
 
-def fill_disk_after(epoch, disk, pattern, monkeypatch, empty_after=99):
+def fill_disk_after(epoch, disk, pattern, monkeypatch):
     original = trainers.BaseTrainer.training_step
 
     def training_step(trainer):
-        disk.full = pattern if epoch < trainer.epoch <= empty_after else None
+        disk.full = pattern if epoch < trainer.epoch else None
         original(trainer)
 
     monkeypatch.setattr(trainers.BaseTrainer, "training_step", training_step)
@@ -595,7 +579,7 @@ def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_space(
     with monkeypatch.context() as patch:
         fill_disk_after(1, disk, pattern, patch)
         message = error_of([*broken, *extra], capsys)
-    assert "No space left on device" in message and "--on_save_error continue" in message
+    assert "No space left on device" in message and "what it held is kept" in message
     assert len(message.splitlines()) == 1 and re.search(pattern, message)
     assert_whole(folder)
     assert not os.path.samefile(folder / LAST, folder / PREVIOUS)
@@ -604,31 +588,7 @@ def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_space(
     assert_same_run(whole, folder)
 
 
-def test_a_run_goes_on_over_a_full_disk_where_it_may(broken, folder, unbroken, disk, monkeypatch,
-                                                     capsys):
-    whole = unbroken()
-    at_full = []
-    original = main.Run.report
-
-    def report(run, trainer, seconds):
-        if trainer.epoch == 2:
-            assert_whole(folder)
-            at_full.append(load(folder / LAST)["epoch"])
-        original(run, trainer, seconds)
-
-    monkeypatch.setattr(main.Run, "report", report)
-    fill_disk_after(1, disk, ".", monkeypatch, empty_after=2)
-    main.main([*broken, "--on_save_error", "continue"])
-    said = capsys.readouterr().out
-    assert at_full == [1] and "epoch 3/3" in said
-    warnings = [line for line in said.splitlines() if line.startswith("warning: ")]
-    assert len(warnings) >= 3 and all("No space left" in line for line in warnings)
-    assert {LAST, "log_train_Base.csv"} <= {name.split(".tmp")[0] for name in disk.failed}
-    if load(whole / BEST)["epoch"] != 2:  # that one could not be kept
-        assert_same_run(whole, folder)
-
-
-# ---- losses that are not finite
+# ---- losses, gradients and weights that are not finite
 
 
 @pytest.fixture
@@ -646,93 +606,79 @@ def batches(monkeypatch):
     return read
 
 
-@pytest.fixture
-def nonfinite(monkeypatch):
-    """Makes the losses of four places NaN."""
-    monkeypatch.setattr(trainers.BaseTrainer, "weighted_sum", trainers.BaseTrainer.weighted_sum)
-    make_nonfinite(NONFINITE)
-    return NONFINITE
-
-
-NONFINITE = [(1, 2), (2, 0), (2, 3), (3, 1)]
-
-
-def entry(epoch, iteration, names, what):
-    where = f"epoch {epoch}, iteration {iteration + 1}"
-    return "\n  ".join([f"{where}: the loss is not finite, {what}; images:", *names]) + "\n"
-
-
-def expected_report(batches, last=None):
-    """nonfinite.txt as it must be, from the batches of a run that was never broken off."""
-    return "".join(entry(epoch, iteration, batches[(epoch - 1) * ITERATIONS + iteration],
-                         "the run ends" if (epoch, iteration) == last else "step left out")
-                   for epoch, iteration in NONFINITE[:NONFINITE.index(last) + 1 if last else None])
-
-
-def test_the_first_loss_that_is_not_finite_ends_a_run_with_its_images(
-        broken, folder, batches, nonfinite, capsys):
-    message = error_of(broken, capsys)
-    assert "nan" in message and "epoch 1, iteration 3" in message
-    assert (folder / "nonfinite.txt").read_text() == expected_report(batches, (1, 2))
-    state = load(folder / LAST)
-    assert (state["epoch"], state["iteration"]) == (0, 0)
-    assert_whole(folder)
-
-
-def test_losses_that_are_not_finite_are_left_out_up_to_a_number(
-        broken, folder, batches, nonfinite, killed, tmp_path, capsys):
-    """The number counts over kills and resumptions, and the report lists each step once."""
-    whole = Path(main.main([*broken, "--savename", "whole", "--skip_nonfinite", "4"]))
-    report = (whole / "nonfinite.txt").read_text()
-    assert report == expected_report(batches)
-    state = load(whole / LAST)
-    assert state["nonfinite_steps"] == [list(place) for place in NONFINITE]
-    assert all(torch.isfinite(value).all() for model in state["models"].values()
-               for value in model.values())
-
-    skipping = [*broken, "--skip_nonfinite", "3"]
-    # Behind (2, 0), of which the last checkpoint is unaware:
-    killed(skipping, "in a backward pass", 4, nonfinite=NONFINITE)
-    assert len(load(folder / LAST)["nonfinite_steps"]) == 1
-    killed([*skipping, "--resume"], "in an evaluation", 1,
-           nonfinite=NONFINITE)
-    message = error_of([*skipping, "--resume"], capsys)
-    assert "epoch 3, iteration 2" in message
-    assert (folder / "nonfinite.txt").read_text() == expected_report(batches[:12], (3, 1))
-    main.main([*broken, "--skip_nonfinite", "4", "--resume"])
-    assert (folder / "nonfinite.txt").read_text() == report
-    assert_same_run(whole, folder)
-
-
-def test_a_report_that_cannot_be_written_is_a_save_error(broken, folder, nonfinite, disk, capsys):
-    disk.full = "nonfinite"
-    message = error_of([*broken, "--skip_nonfinite", "4"], capsys)
-    assert "No space left" in message and "nonfinite.txt" in message
-    main.main([*broken, "--savename", "on", "--skip_nonfinite", "4", "--on_save_error",
-               "continue"])
-    assert "No space left" in capsys.readouterr().out
-    message = error_of([*broken, "--savename", "ends", "--on_save_error", "continue"], capsys)
-    assert "nan" in message
-
-
 class OnGPU(torch.Tensor):
     """A tensor that says that it is on a GPU, where losses are looked at now and then."""
 
     is_cuda = True
 
 
-def test_no_checkpoint_holds_weights_behind_a_loss_that_is_not_finite(
-        broken, folder, batches, nonfinite, monkeypatch, capsys):
-    """On a GPU the loss is looked at every 20 iterations, and before a checkpoint."""
-    original = trainers.BaseTrainer.weighted_sum
-    monkeypatch.setattr(trainers.BaseTrainer, "weighted_sum", lambda trainer, values: original(
-        trainer, values).as_subclass(OnGPU))
-    assert "epoch 1, iteration 3" in error_of([*broken, "--checkpoint_every", "4"], capsys)
-    assert (load(folder / LAST)["epoch"], load(folder / LAST)["iteration"]) == (0, 0)
-    assert (folder / "nonfinite.txt").read_text() == expected_report(batches, (1, 2))
-    message = error_of([*broken, "--resume", "--skip_nonfinite", "1"], capsys)
-    assert "epoch 2, iteration 1" in message
-    assert (folder / "nonfinite.txt").read_text() == expected_report(batches[4:], (2, 0))
+def assert_finite(folder):
+    """The files of the folder are whole, the weights in its checkpoints finite."""
+    assert_whole(folder)
+    for path in folder.glob("*.pth.tar"):
+        assert all(torch.isfinite(value).all() for model in load(path)["models"].values()
+                   for value in model.values()), path
+
+
+def spoil(what, device, monkeypatch):
+    """In epoch 1, iteration 3, the loss or its gradient is NaN, or the step makes weights inf."""
+    def here(trainer):
+        return (trainer.epoch, trainer.iteration) == (1, 2)
+
+    original = trainers.BaseTrainer.weighted_sum, trainers.BaseTrainer.look
+
+    def weighted_sum(trainer, values):
+        total = original[0](trainer, values)
+        if what == "loss" and here(trainer):
+            total = total * float("nan")
+        if what == "gradient" and here(trainer):
+            total = total + (total - total.detach()).sqrt()  # 0, its gradient inf
+        return total
+
+    def look(trainer, total):
+        original[1](trainer, total.as_subclass(OnGPU) if device == "gpu" else total)
+        for optimizer in trainer.optimizers.values() if what == "weight" and here(trainer) else ():
+            optimizer.param_groups[0]["lr"] = float("inf")
+
+    monkeypatch.setattr(trainers.BaseTrainer, "weighted_sum", weighted_sum)
+    monkeypatch.setattr(trainers.BaseTrainer, "look", look)
+
+
+@pytest.mark.parametrize("what, said", [
+    ("loss", "the loss is nan in"),
+    ("gradient", "the gradient of metric_loss.beta is not finite in"),
+    ("weight", r"the weight \S+ is not finite after")])
+@pytest.mark.parametrize("device, every", [("cpu", 1), ("gpu", 3), ("gpu", 4)])
+def test_what_is_not_finite_ends_a_run_with_its_images_and_is_never_saved(
+        what, said, device, every, broken, folder, batches, unbroken, monkeypatch, capsys):
+    """On a GPU the run looks every 20 iterations, and before a checkpoint: of three at the third,
+    of four, the whole epoch, at the fourth."""
+    with monkeypatch.context() as patch:
+        spoil(what, device, patch)
+        message = error_of([*broken, "--checkpoint_every", str(every)], capsys)
+    if what == "weight" and every == 4:  # the next batch shows it
+        said = "epoch 1, iteration 4: .*not finite"
+        images = batches[3]
+    else:
+        assert "epoch 1, iteration 3;" in message
+        images = batches[2]
+    assert re.search(said, message) and len(message.splitlines()) == 1
+    assert str(folder / "nonfinite.txt") in message and "--lr" in message
+    first, *listed = (folder / "nonfinite.txt").read_text().splitlines()
+    assert re.search(said, first) and listed == [f"  {image}" for image in images]
+    assert load(folder / LAST)["iteration"] == 2 * (every == 1)
+    assert_finite(folder)
+    main.main([*broken, "--resume"])
+    assert_same_run(unbroken(), folder, but=["nonfinite.txt"])
+
+
+def test_a_learning_rate_that_leaves_no_number_finite(broken, folder, capsys):
+    for rate in ("1e36", "1e38"):
+        message = error_of([*broken, "--savename", rate, "--lr", rate, "--checkpoint_every", "1"],
+                           capsys)
+        assert re.search("epoch 1, iteration [12].*not finite|not finite.*epoch 1, iteration [12]",
+                         message) and "--lr" in message
+        assert_finite(folder.with_name(rate))
 
 
 # ---- one run in a folder
@@ -874,20 +820,6 @@ def test_a_trainer_goes_on_with_the_users_random_augmentations():
     again.train(1, 2)
     assert_same(places[-1][0]["models"], again.state_dict()["models"])
     assert_same(again.state_dict(), trainer.state_dict())
-
-
-def test_a_trainers_skipped_steps_leave_its_weights_alone():
-    weights = []
-    trainer = make_trainer(skip_nonfinite=2, end_of_iteration_hook=lambda trainer: weights.append(
-        trainer.models["trunk"].weight.detach().clone()))
-    trainer.weighted_sum = lambda values: values["metric_loss"] * (
-        float("inf") if trainer.iteration in (1, 3) else 1)
-    trainer.train()
-    assert trainer.nonfinite_steps == [[1, 1], [1, 3]]
-    assert [torch.equal(*weights[i:i + 2]) for i in range(4)] == [True, False, True, False]
-    with pytest.raises(trainers.NonFiniteLoss) as error:
-        trainer.train(2, 2)
-    assert (error.value.epoch, error.value.iteration) == (2, 1)
 
 
 # ---- losses keep nothing beside their state

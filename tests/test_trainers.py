@@ -27,9 +27,9 @@ import auxiliaries
 import samplers
 from losses import MarginLoss, TripletLoss
 from trainers import (TRAINERS, BaseTrainer, CascadedEmbeddings, DeepAdversarialMetricLearning,
-                      Diagnosis, MetricLossOnly, TensorBoardLog, TrainWithClassifier,
-                      TwoStreamMetricLoss, UnsupervisedEmbeddingsUsingAugmentations, Validation,
-                      in_turn)
+                      Diagnosis, MetricLossOnly, NonFiniteLoss, TensorBoardLog,
+                      TrainWithClassifier, TwoStreamMetricLoss,
+                      UnsupervisedEmbeddingsUsingAugmentations, Validation, in_turn)
 
 ROWS, BATCH, BATCHES = 16, 4, 4
 
@@ -157,7 +157,6 @@ def test_constructor_is_that_of_the_library(trainer):
         ("end_of_epoch_hook", None),
         ("between_iterations_hook", None),  # from here on: this project's own
         ("grad_scaler", None),
-        ("skip_nonfinite", 0),
     ]
     parameters = inspect.signature(trainer).parameters.values()
     assert [(parameter.name, parameter.default) for parameter in parameters] == expected
@@ -1117,26 +1116,70 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(value):
     assert all(torch.isfinite(value).all() for value in kept[-1])
 
 
-def test_losses_that_are_looked_at_later_are_named_by_their_own_iteration():
-    # On a GPU the trainer looks at twenty losses at a time: here at three, of iterations 5 to 7.
-    trainer = make_trainer()
-    trainer.epoch, trainer.iteration = 2, 7
-    trainer.unchecked_losses = [torch.tensor(value) for value in (1., float("nan"), 2.)]
-    with pytest.raises(FloatingPointError, match="loss is nan in epoch 2, iteration 7"):
-        trainer.check_losses()
-    assert trainer.unchecked_losses == []
+class OnGPU(torch.Tensor):
+    """A tensor that says that it is on a GPU, where losses are looked at every 20 iterations."""
+
+    is_cuda = True
 
 
-def test_losses_are_looked_at_before_the_epoch_hook_can_save_anything():
-    def late(trainer):  # as on a GPU, where the last losses of an epoch are still unchecked
-        if trainer.iteration == BATCHES - 1:
-            trainer.unchecked_losses = [torch.tensor(float("inf"))]
+@pytest.mark.parametrize("what, said", [
+    ("loss", "the loss is inf in epoch 6, iteration 3;"),
+    ("gradient", "the gradient of metric_loss.scale is not finite in epoch 6, iteration 3;")])
+def test_what_is_looked_at_later_is_named_by_its_own_iteration(what, said):
+    class Breaks(MeanSquare):
+        def forward(self, embeddings, labels, indices_tuple=None):
+            loss = super().forward(embeddings, labels)
+            if len(self.seen) == 23:
+                loss = (loss * float("inf") if what == "loss" else
+                        loss + (loss - loss.detach()).sqrt())
+            return loss.as_subclass(OnGPU)
 
+    done, epochs = [], []
+    trainer = make_trainer(
+        loss_funcs={"metric_loss": Breaks()},
+        models={"trunk": linear(3, 4), "embedder": linear(4, 2)},
+        iterations_per_epoch=4, end_of_iteration_hook=lambda trainer: done.append(1),
+        end_of_epoch_hook=lambda trainer: epochs.append(trainer.epoch))
+    with pytest.raises(NonFiniteLoss, match=said) as error:
+        trainer.train(num_epochs=9)
+    assert (error.value.epoch, error.value.iteration) == (6, 2)
+    assert len(done) == 24 and epochs == [1, 2, 3, 4, 5]  # before the hook can save anything
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights_as_they_were():
+    """The root of 0, whose derivative is infinite: the loss itself is finite."""
+    trainer = make_trainer(loss_funcs={"metric_loss": lambda embeddings, *_: (
+        0 * embeddings).sqrt().sum()})
+    before = [weights(part) for part in trainer.models.values()]
+    with pytest.raises(NonFiniteLoss, match="the gradient of .* is not finite in epoch 1, "
+                                                     "iteration 1; .*--lr"):
+        trainer.train()
+    assert all(same(*pair) for pair in zip(before, map(weights, trainer.models.values())))
+
+
+def test_weights_that_a_last_step_spoils_are_refused_before_the_epoch_hook():
     saved = []
-    trainer = make_trainer(end_of_iteration_hook=late, end_of_epoch_hook=saved.append)
-    with pytest.raises(FloatingPointError, match="loss is inf in epoch 1, iteration 4"):
+    trainer = make_trainer(iterations_per_epoch=1, end_of_epoch_hook=saved.append)
+    trainer.optimizers["trunk_optimizer"].param_groups[0]["lr"] = float("inf")
+    with pytest.raises(NonFiniteLoss, match="weight trunk.* is not finite after epoch 1, "
+                                                     "iteration 1"):
         trainer.train()
     assert not saved
+
+
+def test_a_grad_scaler_may_leave_out_steps_until_its_scale_is_below_one():
+    class Scaler(torch.amp.GradScaler):
+        """float16's, on the CPU."""
+
+        def __init__(self):
+            super().__init__("cpu", init_scale=4., growth_interval=1000)
+
+    trainer = make_trainer(grad_scaler=Scaler(), loss_funcs={
+        "metric_loss": lambda embeddings, *_: (0 * embeddings).sqrt().sum()})
+    before = weights(trainer.models["trunk"])
+    with pytest.raises(NonFiniteLoss, match="the gradient of .* iteration 4;"):
+        trainer.train()
+    assert same(before, weights(trainer.models["trunk"]))
 
 
 def test_a_base_trainer_has_no_loss_of_its_own():
@@ -2106,8 +2149,8 @@ def test_a_trainer_goes_on_from_a_file_as_if_it_had_never_stopped(name, tmp_path
         for _, part in fresh.parts():
             for weight in part.parameters():
                 weight.add_(torch.randn_like(weight))
-    keys = ["epoch", "iteration", "place", "nonfinite_steps", "skipped_steps", "grad_scaler",
-            "models", "loss_funcs", "optimizers", "lr_schedulers"]
+    keys = ["epoch", "iteration", "place", "skipped_steps", "grad_scaler", "models", "loss_funcs",
+            "optimizers", "lr_schedulers"]
     state = auxiliaries.load_checkpoint(tmp_path / "state", keys)  # weights only, no code
     assert list(state) == keys
     fresh.load_state_dict(state)
@@ -2162,20 +2205,6 @@ def test_a_foreign_state_is_refused_by_the_name_of_the_part(group, name, foreign
              else f"the saved {name} of {group} does not fit: ")
     with pytest.raises(ValueError, match=words):
         trainer.load_state_dict(state)
-
-
-@pytest.mark.parametrize("change", [
-    lambda state: None, lambda state: [], lambda state: {}, lambda state: state | {"models": None},
-    lambda state: {key: value for key, value in state.items() if key != "epoch"},
-    lambda state: state | {"epoch": "two"}, lambda state: state | {"models": {"trunk": None}},
-    lambda state: state | {"optimizers": dict.fromkeys(state["optimizers"])},
-    lambda state: state | {"models": state["models"] | {"classifier": {}}}])
-def test_what_is_no_state_of_this_trainer_is_refused(change):
-    trainer = all_parts()
-    state = trainer.state_dict()
-    with pytest.raises(ValueError, match="not the state of a trainer|the saved"):
-        trainer.load_state_dict(change(state))
-    trainer.load_state_dict(state)
 
 
 def test_hooks_can_tell_the_last_epoch():
