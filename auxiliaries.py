@@ -35,7 +35,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 RECIPES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "recipes.csv")
 # Options in which runs of one row of a table, or of one recipe, may differ.
-NOT_OF_RECIPE = ("seed", "seeds", "recipe", "recipes", "dry_run", "departures", "savename",
+NOT_OF_RECIPE = ("seed", "seeds", "recipe", "recipes", "dry_run", "departures", "given", "subset",
+                 "savename",
                  "save_path", "source_path", "gpu", "kernels", "resume", "tensorboard", "weights",
                  "plot_embeddings", "save_embeddings", "checkpoint_every", "deterministic",
                  "eval_memory", "eval_bs", "cache_path")
@@ -491,7 +492,8 @@ def table_of(dataset, groups, choose):
             apart = [f"{name}={dict(key).get(name)}" for name in sorted(differing)]
             label = " ".join([label, *(part for part in apart if part != "recipe=None")])
         names_of_recipes = {result.options.get("recipe") for result in results}
-        unchanged = all(result.options.get("departures", "[]") == "[]" for result in results)
+        unchanged = all(result.options.get("departures", "[]") == "[]"
+                        and not result.options.get("subset") for result in results)
         recipe = recipes.get(names_of_recipes.pop()) if len(names_of_recipes) == 1 else None
         cells = {}
         for name in names:
@@ -515,10 +517,12 @@ def table_of(dataset, groups, choose):
 
 
 def dataset_of(result):
-    """What one table is of: a dataset; for --dataset folder each folder is one."""
+    """What one table is of: a dataset, or a part of one; for --dataset folder each folder is one.
+    """
     options = result.options
-    return options["dataset"] + (f" {options.get('source_path')}" if options["dataset"] == "folder"
-                                 else "")
+    folder = f" {options.get('source_path')}" if options["dataset"] == "folder" else ""
+    subset = options.get("subset")
+    return options["dataset"] + folder + f", of which {subset}" * bool(subset)
 
 
 def print_tables(root, style="md", stream=None):
@@ -587,7 +591,8 @@ def compare(folders, path):
     runs = [f"{number}  {os.path.join(*os.path.normpath(folder).split(os.sep)[-2:])}"
             for number, folder in zip(numbers, folders)]
     save_plot(path, [f"{len(runs)} runs over their epochs", *runs], panels)
-    options = dict.fromkeys(name for result in results for name in result.options)
+    options = dict.fromkeys(name for result in results for name in result.options
+                            if name != "given")
     values = {name: [result.options.get(name, "") for result in results] for name in options}
     return {name: row for name, row in values.items() if len(set(row)) > 1}
 

@@ -1292,13 +1292,16 @@ def check(dataset, source_path, quick=False):
     return not problems
 
 
-def remark_on_subset(dataset, source_path):
-    """What a dataset's size says of published numbers, as a sentence; "" where it is whole."""
-    if dataset not in PUBLISHED:
-        return ""
-    splits = READERS[dataset](source_path).splits
-    for name, (classes, images) in PUBLISHED[dataset].items():
-        found = len(set(splits[name].labels)), len(splits[name].labels)
+def remark_on_subset(dataset, splits):
+    """What a dataset's size says of published numbers, as a sentence; "" where it is whole.
+
+    splits: {name: Split}; val, where there is one, is held out of train.
+    """
+    for name, (classes, images) in PUBLISHED.get(dataset, {}).items():
+        parts = [splits[part] for part in (name, "val") if part == name or
+                 name == "train" and part in splits]
+        found = [sum(len(labels) for labels in kinds) for kinds in
+                 ([set(part.labels) for part in parts], [part.labels for part in parts])]
         if found[0] != classes or images not in (None, found[1]):
             return (f"the {name} split has {found[0]:,} classes/{found[1]:,} images, not "
                     f"{dataset}'s {classes:,}" + f"/{images:,}" * bool(images)

@@ -9,6 +9,7 @@ sampling. python main.py --dataset glyphs needs no data and no GPU.
 
 import argparse
 import contextlib
+import inspect
 import itertools
 import math
 import operator
@@ -34,7 +35,7 @@ import trainers
 MAY_CHANGE = {"resume", "n_epochs", "patience", "gpu", "kernels", "source_path", "save_path",
               "savename", "tensorboard", "plot_embeddings", "save_embeddings", "checkpoint_every",
               "deterministic", "eval_memory", "cache_path", "seeds", "recipe", "departures",
-              "dry_run", "recipes"}
+              "dry_run", "recipes", "given"}
 TWO_VIEWS = ("UnsupervisedEmbeddingsUsingAugmentations", "TwoStreamMetricLoss")
 
 
@@ -42,8 +43,8 @@ def build_parser():
     """The parser with every file's flags, in the order data, batch, network, ... run."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0] + " Options without a fixed default are filled in "
-        "from --dataset, --arch and --loss; the run prints all of them. Distances are Euclidean; "
-        "unit-norm embeddings lie 0 to 2 apart.")
+        "from --dataset, --arch and --loss; all stand in Parameter_Info.txt. Distances are "
+        "Euclidean; unit-norm embeddings lie 0 to 2 apart.")
     for module in (datasets, samplers, netlib, losses, trainers, evaluate, auxiliaries):
         module.add_arguments(parser)
     return parser
@@ -52,8 +53,8 @@ def build_parser():
 def parse_options(argv=None):
     """The final options: what the user gave, and the defaults that depend on it filled in once.
 
-    With --recipe, what it gives comes before. Ends the program with argparse's message where
-    values contradict each other or make no sense.
+    With --recipe, what it gives comes before. given lists the names of what is no default. Ends
+    the program with argparse's message where values contradict each other or make no sense.
     """
     parser = build_parser()
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -63,9 +64,12 @@ def parse_options(argv=None):
         recipe = auxiliaries.find_recipe(opt.recipe) if opt.recipe is not None else None
     except ValueError as error:
         parser.error(str(error))
-    if recipe:
-        opt = parser.parse_args(recipe.options + argv)
+    argv = recipe.options + argv if recipe else argv
+    opt = parser.parse_args(argv)
     given = vars(opt).copy()
+    unset = argparse.Namespace(**dict.fromkeys(given))  # no default fills in what is there
+    opt.given = [name for name, value in vars(parser.parse_args(argv, unset)).items()
+                 if value is not None]
     message = contradiction(opt)
     if not message:
         fill_defaults(opt)
@@ -368,9 +372,10 @@ class Run:
             self.path("last.pth.tar"), self.STATE_KEYS))
         if state:
             self.restore(trainer, state)
-        print_header(self.opt, self.versions, found, self.evaluation_sets, trainer)
-        if self.writes:
-            auxiliaries.save_options(self.folder, vars(self.opt))
+        subset = datasets.remark_on_subset(self.opt.dataset, found.splits)
+        print_header(self.opt, self.versions, found, subset, self.evaluation_sets, trainer)
+        if self.writes:  # tables, too, say what the data is a part of
+            auxiliaries.save_options(self.folder, {**vars(self.opt), "subset": subset})
         if not state:
             self.after_epoch(trainer)
         elif trainer.epoch >= self.opt.n_epochs:
@@ -729,9 +734,37 @@ def train(opt, signals):
     return run.folder
 
 
-def print_header(opt, versions, found, evaluation_sets, trainer):
-    """Prints the options, the versions, the data and the number of weights."""
-    print("options  " + "  ".join(f"{name}={value}" for name, value in sorted(vars(opt).items())))
+def print_options(opt, names):
+    """Prints the named options, one a line."""
+    for name in sorted(names):
+        print(f"options  {name}: {words(getattr(opt, name))}")
+
+
+def telling_options(opt):
+    """The names of the options that a header shows.
+
+    They were given, or are the chosen loss's or trainer's own, or differ from the defaults without
+    being another loss's or trainer's.
+    """
+    parser, of_losses = build_parser(), argparse.ArgumentParser()
+    losses.add_arguments(of_losses)
+    fill_defaults(usual := parser.parse_args([]))
+    loss_class, rate = losses.LOSSES[opt.loss]
+    own = {"loss", *inspect.signature(loss_class).parameters, rate,
+           "trainer", *trainers.TRAINERS[opt.trainer].takes, *opt.given}
+    others = {*vars(of_losses.parse_args([])), *(name for trainer in trainers.TRAINERS.values()
+                                                 for name in trainer.takes)}
+    return [name for name, value in vars(usual).items()
+            if name in own or name not in others and getattr(opt, name) != value]
+
+
+def print_header(opt, versions, found, subset, evaluation_sets, trainer):
+    """Prints the options that tell, the versions, the data and the number of weights.
+
+    subset: what the data lacks of a published dataset, as a sentence, or "".
+    """
+    print_options(opt, telling_options(opt))
+    print("options  all others are in Parameter_Info.txt")
     print(f"versions {versions}")
     print(f"network  {opt.arch}, trunk in {opt.amp.replace('none', 'float32')}"
           + ", channels_last" * opt.channels_last + ", compiled" * opt.compile
@@ -739,12 +772,13 @@ def print_header(opt, versions, found, evaluation_sets, trainer):
     counts = ", ".join(f"{name} {len(set(split.labels)):,} classes/{len(split.labels):,} images"
                        for name, split in found.splits.items())
     print(f"data     {counts} ({found.layout})")
-    for remark in found.odd:
+    for remark in (*found.odd, *[subset] * bool(subset)):
         print(f"         note: {remark}")
     for name, queries, gallery in evaluation_sets:
         lone = datasets.queries_without_match(queries, gallery)
         print(f"test     {name or 'recall'} over {len(queries) - lone:,} queries ({lone:,} "
-              f"without a true match are left out); NMI with the {opt.nmi_average} mean")
+              "without a true match are left out)"
+              + f"; NMI with the {opt.nmi_average} mean" * ("nmi" in opt.metrics))
     weights = {name: sum(p.numel() for p in part.parameters()) for name, part in trainer.parts()}
     print("weights  " + ", ".join(f"{name} {count:,}" for name, count in weights.items()),
           flush=True)
@@ -785,8 +819,10 @@ def print_verdict(opt, folders):
     """Prints, and writes beside the folders, what the runs of a recipe amount to."""
     recipe = auxiliaries.find_recipe(opt.recipe)
     results = [auxiliaries.read_result(folder) for folder in folders]
+    subset = results[0].options["subset"]
+    departures = [*opt.departures, *[subset] * bool(subset)]
     lines = [f"recipe {opt.recipe}: {recipe.source}",
-             *auxiliaries.verdict(recipe, results, opt.departures)]
+             *auxiliaries.verdict(recipe, results, departures)]
     print("\n".join(lines))
     if auxiliaries.rank() == 0:
         path = os.path.join(opt.save_path, opt.dataset, f"{opt.savename}_verdict.txt")
@@ -804,7 +840,7 @@ def print_recipes():
 
 def print_plan(opt):
     """Prints what would run: all options, the folders, and a recipe's published values."""
-    print("options  " + "  ".join(f"{name}={value}" for name, value in sorted(vars(opt).items())))
+    print_options(opt, vars(opt))
     for seed, name in run_names(opt).items():
         print(f"run      seed {seed} in {os.path.join(opt.save_path, opt.dataset, name)}")
     if opt.recipe:
@@ -841,9 +877,6 @@ def main(argv=None):
             if opt.recipes or opt.dry_run:
                 print_recipes() if opt.recipes else print_plan(opt)
                 return None
-            if opt.recipe:  # saved with the options, so that a table knows it too
-                remark = datasets.remark_on_subset(opt.dataset, opt.source_path)
-                opt.departures += [remark] if remark else []
             folders = train_seeds(opt, signals) if opt.seeds else [train(opt, signals)]
             if opt.recipe:
                 print_verdict(opt, folders)

@@ -175,6 +175,7 @@ class BaseTrainer:
     required_models = ("trunk",)
     loss_names = ("metric_loss",)
     required_losses = ("metric_loss",)
+    takes = ()  # the options of the command line that are this trainer's own
     regularisers = ()  # losses without a function in loss_funcs
     miner_names = ("subset_batch_miner", "tuple_miner")
 
@@ -800,6 +801,7 @@ class TrainWithClassifier(BaseTrainer):
     model_names = ("trunk", "embedder", "classifier")
     loss_names = ("metric_loss", "classifier_loss")
     required_losses = ()
+    takes = ("classifier_weight", "classifier_lr")
 
     def check_keys(self):
         super().check_keys()
@@ -838,6 +840,8 @@ class CascadedEmbeddings(BaseTrainer):
     section whose miner returns nothing rests for that step; the step is skipped where all do.
     Departs from the paper: all sections share one trunk's features.
     """
+
+    takes = ("embedding_sizes",)
 
     def __init__(self, embedding_sizes, *args, **kwargs):
         self.embedding_sizes = list(embedding_sizes)
@@ -906,6 +910,8 @@ class DeepAdversarialMetricLearning(BaseTrainer):
 
     model_names = ("trunk", "embedder", "generator", "classifier")
     required_models = ("trunk", "generator")
+    takes = ("margin", "metric_alone_epochs", "g_alone_epochs", "g_triplets_per_anchor", "g_lr",
+             "g_weights")
     loss_names = ("metric_loss", "g_adv_loss", "synth_loss", "classifier_loss")
     required_losses = ("metric_loss", "g_adv_loss", "synth_loss")
     regularisers = ("g_hard_loss", "g_reg_loss")

@@ -912,6 +912,47 @@ def test_dependent_defaults_give_way_to_the_user(options, expected):
     assert {name: opt[name] for name in expected} == expected
 
 
+def header(options, capsys):
+    """A run's header -> (its options, {name: value}, the other lines)."""
+    capsys.readouterr()
+    folder = main.main(options)
+    lines = capsys.readouterr().out.split("\nuntrained")[0].splitlines()
+    shown = [line for line in lines if line.startswith("options  ")]
+    saved = (Path(folder) / "Parameter_Info.txt").read_text().splitlines()
+    assert shown.pop() == "options  all others are in Parameter_Info.txt"
+    assert {line.split(": ")[0] for line in saved} >= {action.dest for action in FLAGS}
+    return dict(line.removeprefix("options  ").split(": ") for line in shown), lines
+
+
+def test_the_header_has_what_was_given_and_the_losss_and_trainers_own(small, capsys):
+    options = ["--loss", "arcface", "--seed", "1", "--trainer", "TrainWithClassifier"]
+    shown, lines = header([*small, *options], capsys)
+    given = {option.removeprefix("--") for option in small + options if option[:2] == "--"}
+    own = {"arcface_scale", "arcface_margin", "loss_lr", "classifier_weight", "classifier_lr"}
+    follows = {"amp", "batchnorm", "channels_last", "eval_bs", "not_pretrained", "sampling"}
+    assert given | own <= set(shown) <= given | own | follows
+    assert (shown["seed"], shown["k_vals"], shown["arcface_scale"]) == ("1", "1 2", "64.0")
+    assert any("NMI with the arithmetic mean" in line for line in lines)
+    shown, lines = header([*small, "--savename", "plain", "--metrics", "recall"], capsys)
+    assert (shown["loss"], shown["beta"], shown["trainer"]) == ("marginloss", "1.2",
+                                                                "MetricLossOnly")
+    assert not {*own, "g_lr", "proxy_lr"} & set(shown)
+    assert not any("NMI" in line for line in lines)
+
+
+def test_a_part_of_a_published_dataset_is_named_in_header_and_table(small, tmp_path, capsys):
+    make_tree(tmp_path / "data" / "cub200" / "images")
+    options = [*small, "--dataset", "cub200", "--source_path", str(tmp_path / "data")]
+    part = ("the train split has 4 classes/24 images, not cub200's 100/5,864: published numbers "
+            "do not apply")
+    for extra in ([], ["--val_split", "0.5", "--savename", "held", "--bs", "4",
+                       "--samples_per_class", "2"]):
+        assert f"         note: {part}" in header([*options, *extra], capsys)[1]
+    auxiliaries.main(["table", str(tmp_path / "runs")])
+    assert capsys.readouterr().out.startswith(f"cub200, of which {part}: percent, ")
+    assert not any("do not apply" in line for line in header(small, capsys)[1])
+
+
 def test_help_is_grouped_and_says_where_defaults_come_from():
     parser = main.build_parser()
     titles = [group.title for group in parser._action_groups if group._group_actions]
