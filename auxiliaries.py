@@ -12,6 +12,7 @@ import contextlib
 import csv
 import datetime
 import difflib
+import itertools
 import os
 import pickle
 import platform
@@ -69,7 +70,8 @@ def add_arguments(parser):
                             "runs)")
     group.add_argument("--savename", default=None, metavar="NAME",
                        help="the run's folder is SAVE_PATH/DATASET/NAME; default is the start "
-                            "time. A folder that exists is never written over")
+                            "time, with _2 behind it where another run has that. A folder that "
+                            "exists is never written over")
     group.add_argument("--save_path", default="./Training_Results", metavar="DIR",
                        help="where run folders go. Default %(default)s")
     group.add_argument("--tensorboard", action="store_true",
@@ -119,6 +121,7 @@ def written_whole(path, mode="wb"):
 def make_run_folder(save_path, dataset, savename=None, resume=False):
     """The run's folder, made new: save_path/dataset/savename or, without a name, the start time.
 
+    A second run of the same second has _2 behind it, and so on.
     With resume it must be there already. Raises ValueError or OSError where that does not hold.
     """
     if resume and not savename:
@@ -126,21 +129,25 @@ def make_run_folder(save_path, dataset, savename=None, resume=False):
     if savename and os.path.basename(savename) != savename or savename in (".", ".."):
         raise ValueError(f"--savename {savename}: it is the name of a folder, not a path; "
                          "--save_path says where")
-    name = savename or time.strftime("%Y-%m-%d_%H-%M-%S")
-    folder = os.path.join(save_path, dataset, name)
     if resume:
+        folder = os.path.join(save_path, dataset, savename)
         if not os.path.isdir(folder):
             raise FileNotFoundError(f"--resume: there is no run in {folder}; --savename and "
                                     "--save_path say where to look")
         return folder
-    if os.path.lexists(folder):
-        raise ValueError(f"the run folder {folder} exists already: choose another --savename, or "
-                         "continue it with --resume")
-    try:
-        os.makedirs(folder)
-    except OSError as error:
-        raise OSError(f"--save_path {save_path}: no folder can be made there ({error})") from error
-    return folder
+    start = time.strftime("%Y-%m-%d_%H-%M-%S")
+    for number in itertools.count(1):
+        folder = os.path.join(save_path, dataset, savename or start + f"_{number}" * (number > 1))
+        try:
+            os.makedirs(folder)
+            return folder
+        except FileExistsError:
+            if savename:
+                raise ValueError(f"the run folder {folder} exists already: choose another "
+                                 "--savename, or continue it with --resume") from None
+        except OSError as error:
+            raise OSError(f"--save_path {save_path}: no folder can be made there ({error})"
+                          ) from error
 
 
 def lock_folder(folder):

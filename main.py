@@ -195,7 +195,8 @@ def fill_defaults(opt):
     default("eval_bs", max(1, 2 * opt.bs))
     if opt.recipe:
         default("savename", opt.recipe.rpartition("/")[2])
-    default("savename", time.strftime("%Y-%m-%d_%H-%M-%S"))
+    start = time.strftime("%Y-%m-%d_%H-%M-%S")  # another run with --seeds may have the same
+    default("savename", f"{start}_{os.getpid()}" if opt.seeds else start)
 
 
 def wrong_value(opt):
@@ -710,8 +711,10 @@ def build(opt, signals):
         part.to(device)
     optimizers, lr_schedulers = make_optimizers(groups, opt)
 
+    named = "savename" in opt.given or opt.recipe or opt.seeds
     folder = auxiliaries.from_first(lambda: auxiliaries.make_run_folder(
-        opt.save_path, opt.dataset, opt.savename, opt.resume))
+        opt.save_path, opt.dataset, opt.savename if named else None, opt.resume))
+    opt.savename = os.path.basename(folder)
     run = Run(opt, folder, datasets.fingerprint(found.splits), evaluation_sets, device, signals)
     trainer = trainers.TRAINERS[opt.trainer](
         models=models, optimizers=optimizers, batch_size=opt.bs, loss_funcs=loss_funcs,
