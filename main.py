@@ -354,7 +354,7 @@ class Run:
         self.signals = signals
         self.writes = auxiliaries.rank() == 0
         self.validation = trainers.Validation(
-            self.measure, every=opt.eval_every, patience=opt.patience, state=self.state,
+            self.measure, every=opt.eval_every, patience=opt.patience, state=self.best_state,
             metric=f"val recall@{opt.k_vals[0]}" if opt.val_split else None,
             checkpoint=self.path("checkpoint.pth.tar") if self.writes else None)
         self.log = None  # trainers.TensorBoardLog, once no other run can write here
@@ -395,6 +395,9 @@ class Run:
             except trainers.NonFiniteLoss as error:
                 raise FloatingPointError(f"{error}; the images of its batch are listed in "
                                          f"{self.list_batch(trainer, error)}") from error
+        if self.writes:  # the run is whole: last.pth.tar alone takes it further
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(auxiliaries.previous(self.path("last.pth.tar")))
         print(self.summary())
         if self.opt.val_split:
             print("\n".join(self.selections()))
@@ -544,6 +547,11 @@ class Run:
                 "under_way": {"loss_sums": self.loss_sums, "gradients": self.gradients,
                               "diagnoses": {suffix: diagnosis.sums for suffix, diagnosis
                                             in self.diagnoses.items()}}}
+
+    def best_state(self, trainer):
+        """What a reader of the best epoch needs: weights and options, not the optimisers'."""
+        state = self.state(trainer)
+        return {key: state[key] for key in ("epoch", "models", "loss_funcs", "options", "versions")}
 
     def save_last(self, trainer):
         """Writes the checkpoint that --resume goes on from, and keeps the one before."""

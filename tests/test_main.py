@@ -87,9 +87,9 @@ def error_of(options, capsys):
 # ---- end to end
 
 
-FILES = {"checkpoint.pth.tar", "last.pth.tar", "last_previous.pth.tar", "hypa.pkl",
-         "log_train_Base.csv", "log_val_Base.csv", "Parameter_Info.txt", "InfoPlot_Base.svg",
-         "sample_recoveries.png", ".lock"}
+FILES = {"checkpoint.pth.tar", "last.pth.tar", "hypa.pkl", "log_train_Base.csv",
+         "log_val_Base.csv", "Parameter_Info.txt", "InfoPlot_Base.svg", "sample_recoveries.png",
+         ".lock"}
 
 
 @pytest.mark.parametrize("loss,sampling", PAIRS)
@@ -645,7 +645,6 @@ def test_resume_with_other_options_names_them(small, capsys):
 
 def test_resume_refuses_a_damaged_checkpoint(small, capsys):
     folder = Path(main.main(small))
-    (folder / "last_previous.pth.tar").unlink()
     whole = (folder / "last.pth.tar").read_bytes()
     for damaged in (whole[:len(whole) // 2], b"", b"not a checkpoint", pickle.dumps({"epoch": 1})):
         (folder / "last.pth.tar").write_bytes(damaged)
@@ -677,6 +676,34 @@ def test_a_run_without_a_name_resumes_by_its_start_time(small):
     folder = main.main([*without_name, "--savename", name, "--resume", "--n_epochs", "2"])
     assert Path(folder).name == name and len(rows(folder, "log_val_Base.csv")) == 3
     assert "n_epochs: 2" in (Path(folder) / "Parameter_Info.txt").read_text().splitlines()
+
+
+def test_runs_that_start_in_the_same_second_have_folders_of_their_own(small, monkeypatch):
+    clock = {**vars(auxiliaries.time), "strftime": lambda _: "2026-01-02_03-04-05"}
+    for module in (auxiliaries, main):
+        monkeypatch.setattr(module, "time", types.SimpleNamespace(**clock))
+    without_name = small[:small.index("--savename")]
+    folders = [Path(main.main(without_name)) for _ in range(3)]
+    assert [folder.name.removeprefix("2026-01-02_03-04-05") for folder in folders] == [
+        "", "_2", "_3"]
+    assert folders[0].name in main.parse_options(["--seeds", "1", "2"]).savename
+    assert str(os.getpid()) in main.parse_options(["--seeds", "1", "2"]).savename
+    for folder in folders:
+        assert f"savename: {folder.name}\n" in (folder / "Parameter_Info.txt").read_text()
+
+
+def test_a_finished_run_keeps_one_state_and_the_best_weights(small):
+    """What only going on needs is in last.pth.tar alone."""
+    folder = Path(main.main([*small, "--n_epochs", "2"]))
+    assert set(os.listdir(folder)) == FILES
+    best = state(folder)
+    assert set(best) == {"epoch", "models", "loss_funcs", "options", "versions",
+                         "validation_rows"}
+    assert best["validation_rows"][-1]["epoch"] == best["epoch"]
+    sizes = [(folder / name).stat().st_size for name in ("checkpoint.pth.tar", "last.pth.tar")]
+    assert sizes[0] < sizes[1] / 2
+    main.main([*small, "--n_epochs", "3", "--resume"])
+    assert len(rows(folder, "log_val_Base.csv")) == 4 and set(os.listdir(folder)) == FILES
 
 
 def test_a_run_that_failed_before_its_first_checkpoint_can_be_resumed(small, tmp_path, capsys):

@@ -121,7 +121,7 @@ def assert_same_run(first, second, but=()):
         for state in states:
             for option in main.MAY_CHANGE:
                 del state["options"][option]
-            del state["random_state"]["cuda"]
+            state.get("random_state", {}).pop("cuda", None)
         assert_same(*states, name)
     names = [{path.name for path in folder.iterdir()} - set(but) for folder in (first, second)]
     assert names[0] == names[1]
