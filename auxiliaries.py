@@ -382,13 +382,19 @@ def read_result(folder):
                 raise ValueError("a row of log_val_Base.csv is cut short or too long")
             rows = [{name: float(value) for name, value in row.items() if value} for row in rows]
         int(options["n_epochs"]), int(options["seed"])
-        if any("epoch" not in row or len(row) < 2 for row in rows):
+        if any("epoch" not in row or len(row) < 2 or selecting_metric(rows) not in row
+               for row in rows):
             raise ValueError("a row of log_val_Base.csv lacks its epoch or its metrics")
+        epochs = [row["epoch"] for row in rows]
+        if epochs != sorted(set(epochs)) or not all(epoch.is_integer() for epoch in epochs):
+            raise ValueError("the epochs of log_val_Base.csv are no whole numbers that rise")
+        result = Result(folder, options, rows)
+        result.state()  # reads the rest
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
         raise ValueError(f"{folder}: its logs cannot be read ({error})") from error
-    return Result(folder, options, rows)
+    return result
 
 
 def read_results(root):
@@ -452,21 +458,29 @@ def verdict(recipe, results, departures=()):
 
 
 def grouped(results):
-    """Results -> {what their runs have in common: [the finished ones]}, and the others.
+    """Results -> {what their runs have in common: [the finished ones]}, and the others, in words.
 
     Runs that differ in nothing but NOT_OF_RECIPE, the seed among it, are of one group; those of a
-    recipe, which stand beside its published values, are a group of their own.
+    recipe, which stand beside its published values, are a group of their own. Of the runs of one
+    seed in a group the first counts.
     """
     groups, others = {}, []
     for result in results:
         if result.state() != "finished":
-            others.append(result)
+            others.append(f"{one_line(result.folder)}: {result.state()}")
             continue
         key = tuple(sorted((name, value) for name, value in result.options.items()
                            if name not in NOT_OF_RECIPE))
         key += (("weights", os.path.basename(result.options.get("weights", "None"))),
                 ("recipe", result.options.get("recipe", "None")))
-        groups.setdefault(key, []).append(result)
+        group = groups.setdefault(key, [])
+        seed = result.options["seed"]
+        first = next((other.folder for other in group if other.options["seed"] == seed), None)
+        if first is None:
+            group.append(result)
+        else:
+            others.append(f"{one_line(result.folder)}: left out, it repeats seed {seed} of "
+                          f"{one_line(first)}")
     return groups, others
 
 
@@ -549,8 +563,7 @@ def print_tables(root, style="md", stream=None):
             title = (f"{one_line(dataset)}: percent, {rule}; mean ± population standard deviation "
                      "over seeds; in brackets published values and the difference")
             write_table(title, *table_of(dataset, chosen, choose), style, stream)
-        for result in others:
-            stream.write(f"{prefix}{one_line(result.folder)}: {result.state()}\n")
+        stream.writelines(f"{prefix}{other}\n" for other in others)
     stream.writelines(f"{prefix}{one_line(problem, 400)}\n" for problem in damaged)
 
 

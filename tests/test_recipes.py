@@ -465,6 +465,15 @@ def test_runs_of_one_row_differ_in_the_seed_alone(tmp_path, capsys):
     assert "| marginloss/distance/CascadedEmbeddings | 0 | 50.00 |" in text
 
 
+def test_runs_that_repeat_a_seed_count_once_and_are_named(tmp_path, capsys):
+    first = write_run(tmp_path, "a", 0.1, 0.5, 0.5, seed="3")
+    again = write_run(tmp_path, "b", 0.1, 0.9, 0.5, seed="3", gpu="-1")
+    write_run(tmp_path, "c", 0.1, 0.7, 0.5, seed="1")
+    text = table(tmp_path, capsys)
+    assert "| marginloss/distance | 1 3 | **60.00 ± 10.00** |" in text
+    assert f"\n- {again}: left out, it repeats seed 3 of {first}\n" in text
+
+
 def test_each_folder_of_images_has_its_own_table(tmp_path, capsys):
     write_run(tmp_path, "a", 0.9, 0.5, 0.5, dataset="folder", source_path="dogs")
     write_run(tmp_path, "b", 0.9, 0.7, 0.5, dataset="folder", source_path="cats", seed="1")
@@ -493,10 +502,14 @@ def test_runs_without_a_result_are_listed_and_foreign_files_passed_over(tmp_path
     (write_run(tmp_path, "empty", 0.9) / "log_val_Base.csv").write_text("")
     damaged = {"letters": "epoch,recall@1\n0,abc\n", "cut short": "epoch,recall@1\n0,0.5\n1\n",
                "too long": "epoch,recall@1\n0,0.5,7\n", "no epoch": "a,b\n1,2\n",
-               "nothing": "epoch\n0\n", "null": "epoch,recall@1\n0,\0\n"}
+               "nothing": "epoch\n0\n", "null": "epoch,recall@1\n0,\0\n",
+               "endless": "epoch,recall@1\ninf,0.5\n", "no number": "epoch,recall@1\nnan,0.5\n",
+               "half": "epoch,recall@1\n0,0.5\n1.5,0.5\n", "back": "epoch,a\n1,1\n0,1\n",
+               "what counts": "epoch,recall@1,nmi\n0,0.5,1\n1,,1\n2,,1\n"}
     for name, text in damaged.items():
         (write_run(tmp_path, name, 0.9) / "log_val_Base.csv").write_text(text)
     write_run(tmp_path, "odd number", 0.9, 0.5, n_epochs="many")
+    write_run(tmp_path, "odd patience", 0.9, 0.5, patience="x")
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "cub200" / "done_verdict.txt").write_text("verdict: reproduced")
     for name, text in (("reference", "dataset\ncub200\n"), ("other", "lr: 1\n"), ("blank", "")):
@@ -510,9 +523,9 @@ def test_runs_without_a_result_are_listed_and_foreign_files_passed_over(tmp_path
                  f"- {place / 'bare'}: failed or unfinished before anything was measured",
                  f"- {place / 'empty'}: failed or unfinished before anything was measured"):
         assert f"{line}\n" in text
-    for name in (*damaged, "odd number"):
+    for name in (*damaged, "odd number", "odd patience"):
         assert f"- {place / name}: its logs cannot be read (" in text
-    assert text.count("\n- ") == 5 + len(damaged) and "other" not in text
+    assert text.count("\n- ") == 6 + len(damaged) and "other" not in text
     assert {line.split(" | ")[1] for line in text.splitlines() if "| 0 |" in line} == {
         f"marginloss/distance n_epochs={epochs} patience={patience}"
         for epochs, patience in ((2, None), (9, 2), (0, None))}
