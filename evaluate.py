@@ -79,12 +79,12 @@ def add_metric_arguments(group):
     group.add_argument("--nmi_average", choices=NMI_AVERAGES, default=NMI_AVERAGES[0],
                        help="NMI divides by this mean of the two entropies; the reference results "
                             "were made with the geometric one, which gives slightly more. Default "
-                            "%(default)s (scikit-learn)")
+                            f"{NMI_AVERAGES[0]} (scikit-learn)")
     group.add_argument("--vehicle_protocol", choices=PROTOCOLS, default=PROTOCOLS[0],
                        help="vehicle_id: all_vs_all compares each test list with itself (the "
                             "reference code); random_gallery takes one random image of each "
                             "vehicle as gallery, the rest as queries, and averages ten repeats "
-                            "(the dataset's own). Default %(default)s")
+                            f"(the dataset's own). Default {PROTOCOLS[0]}")
     group.add_argument("--eval_memory", type=float, default=None, metavar="GIB",
                        help="the most memory for the blocks of distances that ranks are counted "
                             "in, in GiB; very little is slower, the results are the same. Default "
@@ -1277,7 +1277,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description="Scores embeddings from any model, saved as arrays embeddings [N, D] and "
                     "labels [N] (numbers or strings) in an npz file. What is not given is as in "
-                    "the run that saved the file, if main.py did.")
+                    "the run that saved the file; where none did, as the defaults below say.")
     parser.add_argument("embeddings", help="npz file of the queries")
     parser.add_argument("--gallery", metavar="FILE", help="npz file that the queries are compared "
                         "with. Default: with each other, each left out of its own neighbours")
@@ -1306,12 +1306,13 @@ def main(argv=None):
                           for name, value in scores.items()} | about))
         return scores
     print("{queries:,} queries of {classes:,} classes, {compared_with}; {without_match:,} without "
-          "a true match are left out; seed {seed}, NMI with the {nmi_average} mean".format(**about)
+          "a true match are left out; seed {seed}".format(**about)
+          + f", NMI with the {about['nmi_average']} mean" * ("nmi" in scores)
           + f"; {about['zero_vectors']:,} zero vectors" * bool(about["zero_vectors"]))
     if about["not_given"]:
         print(f"note: the run compared these with {about['not_given']}, which --gallery takes")
-    for name, value in scores.items():
-        print(f"{name:12} {value:.4f}  {value!r}")
+    for name, value in {"metric": "value", **scores}.items():
+        print(f"{name:12} {value}")
     return scores
 
 
