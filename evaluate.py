@@ -49,8 +49,10 @@ def add_arguments(parser):
                             "which python evaluate.py gives the same metrics")
     group.add_argument("--dist_measure", action="store_true",
                        help="also log and plot the mean distance within classes over the mean "
-                            "distance between the classes' centres: small is compact; the same "
-                            "as dist_ratio among --metrics")
+                            "distance between the classes' centres, Euclidean, on the test "
+                            "images: small is compact; the same as dist_ratio among --metrics. "
+                            "(The reference code's is of cosine distances and normalised centres, "
+                            "on the training images)")
     group.add_argument("--eval_every", type=int, default=1, metavar="N",
                        help="evaluate after every N epochs, and after the last one. Default "
                             "%(default)s (reference code)")
@@ -802,7 +804,8 @@ def distance_ratio(embeddings, labels):
 
     embeddings [N, D], labels [N]. Within: the mean over classes of two rows or more of the mean
     distance of their pairs. Between: the mean distance of the classes' centres of mass. 0 if no
-    class has a pair, infinite if all centres coincide. The reference code's --dist_measure.
+    class has a pair, infinite if all centres coincide. The reference code's --dist_measure is of
+    cosine distances and normalised centres, on the training images.
     """
     embeddings, labels = centred(embeddings)[1], labels.unique(return_inverse=True)[1]
     (embeddings,), _ = near_one(embeddings)
