@@ -272,7 +272,8 @@ def torchvision_network(arch):
     check_arch(arch)
     if arch in ("googlenet", "inception_v3"):
         # No auxiliary classifiers; transform_input rescales ImageNet's normalisation to the one
-        # that the weights of these two were trained with.
+        # that the weights of these two were trained with. The reference code has it, but calls the
+        # layers behind it: its GoogLeNet sees contrasts 2.2 times as large.
         return models.get_model(arch, weights=None, aux_logits=False, transform_input=True,
                                 init_weights=True)
     return models.get_model(arch, weights=None)

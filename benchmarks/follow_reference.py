@@ -522,7 +522,7 @@ def chi_square(first, second):
 
 
 def places(tuples, labels):
-    """Rows (a, p, n) or (a, p, n, n, ...), or vectors of them, as (place, what): n-pair by class."""
+    """Rows (a, p, n), or of n-pairs (a, p, n, n, ...), or vectors of these, as (place, what)."""
     if isinstance(tuples, tuple):
         tuples = [[a, p, *n] for a, p, n in zip(*tuples)]
     rows = [[int(index) for index in row] for row in tuples]
@@ -561,7 +561,7 @@ def revisiting_batches(repository, labels, batch_size, size):
 
 
 def frequencies_table(baselines, revisiting, number):
-    """Prints chi-square tests of their samplers' draws and ours, of the same 12 images and birds."""
+    """Prints chi-square tests of their samplers' draws and ours, of 12 images or of birds."""
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
@@ -574,9 +574,9 @@ def frequencies_table(baselines, revisiting, number):
         miner_rho_distance_upper_cutoff=1.4, miner_rho_distance_cp=0.3)
     pairs = [("Baselines", method, baselines.losses.TupleSampler(method).give)
              for method in ("random", "semihard", "softhard", "distance", "npair")]
-    pairs += [("Revisiting", method.removesuffix("_distance"),
-               revisiting.batchminer.select(method, miners))
-              for method in ("random", "semihard", "softhard", "distance", "rho_distance", "npair")]
+    pairs += [("Revisiting", method, revisiting.batchminer.select(
+        {"rho": "rho_distance"}.get(method, method), miners))
+        for method in ("random", "semihard", "softhard", "distance", "rho", "npair")]
     draws = [(code, method, lambda their=their: places(their(rows, labels), labels),
               lambda our=samplers.Sampler(method): places(our.give(rows, labels), labels))
              for code, method, their in pairs]
@@ -589,8 +589,8 @@ def frequencies_table(baselines, revisiting, number):
         draws.append((code, f"batches of {size} a class", *(
             lambda batches=batches, size=size: groups_of(next(batches), birds, size)
             for batches in (theirs, ours))))
-    print(f"\n| authors' code | sampler | chi-square of {number:,} draws each | degrees of freedom | "
-          "p |\n|---|---|---|---|---|")
+    print(f"\n| authors' code | sampler | chi-square of {number:,} draws each | freedom | p |\n"
+          "|---|---|---|---|---|")
     for code, method, *both in draws:
         statistic, freedom, p = chi_square(*(count(draw, number) for draw in both))
         print(f"| {code} | {method} | {statistic:.1f} | {freedom} | {p:.3f} |", flush=True)
