@@ -14,7 +14,8 @@ import torch
 METHODS = ("random", "semihard", "facenet", "softhard", "hard", "distance", "rho",
            "multisimilarity", "all", "npair")
 # Of Sampler, by their flags.
-OPTIONS = ("margin", "distance_cutoff", "mining_epsilon", "rho_probability")
+OPTIONS = ("margin", "distance_cutoff", "mining_epsilon", "rho_probability", "positives")
+DRAW_NEGATIVES = ("random", "semihard", "facenet", "softhard", "distance", "rho")
 # How many groups of a batch, by --batch_draw, must lie between two of the same class.
 SPACINGS = {"replacement": 0, "spaced_replacement": 2}
 MOST_TRIPLETS = 2 ** 24  # that "all" and "multisimilarity" list: 900 MiB while they are made
@@ -55,6 +56,13 @@ def add_arguments(parser):
                                "batch. npair: one pair of each class. none: every image or pair "
                                "counts. Default: the first that the README's table gives for the "
                                "loss")
+    sampling.add_argument("--positives", choices=("one", "all"), default="one",
+                          help=f"{', '.join(DRAW_NEGATIVES)}: one positive of each anchor, drawn "
+                               "at random, or all that it could draw, each with a negative of its "
+                               "own. all takes M - 1 times as many tuples and lowers the noise of "
+                               "a step, as in Wu et al.'s own code; the more, the larger "
+                               "--samples_per_class. Default %(default)s, as in the reference "
+                               "runs")
     sampling.add_argument("--mining_epsilon", type=float, default=0.1, metavar="E",
                           help="multisimilarity sampling: how much, in cosine similarity, a pair "
                                "may be easier than the anchor's hardest pair of the other kind; "
@@ -83,20 +91,24 @@ def pairwise_sq_distances(rows, columns=None):
     return torch.addmm(row_norms + column_norms, rows, columns.t(), alpha=-2).clamp_min(0)
 
 
-def draw_columns(weights):
-    """Draws one column of each row with probability proportional to its weight.
+def draw_columns(weights, number=None):
+    """Draws a column of each row, or a number of them, with probability as its weight.
 
-    weights [R, C], non-negative -> columns [R] int64; -1 for a row that is all zero. A column of
-    weight zero is never drawn. One uniform number and one cumulative sum per row.
+    weights [R, C], non-negative -> columns [R] int64, with a number [R, number]; -1 for a row that
+    is all zero. A column of weight zero is never drawn, any other may be drawn again. One uniform
+    number each and one cumulative sum per row.
     """
     cumulative = weights.cumsum(1)
     total = cumulative[:, -1:]
-    uniform = torch.rand(len(weights), 1, device=weights.device, dtype=cumulative.dtype) * total
+    draws = 1 if number is None else number
+    uniform = total * torch.rand(len(weights), draws, device=weights.device,
+                                 dtype=cumulative.dtype)
     # u < total keeps the search inside the row: the product above can round up to the total.
     uniform = torch.minimum(uniform, torch.nextafter(total, torch.zeros_like(total)))
     columns = torch.searchsorted(cumulative, uniform, right=True)
     columns = columns.clamp_max(weights.shape[1] - 1)  # a row with NaN sorts behind its end
-    return columns.masked_fill(total <= 0, -1).squeeze(1)
+    columns = columns.masked_fill(total <= 0, -1)
+    return columns.squeeze(1) if number is None else columns
 
 
 class Sampler(torch.nn.Module):
@@ -107,13 +119,14 @@ class Sampler(torch.nn.Module):
     sampling treats nearer negatives as if at this distance (0.5 in the paper). distance_cutoff: it
     drops negatives that far or farther (1.4 in the paper; None keeps all). mining_epsilon:
     multisimilarity's margin, a difference of cosine similarities. rho_probability: the share of
-    tuples that rho replaces.
+    tuples that rho replaces. positives: "one" positive of each anchor, at random, or "all" that
+    the method may draw, each with a negative of its own (DRAW_NEGATIVES only).
 
     Everything is drawn from torch's global generator of the embeddings' device.
     """
 
     def __init__(self, method="random", margin=0.2, squared=False, distance_cutoff=None,
-                 lower_cutoff=0.5, mining_epsilon=0.1, rho_probability=0.3):
+                 lower_cutoff=0.5, mining_epsilon=0.1, rho_probability=0.3, positives="one"):
         super().__init__()
         if method not in METHODS:
             raise ValueError(f"no sampling method {method!r}; --sampling takes "
@@ -130,6 +143,9 @@ class Sampler(torch.nn.Module):
             raise ValueError(f"--rho_probability {rho_probability}: a share is from 0 to 1")
         if not 0 <= mining_epsilon < float("inf"):
             raise ValueError(f"--mining_epsilon {mining_epsilon}: it must be 0 or more, finite")
+        if positives != "one" and (positives != "all" or method not in DRAW_NEGATIVES):
+            raise ValueError(f"--positives {positives} with --sampling {method}: it is one, or "
+                             f"all for {', '.join(DRAW_NEGATIVES)}")
         self.method = method
         self.margin = margin
         self.squared = squared
@@ -137,14 +153,16 @@ class Sampler(torch.nn.Module):
         self.lower_cutoff = lower_cutoff
         self.mining_epsilon = mining_epsilon
         self.rho_probability = rho_probability
+        self.positives = positives
         self.sample = getattr(self, method)
 
     @torch.no_grad()
     def give(self, embeddings, labels, padded=False, **parameters):
         """embeddings [B, D], labels [B] -> LongTensor [T, 3] (npair: [T, 1 + 1 + (T - 1)]).
 
-        Tensors, arrays or lists.         Each row is (anchor, positive, negative, ...), indices into the batch; an anchor without a
-        positive or a negative gives no row, so T may be 0. The methods mark such a row with -1.
+        Tensors, arrays or lists. Each row is (anchor, positive, negative, ...), indices into the
+        batch; an anchor without a positive or a negative gives no row, so T may be 0. The methods
+        mark such a row with -1; with all positives they have, on a GPU, a row for each two images.
         Counting the good rows makes the host wait for the device, so the losses ask for
         padded=True: all rows, the -1 ones included. A method may also return a list of tuples.
         parameters go to the method.
@@ -188,7 +206,7 @@ class Sampler(torch.nn.Module):
     def random(self, embeddings, labels, others=None, other_labels=None):
         """For each anchor a random positive and a random negative -> [B, 3]."""
         same, positive = self.pair_masks(labels, other_labels)
-        return self.triplets(draw_columns(positive.float()), draw_columns((~same).float()))
+        return self.triplets(self.draw_positives(positive), self.draw_negatives(~same))
 
     def semihard(self, embeddings, labels, others=None, other_labels=None):
         """Random positive; negative with d_ap < d_an < d_ap + 0.2, else a random one -> [B, 3].
@@ -214,10 +232,18 @@ class Sampler(torch.nn.Module):
         distances = pairwise_sq_distances(embeddings, others)
         if not squared:
             distances = distances.sqrt_()
-        positives = draw_columns(positive.float())
-        d_ap = distances.gather(1, positives.clamp_min(0).unsqueeze(1))
-        behind = ~same & (distances > d_ap) & (distances < d_ap + margin)
-        return self.triplets(positives, self.draw_preferred(behind, ~same))
+        positives = self.draw_positives(positive)                                # [B, P]
+        d_ap = distances.gather(1, positives.clamp_min(0))
+        # In the order of distance the negatives behind a positive are neighbours.
+        distances, order = distances.masked_fill(same, torch.inf).sort(1)
+        first = torch.searchsorted(distances, d_ap, right=True)
+        number = torch.searchsorted(distances, d_ap + margin) - first
+        any_negative = (~same).sum(1, keepdim=True).expand_as(number)
+        first, number = (first.masked_fill(number <= 0, 0),
+                         torch.where(number > 0, number, any_negative))
+        places = first + (torch.rand(d_ap.shape, device=d_ap.device) * number).long()
+        negatives = order.gather(1, places.clamp_max(order.shape[1] - 1))
+        return self.triplets(positives, negatives.masked_fill(number == 0, -1))
 
     def softhard(self, embeddings, labels, others=None, other_labels=None):
         """Positive beyond the nearest negative, negative within the farthest positive -> [B, 3].
@@ -231,8 +257,8 @@ class Sampler(torch.nn.Module):
         farthest_positive = distances.masked_fill(~positive, -torch.inf).amax(1, keepdim=True)
         hard_positive = positive & (distances > nearest_negative)
         hard_negative = ~same & (distances < farthest_positive)
-        return self.triplets(self.draw_preferred(hard_positive, positive),
-                             self.draw_preferred(hard_negative, ~same))
+        return self.triplets(self.draw_positives(self.prefer(hard_positive, positive)),
+                             self.draw_negatives(self.prefer(hard_negative, ~same)))
 
     def hard(self, embeddings, labels, others=None, other_labels=None):
         """Farthest positive and nearest negative of each anchor -> [B, 3].
@@ -242,8 +268,8 @@ class Sampler(torch.nn.Module):
         """
         same, positive = self.pair_masks(labels, other_labels)
         distances = pairwise_sq_distances(embeddings, others)
-        farthest, positives = distances.masked_fill(~positive, -torch.inf).max(1)
-        nearest, negatives = distances.masked_fill(same, torch.inf).min(1)
+        farthest, positives = distances.masked_fill(~positive, -torch.inf).max(1, keepdim=True)
+        nearest, negatives = distances.masked_fill(same, torch.inf).min(1, keepdim=True)
         return self.triplets(positives.masked_fill(farthest == -torch.inf, -1),
                              negatives.masked_fill(nearest == torch.inf, -1))
 
@@ -267,13 +293,13 @@ class Sampler(torch.nn.Module):
         # A softmax over what is left: the row's likeliest negative never vanishes by rounding.
         lowest = torch.finfo(log_weights.dtype).min
         weights = log_weights.masked_fill_(excluded, lowest).softmax(1).masked_fill_(excluded, 0)
-        negatives, positives = draw_columns(torch.cat([weights, positive.to(weights)])).chunk(2)
+        negatives, positives = self.draw_negatives(weights), self.draw_positives(positive)
         if self.distance_cutoff is not None:
-            negatives = torch.where(negatives < 0, draw_columns((~same).float()), negatives)
+            negatives = torch.where(negatives < 0, self.draw_negatives(~same), negatives)
         return self.triplets(positives, negatives)
 
     def rho(self, embeddings, labels):
-        """As distance, but a share of the rows is (anchor, the anchor itself, a positive) -> [B, 3].
+        """As distance, but a share of the rows is (anchor, itself, a positive) -> [B, 3].
 
         Roth et al., "Revisiting Training Strategies and Generalization Performance in Deep Metric
         Learning", ICML 2020, section 5: with rho_probability a triplet only pushes the anchor from
@@ -374,17 +400,32 @@ class Sampler(torch.nn.Module):
         return torch.stack([anchors[pairs], positives[pairs], negatives], 1)
 
     @staticmethod
-    def draw_preferred(preferred, eligible):
-        """Masks [B, B] -> one column of each row: preferred where there is one, else eligible."""
-        first, second = draw_columns(torch.cat([preferred, eligible]).float()).chunk(2)
-        return torch.where(first < 0, second, first)
+    def prefer(preferred, eligible):
+        """Masks [B, G] -> of each row the preferred columns where there are any, else eligible."""
+        return torch.where(preferred.any(1, keepdim=True), preferred, eligible)
 
-    @staticmethod
-    def triplets(positives, negatives):
-        """positives [B], negatives [B], -1 for none -> [B, 3] with -1 rows for incomplete ones."""
-        anchors = torch.arange(len(positives), device=positives.device)
-        incomplete = (positives < 0) | (negatives < 0)
-        return torch.stack([anchors, positives, negatives], 1).masked_fill(incomplete[:, None], -1)
+    def draw_positives(self, mask):
+        """Mask [B, G] -> a random column of each row, or all: [B, 1] or [B, G], -1 for none."""
+        if self.positives == "one":
+            return draw_columns(mask.float(), 1)
+        return torch.where(mask, torch.arange(mask.shape[1], device=mask.device), -1)
+
+    def draw_negatives(self, weights):
+        """weights [B, G] -> columns for draw_positives's, drawn with them, of the same shape."""
+        return draw_columns(weights.float() if weights.dtype == torch.bool else weights,
+                            1 if self.positives == "one" else weights.shape[1])
+
+    def triplets(self, positives, negatives):
+        """positives, negatives [B, P], -1 for none -> [B P, 3], -1 rows for incomplete ones.
+
+        On a CPU, which need not wait to count them, a list of all positives has no such rows.
+        """
+        anchors = torch.arange(len(positives), device=positives.device).unsqueeze(1)
+        rows = torch.stack([anchors.expand_as(positives), positives, negatives], 2).flatten(0, 1)
+        incomplete = (rows < 0).any(1)
+        if self.positives == "all" and not rows.is_cuda:
+            return rows[~incomplete]
+        return rows.masked_fill(incomplete.unsqueeze(1), -1)
 
 
 class ClassBalancedBatchSampler(torch.utils.data.BatchSampler):

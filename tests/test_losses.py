@@ -447,6 +447,7 @@ VARIANTS = {
     "triplet-semihard": (TripletLoss, {"sampling": "semihard"}),
     "triplet-facenet": (TripletLoss, {"sampling": "facenet"}),
     "triplet-rho": (TripletLoss, {"sampling": "rho", "rho_probability": 0.5, "margin": 0.9}),
+    "triplet-all-positives": (TripletLoss, {"positives": "all", "margin": 0.9}),
     "triplet-softhard": (TripletLoss, {"sampling": "softhard"}),
     "triplet-cutoff": (TripletLoss, {"distance_cutoff": 1.2}),
     "triplet-multisimilarity": (TripletLoss, {"sampling": "multisimilarity"}),
@@ -456,6 +457,7 @@ VARIANTS = {
     "margin-facenet": (MarginLoss, {"sampling": "facenet", "beta": 1.0}),
     "margin-softhard": (MarginLoss, {"sampling": "softhard"}),
     "margin-rho": (MarginLoss, {"sampling": "rho", "rho_probability": 0.5}),
+    "margin-all-positives": (MarginLoss, {"sampling": "rho", "positives": "all", "nu": 0.1}),
     "margin-multisimilarity": (MarginLoss, {"sampling": "multisimilarity",
                                             "mining_epsilon": 0.3}),
     "npair": (NPairLoss, {}),
@@ -511,6 +513,7 @@ VARIANTS = {
     "snr-wide": (SNRLoss, {"snr_margin": 0.9, "snr_lambda": 0.3, "sampling": "random"}),
     "quadruplet": (QuadrupletLoss, {}),
     "quadruplet-rho": (QuadrupletLoss, {"sampling": "rho", "rho_probability": 0.5}),
+    "quadruplet-all-positives": (QuadrupletLoss, {"sampling": "softhard", "positives": "all"}),
     "quadruplet-wide": (QuadrupletLoss, {"quadruplet_margin1": 1.1, "quadruplet_margin2": 0.4,
                                          "sampling": "random"}),
     "proxyanchor": (ProxyAnchorLoss, {}),
@@ -2164,7 +2167,7 @@ FLAGS_OF = {
                    "softtriple_delta", "softtriple_tau", "loss_lr"]}
 for _name in ("marginloss", "triplet", "arcface", "contrastive", "lifted", "multisimilarity",
               "circle", "ntxent", "supcon", "snr", "quadruplet"):
-    FLAGS_OF[_name] += ["distance_cutoff", "mining_epsilon", "rho_probability"]
+    FLAGS_OF[_name] += ["distance_cutoff", "mining_epsilon", "rho_probability", "positives"]
     if "margin" not in FLAGS_OF[_name] and _name != "quadruplet":  # which has its own two
         FLAGS_OF[_name].append("margin")  # of facenet sampling
 
@@ -2188,6 +2191,8 @@ def another(action):
     """A value other than the flag's default, in its domain and of its type."""
     if action.nargs == 0:
         return not action.default
+    if action.choices:
+        return next(choice for choice in action.choices if choice != action.default)
     if action.default is None or action.dest.endswith("_lr"):
         return 1.3
     if action.nargs == "+":

@@ -601,17 +601,85 @@ def test_two_sets_by_multisimilarity():
 
 # ---- how often
 
-def test_random_draws_every_pair_equally_often():
-    """3,000 draws: positive and negative are uniform and independent, by chi-square."""
+def chances_by_positive(embeddings, labels, sampler):
+    """For each anchor {positive: {(p, n): chance}} of its rows, p the anchor in rho's rows."""
+    rows, chances = embeddings.tolist(), []
+    pairs = eligible_pairs(embeddings, labels, sampler.method, sampler.squared,
+                           margin=sampler.margin)
+    for a, row in enumerate(rows):
+        chances.append({p: {pair: 1 for pair in pairs[a] if pair[0] == p}
+                        for p, _ in pairs[a] if p != a})
+        for p, drawn in chances[a].items():
+            if sampler.method in ("distance", "rho"):
+                drawn.update({(p, n): chance for n, chance in distance_probabilities(
+                    {n: math.dist(row, rows[n]) for _, n in drawn}, len(row)).items()})
+            total = sum(drawn.values())
+            share = sampler.rho_probability if sampler.method == "rho" else 0
+            chances[a][p] = {pair: chance / total * (1 - share) for pair, chance in drawn.items()}
+            chances[a][p].update({(a, p): share} if share else {})
+    return chances
+
+
+@pytest.mark.parametrize("positives", ["one", "all"])
+@pytest.mark.parametrize("method", samplers.DRAW_NEGATIVES)
+def test_each_positive_draws_its_negative(method, positives):
+    """1,000 draws: one of the eligible positives, or each once; its negatives by chi-square.
+
+    The negatives of two positives are independent. Classes of 4, 3, 2 and 1 images.
+    """
     torch.manual_seed(0)
-    labels = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2])
-    embeddings, draws = torch.zeros(9, 2), 3000
-    seen = [Counter() for _ in labels]
+    labels, draws = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 3]), 1000
+    embeddings = unit_rows(10, 4, torch.Generator().manual_seed(6))
+    sampler = Sampler(method, positives=positives)
+    chances = chances_by_positive(embeddings, labels, sampler)
+    seen, first_two = [Counter() for _ in labels], Counter()
     for _ in range(draws):
-        for a, p, n in Sampler("random").give(embeddings, labels).tolist():
-            seen[a][p, n] += 1
-    for counts, allowed in zip(seen, eligible_pairs(embeddings, labels, "random")):
-        assert chi_square_ok(counts, {pair: 1 / len(allowed) for pair in allowed}, draws)
+        triplets = sampler.give(embeddings, labels, padded=True).tolist()
+        assert positives == "one" or sorted((a, n if p == a else p) for a, p, n in triplets) == [
+            (a, p) for a, of_anchor in enumerate(chances) for p in sorted(of_anchor)]
+        for a, p, n in triplets:
+            if a >= 0:
+                seen[a][p, n] += 1
+        first_two[tuple(triplets[0][1:] + triplets[1][1:])] += 1
+    for counts, of_anchor in zip(seen, chances):
+        chance = 1 / len(of_anchor) if positives == "one" and of_anchor else 1
+        expected = [{pair: chance * value for pair, value in drawn.items()}
+                    for drawn in of_anchor.values()]
+        if positives == "one":
+            expected = [{pair: value for drawn in expected for pair, value in drawn.items()}]
+        assert set(counts) <= {pair for drawn in expected for pair in drawn}
+        for drawn in expected:
+            if len(drawn) > 1:
+                assert chi_square_ok(Counter({pair: counts[pair] for pair in drawn}), drawn, draws)
+    one, other = [chances[0][p] for p in sorted(chances[0])][:2]
+    if positives == "all" and len(one) * len(other) > 1:
+        assert chi_square_ok(first_two, {(*x, *y): one[x] * other[y] for x in one for y in other},
+                             draws)
+
+
+@corners
+def test_all_positives_of_degenerate_batches(corner):
+    """Each allowed (anchor, positive) once, nothing else; give and a miner's call alike."""
+    torch.manual_seed(0)
+    embeddings, labels = corner_batches()[corner]
+    for method in samplers.DRAW_NEGATIVES:
+        pairs = eligible_pairs(embeddings, labels, method)
+        expected = sorted({(a, p) for a, of_anchor in enumerate(pairs) for p, _ in of_anchor
+                           if p != a})
+        triplets = torch.stack(Sampler(method, positives="all")(embeddings, labels), 1).tolist()
+        assert sorted((a, n if p == a else p) for a, p, n in triplets) == expected
+        assert all((p, n) in pairs[a] for a, p, n in triplets)
+
+
+def test_all_positives_between_two_sets():
+    torch.manual_seed(0)
+    for embeddings, labels, others, names in two_sets():
+        anchors, positives, negatives = Sampler("random", positives="all")(embeddings, labels,
+                                                                           others, names)
+        expected = [(a, p) for a in range(len(labels)) for p in range(len(names))
+                    if names[p] == labels[a] and (names != labels[a]).any()]
+        assert sorted(zip(anchors.tolist(), positives.tolist())) == expected
+        assert (names[negatives] != labels[anchors]).all()
 
 
 @pytest.mark.parametrize("dim,dtype", [(2, torch.float64), (3, torch.float32), (8, torch.float32),
@@ -791,6 +859,8 @@ def test_overridden_method_of_a_subclass_is_the_one_used():
     ({"method": "distance", "distance_cutoff": math.nan}, "--distance_cutoff"),
     *[({"method": "rho", "rho_probability": share}, f"--rho_probability {share}")
       for share in (-0.1, 1.1, math.nan)],
+    ({"method": "distance", "positives": "two"}, "--positives two"),
+    ({"method": "hard", "positives": "all"}, "--positives all with --sampling hard"),
     *[({"method": "multisimilarity", "mining_epsilon": epsilon}, f"--mining_epsilon {epsilon}")
       for epsilon in (-0.1, math.nan)],
 ])
@@ -813,10 +883,11 @@ def test_flags_and_constructors_share_their_defaults():
     own = inspect.signature(Sampler).parameters
     defaults = {name: own[name].default for name in samplers.OPTIONS}
     assert defaults == {"margin": 0.2, "distance_cutoff": None, "mining_epsilon": 0.1,
-                        "rho_probability": 0.3}
+                        "rho_probability": 0.3, "positives": "one"}
     del defaults["margin"]  # the flag is of losses.py
     assert defaults == {name: parser.get_default(name) for name in defaults}
-    given = dict(margin=0.5, distance_cutoff=1.0, mining_epsilon=0.2, rho_probability=0.4)
+    given = dict(margin=0.5, distance_cutoff=1.0, mining_epsilon=0.2, rho_probability=0.4,
+                 positives="all")
     changed = vars(Sampler(**given))
     assert {name: changed[name] for name in samplers.OPTIONS} == given
 
