@@ -28,7 +28,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 
 import samplers
-from samplers import Sampler, draw_columns, pairwise_sq_distances
+from samplers import Sampler, check_form, draw_columns, pairwise_sq_distances
 
 # The first is the default.
 TRIPLET_SAMPLINGS = ("distance", "semihard", "facenet", "softhard", "random", "hard",
@@ -50,6 +50,12 @@ def add_arguments(parser):
                             "(Sohn 2016), proxynca (Movshovitz-Attias et al. 2017), crossentropy: "
                             "a linear classifier on the embedding; the README says what the "
                             "others are. Default %(default)s, as in the reference runs")
+    group.add_argument("--form", choices=samplers.FORMS, default="paper",
+                       help="which of its two forms a loss or a sampling has: reference is what "
+                            "the code of Roth et al. 2020 computes, for arcface, angular, "
+                            "histogram, lifted, npair, quadruplet, softtriple and random "
+                            "sampling; the docstrings say what differs. All others have one form. "
+                            "Default %(default)s; recipes of the reference runs set it")
     group.add_argument("--margin", type=float, default=0.2, metavar="M",
                        help="triplet: margin between squared distances; marginloss: half-width "
                             "around beta in plain distance, both on the unit sphere (distances 0 "
@@ -336,12 +342,14 @@ def distance_from_square(sq_distances):
 class NPairTuples:
     """A batch's tuples (anchor, positive, negatives), given or drawn by the sampler npair.
 
-    embeddings [B, D], labels [B]. anchors, positives, valid: [T]; is_negative [T, N]. Where valid
-    is False there is no tuple, and indices are 0.
+    form: the sampler's, "paper" or "reference". embeddings [B, D], labels [B]. anchors,
+    positives, valid: [T]; is_negative [T, N]. Where valid is False there is no tuple, and indices
+    are 0.
     """
 
     def __init__(self, sampler, embeddings, labels, indices_tuple):
-        if indices_tuple is None:  # an anchor's negatives are the positives of all others
+        self.form = sampler.form
+        if indices_tuple is None and self.form == "paper":  # negatives: all others' positives
             positives = sampler.npair_positives(labels)                          # [B]
             anchors, valid = torch.arange(len(labels), device=labels.device), positives >= 0
             if not embeddings.is_cuda:  # a GPU would have to wait for the number of classes
@@ -350,7 +358,8 @@ class NPairTuples:
             self.is_negative = valid & ~torch.eye(len(valid), dtype=torch.bool,
                                                   device=labels.device)
         else:
-            tuples = as_index_tuples(indices_tuple, labels)                      # [T, 2 + N]
+            tuples = (sampler.give(embeddings, labels, padded=True) if indices_tuple is None else
+                      as_index_tuples(indices_tuple, labels))                    # [T, 2 + N]
             valid, self.is_negative = tuples[:, 0] >= 0, tuples[:, 2:] >= 0
             tuples = tuples.clamp_min(0)
             anchors, positives, self.negatives = tuples[:, 0], tuples[:, 1], tuples[:, 2:]
@@ -362,20 +371,23 @@ class NPairTuples:
             return rows @ embeddings.index_select(0, self.negatives).t()
         return (rows @ embeddings.t()).gather(1, self.negatives)
 
-    def npair_losses(self, embeddings, l2npair):
-        """Each tuple's term of the n-pair loss, its length penalty included: [B, D] -> [T]."""
+    def npair_losses(self, embeddings, l2npair, most=math.inf):
+        """Each tuple's term of the n-pair loss, its length penalty included: [B, D] -> [T].
+
+        most: the exponents' largest size.
+        """
         a, p = (embeddings.index_select(0, part) for part in (self.anchors, self.positives))
         logits = self.products(a, embeddings) - (a * p).sum(1, keepdim=True)     # [T, N]
-        return (log1p_sum_exp(logits, self.is_negative)
-                + l2npair * (a.square() + p.square()).sum(1))
+        penalty = ((a.square() + p.square()).sum(1) if self.form == "paper" else
+                   embeddings.norm(dim=1).mean())
+        return log1p_sum_exp(logits.clamp(-most, most), self.is_negative) + l2npair * penalty
 
 
-def pairs_for(sampler, embeddings, labels, indices_tuple):
-    """The positive and the negative pairs that count -> (positive [B, B], negative [B, B]) masks.
+def listed_pairs(sampler, embeddings, labels, indices_tuple):
+    """The pairs that count where no triplets do -> (positive, negative) masks [B, B], or None.
 
-    embeddings [B, D], labels [B]. Row i holds the pairs of anchor i. With indices_tuple or a
-    sampler of triplets: the pairs of their triplets; with the sampler multisimilarity: all that it
-    finds hard; without a sampler: all pairs of two images.
+    Without a sampler all pairs of two images, with the sampler multisimilarity all that it finds
+    hard, and a miner's index vectors (a1, p, a2, n).
     """
     if indices_tuple is None and sampler is None:
         same, positive = Sampler.pair_masks(labels)
@@ -383,10 +395,20 @@ def pairs_for(sampler, embeddings, labels, indices_tuple):
     if indices_tuple is None and sampler.method == "multisimilarity":
         return sampler.hard_pairs(embeddings, labels)
     vectors = index_vectors(indices_tuple, labels)
-    if vectors is not None and len(vectors) == 4:  # pairs, as they are
-        return given_pairs(vectors, labels)
-    valid, anchors, *others = triplets_for(sampler, embeddings, labels, indices_tuple)
-    return tuple(pair_mask(anchors, other, valid, labels) for other in others)
+    return given_pairs(vectors, labels) if vectors is not None and len(vectors) == 4 else None
+
+
+def pairs_for(sampler, embeddings, labels, indices_tuple):
+    """The positive and the negative pairs that count -> (positive [B, B], negative [B, B]) masks.
+
+    embeddings [B, D], labels [B]. Row i holds the pairs of anchor i: listed_pairs, or those of the
+    triplets that are given or sampled.
+    """
+    pairs = listed_pairs(sampler, embeddings, labels, indices_tuple)
+    if pairs is None:
+        valid, anchors, *others = triplets_for(sampler, embeddings, labels, indices_tuple)
+        pairs = tuple(pair_mask(anchors, other, valid, labels) for other in others)
+    return pairs
 
 
 def cosine_matrix(rows, columns=None):
@@ -527,18 +549,21 @@ class NPairLoss(torch.nn.Module):
 
     Sohn, "Improved Deep Metric Learning with Multi-class N-pair Loss Objective", NIPS 2016, eq. 5
     and section 3.2.2. The negatives of an anchor are the positives of the batch's other classes.
-    l2npair weighs mean(|a|^2 + |p|^2). embeddings [B, D] not normalised, labels [B].
+    l2npair weighs mean(|a|^2 + |p|^2). embeddings [B, D] not normalised, labels [B]. form
+    reference, as in the code of Roth et al. 2020: every image with a positive is an anchor, with
+    all images of other classes as negatives, and l2npair weighs the mean length of all images;
+    that of Roth and Brattoli 2019 is the paper's.
     """
 
     unit_norm = False
     samplings = ("npair",)
     min_samples_per_class, max_samples_per_class = 2, sys.maxsize
 
-    def __init__(self, l2npair=0.02):
+    def __init__(self, l2npair=0.02, form="paper"):
         super().__init__()
         check_range(least=0, l2npair=l2npair)
         self.l2npair = l2npair
-        self.sampler = Sampler("npair")
+        self.sampler = Sampler("npair", form=form)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
@@ -617,7 +642,8 @@ class ArcFaceLoss(torch.nn.Module):
     arcface_scale: s; arcface_margin: m in radians. Where theta_y + m would pass pi the own logit
     is s (cos(theta_y) - m sin(m)), as in the authors' code, so that it goes on falling with the
     angle. embeddings [B, D] (normalised here), labels [B] below num_classes. sampling: none, or a
-    method of samplers.Sampler whose anchors then count, once for each tuple.
+    method of samplers.Sampler whose anchors then count, once for each tuple. form reference:
+    cosines below 0 are 0, without a gradient, as in the code of Roth et al. 2020.
     """
 
     unit_norm = True
@@ -625,14 +651,15 @@ class ArcFaceLoss(torch.nn.Module):
     min_samples_per_class, max_samples_per_class = 1, sys.maxsize
 
     def __init__(self, num_classes, embed_dim, arcface_scale=64.0, arcface_margin=0.5,
-                 sampling="none", **sampling_options):
+                 sampling="none", form="paper", **sampling_options):
         super().__init__()
         check_range(above=0, arcface_scale=arcface_scale)
         check_range(least=0, most=math.pi, arcface_margin=arcface_margin)
         self.num_classes = num_classes
         self.scale = arcface_scale
         self.margin = arcface_margin
-        self.sampler = make_sampler(self, sampling, **sampling_options)
+        self.form = check_form(form)
+        self.sampler = make_sampler(self, sampling, form=form, **sampling_options)
         self.weight = xavier_weights(num_classes, embed_dim)
 
     @full_precision
@@ -641,6 +668,7 @@ class ArcFaceLoss(torch.nn.Module):
             indices_tuple = self.sampler.give(embeddings, labels)
         embeddings, labels = anchors_only(embeddings, labels, indices_tuple)
         cosines = cosine_matrix(embeddings, self.weight)                         # [B, C]
+        cosines = cosines.clamp_min(1e-10) if self.form == "reference" else cosines
         own = cosines.gather(1, labels.unsqueeze(1))                             # [B, 1]
         # The gradient of the sine is infinite where the cosine is 1 or -1.
         sine = (1 - own.square()).clamp_min(1e-12).sqrt()
@@ -659,7 +687,8 @@ class ContrastiveLoss(torch.nn.Module):
     and max(0, margin - d) instead of their squares. sampling none takes all pairs of the batch.
     embeddings [B, D] unit-norm rows, labels [B]. Departs from the paper: the mean over positive
     pairs plus the mean over the negative pairs nearer than the margin, without the factors 1/2,
-    stands for the sum.
+    stands for the sum; with triplets, sampled or given, both means are over all of them, zeros
+    included, as in the code of Roth et al. 2020.
     """
 
     unit_norm = True
@@ -676,16 +705,23 @@ class ContrastiveLoss(torch.nn.Module):
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
-        positive, negative = pairs_for(self.sampler, embeddings, labels, indices_tuple)
-        distances = distance_from_square(pairwise_sq_distances(embeddings))      # [B, B]
-        apart = distances.masked_fill(~positive, 0)                              # [B, B]
-        missing = F.relu((self.margin - distances).masked_fill_(~negative, 0))
+        pairs = listed_pairs(self.sampler, embeddings, labels, indices_tuple)
+        if pairs is None:
+            positive, *rows = triplets_for(self.sampler, embeddings, labels, indices_tuple)
+            to_positive, to_negative = distance_from_square(pair_sq_distances(embeddings, *rows))
+            negative = positive                                                  # all [T]
+        else:
+            positive, negative = pairs
+            to_positive = to_negative = distance_from_square(pairwise_sq_distances(embeddings))
+        apart = to_positive.masked_fill(~positive, 0)                            # [B, B] or [T]
+        missing = F.relu((self.margin - to_negative).masked_fill_(~negative, 0))
         number, near_number = positive.sum(), missing.count_nonzero()
         # Nearer than rounding allows to tell, a positive pair is where it should be.
         active = (apart.detach() > 1e-3).sum() + near_number
         self.active = active / (number + negative.sum()).clamp_min(1)
         if self.squared:
             apart, missing = apart.square(), missing.square()
+        near_number = number if pairs is None else near_number
         return apart.sum() / number.clamp_min(1) + missing.sum() / near_number.clamp_min(1)
 
 
@@ -696,7 +732,8 @@ class LiftedLoss(torch.nn.Module):
     8, after Oh Song et al., CVPR 2016: the mean over the anchors that have a positive and a
     negative, d the plain Euclidean distance. lifted_margin: a plain distance. embeddings [B, D]
     not normalised, labels [B]. sampling none takes all pairs of the batch. Departs from the paper:
-    lifted_l2 times the mean squared length of the embeddings keeps them from growing.
+    lifted_l2 times the mean squared length of the embeddings keeps them from growing; form
+    reference: their mean length, as in the code of Roth et al. 2020.
     """
 
     unit_norm = False
@@ -704,12 +741,14 @@ class LiftedLoss(torch.nn.Module):
     samplings = tuple(name for name in PAIR_SAMPLINGS if name != "distance")
     min_samples_per_class, max_samples_per_class = 2, sys.maxsize
 
-    def __init__(self, lifted_margin=1.0, lifted_l2=0.005, sampling="none", **sampling_options):
+    def __init__(self, lifted_margin=1.0, lifted_l2=0.005, sampling="none", form="paper",
+                 **sampling_options):
         super().__init__()
         check_range(least=0, lifted_margin=lifted_margin, lifted_l2=lifted_l2)
         self.margin = lifted_margin
         self.l2 = lifted_l2
-        self.sampler = make_sampler(self, sampling, **sampling_options)
+        self.form = check_form(form)
+        self.sampler = make_sampler(self, sampling, form=form, **sampling_options)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
@@ -720,7 +759,8 @@ class LiftedLoss(torch.nn.Module):
         losses = F.relu(masked_logsumexp(distances, positive)
                         + masked_logsumexp(self.margin - distances, negative))   # [B]
         self.active = (anchors & (losses > 0)).sum() / anchors.sum().clamp_min(1)
-        return mean_where(losses, anchors) + self.l2 * embeddings.square().sum(1).mean()
+        sizes = (embeddings.square().sum(1) if self.form == "paper" else embeddings.norm(dim=1))
+        return mean_where(losses, anchors) + self.l2 * sizes.mean()
 
 
 class MultiSimilarityLoss(torch.nn.Module):
@@ -860,21 +900,22 @@ class AngularLoss(torch.nn.Module):
     The n-pair loss on the embeddings as they are has weight 1, the angular one, on unit vectors,
     angular_weight. The negatives of an anchor are the positives of the batch's other classes.
     l2npair: as in NPairLoss. embeddings [B, D] not normalised, labels [B]. Departs from the paper:
-    the anchors of other classes are no negatives, as in the n-pair loss.
+    the anchors of other classes are no negatives, as in the n-pair loss. form reference: tuples
+    and penalty as in NPairLoss, and the n-pair exponents end at -50 and 50.
     """
 
     unit_norm = False
     samplings = ("npair",)
     min_samples_per_class, max_samples_per_class = 2, sys.maxsize
 
-    def __init__(self, angular_alpha=45.0, angular_weight=2.0, l2npair=0.02):
+    def __init__(self, angular_alpha=45.0, angular_weight=2.0, l2npair=0.02, form="paper"):
         super().__init__()
         check_range(above=0, below=90, angular_alpha=angular_alpha)
         check_range(least=0, angular_weight=angular_weight, l2npair=l2npair)
         self.sq_tangent = math.tan(math.radians(angular_alpha)) ** 2
         self.weight = angular_weight
         self.l2npair = l2npair
-        self.sampler = Sampler("npair")
+        self.sampler = Sampler("npair", form=form)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
@@ -884,7 +925,9 @@ class AngularLoss(torch.nn.Module):
         logits = (4 * self.sq_tangent * tuples.products(a + p, rows)
                   - 2 * (1 + self.sq_tangent) * (a * p).sum(1, keepdim=True))    # [T, N]
         losses = self.weight * log1p_sum_exp(logits, tuples.is_negative)         # [T]
-        return mean_where(losses + tuples.npair_losses(embeddings, self.l2npair), tuples.valid)
+        most = math.inf if self.sampler.form == "paper" else 50
+        losses = losses + tuples.npair_losses(embeddings, self.l2npair, most)
+        return mean_where(losses, tuples.valid)
 
 
 class HistogramLoss(torch.nn.Module):
@@ -894,39 +937,48 @@ class HistogramLoss(torch.nn.Module):
     the cosines of the batch's positive and negative pairs are put, linearly, on the nodes of two
     histograms h+ and h- over [-1, 1]; the loss is the sum over nodes r of h-(r) times the sum of
     h+ up to r. histogram_bins: intervals, one fewer than nodes. embeddings [B, D] (normalised
-    here), labels [B]. indices_tuple picks the pairs. 0 without a positive or a negative pair.
+    here), labels [B]. indices_tuple picks the pairs. 0 without a positive or a negative pair. form
+    reference: as in the code of Roth et al. 2020, a cell's upper node gets its share only where
+    two floating-point sums agree: with 64 bins everywhere, with 10 not in six of the cells.
     """
 
     unit_norm = True
     samplings = ()
     min_samples_per_class, max_samples_per_class = 2, sys.maxsize
 
-    def __init__(self, histogram_bins=100):
+    def __init__(self, histogram_bins=100, form="paper"):
         super().__init__()
         check_range(least=1, histogram_bins=histogram_bins)
         self.bins = histogram_bins
+        self.form = check_form(form)
+        width = 2 / histogram_bins
+        nodes = [k * width - 1 for k in range(histogram_bins)] + [1]
+        agree = torch.tensor([lower == upper - width for lower, upper in zip(nodes, nodes[1:])])
+        self.register_buffer("kept", agree if form == "reference" else None, persistent=False)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
         # Each pair stands twice in the masks, which changes no share.
         pairs = pairs_for(None, embeddings, labels, indices_tuple)
         places = (cosine_matrix(embeddings).clamp(-1, 1) + 1) * (self.bins / 2)  # [B, B]
-        positive, negative = (soft_histogram(places.view(1, -1), mask.reshape(1, -1), self.bins)
-                              / mask.sum().clamp_min(1) for mask in pairs)       # [1, bins + 1]
+        positive, negative = (
+            soft_histogram(places.view(1, -1), mask.reshape(1, -1), self.bins, self.kept)
+            / mask.sum().clamp_min(1) for mask in pairs)                         # [1, bins + 1]
         return (negative * positive.cumsum(1)).sum()
 
 
-def soft_histogram(places, mask, bins):
+def soft_histogram(places, mask, bins, kept=None):
     """places [R, N] from 0 to bins, where mask is True, shared by their two nodes: [R, bins + 1].
 
-    A place x gives 1 - |x - r| to the nodes r next to it.
+    A place x gives 1 - |x - r| to the nodes r next to it. kept [bins]: the cells whose upper node
+    gets its share, None for all.
     """
     node = places.detach().floor().clamp(0, bins - 1)
     mask = mask.to(places.dtype)
     share = (places - node) * mask
-    nodes = places.new_zeros(len(places), bins + 1)
-    nodes = nodes.scatter_add(1, node.long(), mask - share)
-    return nodes.scatter_add(1, node.long() + 1, share)
+    node = node.long()
+    nodes = places.new_zeros(len(places), bins + 1).scatter_add(1, node, mask - share)
+    return nodes.scatter_add(1, node + 1, share if kept is None else share * kept[node])
 
 
 class FastAPLoss(torch.nn.Module):
@@ -1097,7 +1149,10 @@ class QuadrupletLoss(torch.nn.Module):
     quadruplet_margin2), d squared Euclidean distances, l a random image of a third class.
     embeddings [B, D] unit-norm rows, labels [B]. indices_tuple may be (a, p, n, l), [T, 4], too.
     Departs from the paper: the margins are constants, the mean over the sampled tuples stands for
-    the sum; a triplet without a third class counts by its first term alone.
+    the sum; a triplet without a third class counts by its first term alone. form reference, as in
+    the code of Roth et al. 2020: d are plain distances; the fourth image is the anchor of a random
+    triplet with another negative, whatever its class; and the second term is the mean over all
+    pairs of a triplet and a fourth image.
     """
 
     unit_norm = True
@@ -1105,13 +1160,15 @@ class QuadrupletLoss(torch.nn.Module):
     min_samples_per_class, max_samples_per_class = 2, sys.maxsize
 
     def __init__(self, quadruplet_margin1=0.2, quadruplet_margin2=0.2, sampling="distance",
-                 **sampling_options):
+                 form="paper", **sampling_options):
         super().__init__()
         check_range(least=0, quadruplet_margin1=quadruplet_margin1,
                     quadruplet_margin2=quadruplet_margin2)
         self.margin1, self.margin2 = quadruplet_margin1, quadruplet_margin2
+        self.form = check_form(form)
         self.sampler = make_sampler(self, sampling, **{
-            **sampling_options, "margin": quadruplet_margin1, "squared": True})
+            **sampling_options, "margin": quadruplet_margin1, "squared": form == "paper",
+            "form": form})
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
@@ -1126,18 +1183,33 @@ class QuadrupletLoss(torch.nn.Module):
                              f"{list(tuples.shape)}")
         valid, third = tuples[:, 0] >= 0, tuples[:, 3] >= 0                      # [T]
         anchors, positives, negatives, others = tuples.clamp_min(0).unbind(1)
-        sq_ap, sq_an = pair_sq_distances(embeddings, anchors, positives, negatives)
-        sq_nn, = pair_sq_distances(embeddings, negatives, others)                # [T]
-        first = F.relu(sq_ap - sq_an + self.margin1)
-        second = F.relu(sq_ap - sq_nn + self.margin2)
-        losses = (first + second * third) * valid
+        d_ap, d_an = pair_sq_distances(embeddings, anchors, positives, negatives)
+        if self.form == "paper":
+            d_nl, = pair_sq_distances(embeddings, negatives, others)             # [T]
+            second = F.relu(d_ap - d_nl + self.margin2) * third
+        else:
+            d_ap, d_an = distance_from_square(torch.stack([d_ap, d_an]))
+            d_nl = pairwise_sq_distances(embeddings).fill_diagonal_(0)
+            d_nl = distance_from_square(d_nl).index_select(0, negatives)         # [T, B]
+            share = d_nl.new_zeros(len(labels)).index_add(0, others, third.to(d_nl.dtype))
+            share = share / share.sum().clamp_min(1)   # [B], how often an image is a fourth one
+            second = F.relu(d_ap.unsqueeze(1) - d_nl + self.margin2) @ share
+        losses = (F.relu(d_ap - d_an + self.margin1) + second) * valid
         number = valid.sum().clamp_min(1)
         self.active = (losses > 0).sum() / number
         return losses.sum() / number
 
-    @staticmethod
-    def complete(triplets, labels):
+    def complete(self, triplets, labels):
         """triplets [T, 3], labels [B] -> [T, 4]: and a random image of a third class, or -1."""
+        if self.form == "reference":
+            anchors, _, negatives = triplets.clamp_min(0).unbind(1)
+            number = len(labels)
+            # How many triplets have this anchor and this negative: [B, B].
+            rows = torch.zeros(number ** 2, device=labels.device).index_add(
+                0, anchors * number + negatives, (triplets[:, 0] >= 0).float()).view(number, -1)
+            fourths = draw_columns((rows.sum(1) - rows.t())[negatives])
+            fourths = fourths.masked_fill(triplets[:, 0] < 0, -1)
+            return torch.cat([triplets, fourths.unsqueeze(1)], 1)
         anchors, _, negatives = labels[triplets.clamp_min(0)].unbind(1)
         pieces = [draw_columns(((labels != a.unsqueeze(1)) & (labels != n.unsqueeze(1))).float())
                   for a, n in zip(*(part.split(max(1, 4 * len(labels)))
@@ -1340,6 +1412,9 @@ class SoftTripleLoss(torch.nn.Module):
     subtracted for the own class, plus tau times half the mean over the pairs of a class's centres
     of their distance, which merges centres. softtriple_centers: of a class. embeddings [B, D]
     (normalised here), labels [B] below num_classes. indices_tuple picks the anchors that count.
+    form reference: the code of Roth et al. 2020, which differs in three places: the softmax is of
+    gamma s_k, not s_k / gamma; it runs over the classes, for each place of a centre, not over a
+    class's centres; and each dimension of all centres has length one, not each centre.
     """
 
     unit_norm = True
@@ -1348,7 +1423,7 @@ class SoftTripleLoss(torch.nn.Module):
     lr_factor = 100  # authors' code
 
     def __init__(self, num_classes, embed_dim, softtriple_centers=10, softtriple_lambda=20.0,
-                 softtriple_gamma=0.1, softtriple_delta=0.01, softtriple_tau=0.2):
+                 softtriple_gamma=0.1, softtriple_delta=0.01, softtriple_tau=0.2, form="paper"):
         super().__init__()
         check_range(least=1, softtriple_centers=softtriple_centers)
         check_range(above=0, softtriple_lambda=softtriple_lambda,
@@ -1359,17 +1434,21 @@ class SoftTripleLoss(torch.nn.Module):
         self.gamma = softtriple_gamma
         self.margin = softtriple_delta
         self.tau = softtriple_tau
+        self.form = check_form(form)
         self.centers = torch.nn.Parameter(torch.empty(num_classes, softtriple_centers, embed_dim))
         torch.nn.init.kaiming_uniform_(self.centers.view(-1, embed_dim), a=math.sqrt(5))
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
         embeddings, labels = anchors_only(embeddings, labels, indices_tuple)
-        centers = F.normalize(self.centers.to(embeddings.dtype), dim=2)          # [C, K, D]
+        centers = self.centers.to(embeddings.dtype)                              # [C, K, D]
+        paper = self.form == "paper"
+        centers = F.normalize(centers, dim=2 if paper else (0, 1))
         by_place = centers.transpose(0, 1)     # [K, C, D], sums over K then run along the classes
         cosines = F.normalize(embeddings, dim=1) @ by_place.flatten(0, 1).t()    # [B, K C]
         cosines = cosines.unflatten(1, by_place.shape[:2])
-        similarities = ((cosines / self.gamma).softmax(1) * cosines).sum(1)      # [B, C]
+        weights = (cosines / self.gamma).softmax(1) if paper else (cosines * self.gamma).softmax(2)
+        similarities = (weights * cosines).sum(1)                                # [B, C]
         margins = similarities.new_full((len(labels), 1), -self.margin)
         logits = self.scale * similarities.scatter_add(1, labels.unsqueeze(1), margins)
         loss = mean_cross_entropy(logits, labels)

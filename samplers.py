@@ -14,7 +14,8 @@ import torch
 METHODS = ("random", "semihard", "facenet", "softhard", "hard", "distance", "rho",
            "multisimilarity", "all", "npair")
 # Of Sampler, by their flags.
-OPTIONS = ("margin", "distance_cutoff", "mining_epsilon", "rho_probability", "positives")
+OPTIONS = ("margin", "distance_cutoff", "mining_epsilon", "rho_probability", "positives", "form")
+FORMS = ("paper", "reference")  # of losses and samplings that their authors' code has otherwise
 DRAW_NEGATIVES = ("random", "semihard", "facenet", "softhard", "distance", "rho")
 # How many groups of a batch, by --batch_draw, must lie between two of the same class.
 SPACINGS = {"replacement": 0, "spaced_replacement": 2}
@@ -111,6 +112,13 @@ def draw_columns(weights, number=None):
     return columns.squeeze(1) if number is None else columns
 
 
+def check_form(form):
+    """A name of FORMS as it is; ValueError for any other."""
+    if form not in FORMS:
+        raise ValueError(f"--form {form}: it takes {' or '.join(FORMS)}")
+    return form
+
+
 class Sampler(torch.nn.Module):
     """Chooses index tuples inside a batch of embeddings; one method per name in METHODS.
 
@@ -120,13 +128,15 @@ class Sampler(torch.nn.Module):
     drops negatives that far or farther (1.4 in the paper; None keeps all). mining_epsilon:
     multisimilarity's margin, a difference of cosine similarities. rho_probability: the share of
     tuples that rho replaces. positives: "one" positive of each anchor, at random, or "all" that
-    the method may draw, each with a negative of its own (DRAW_NEGATIVES only).
+    the method may draw, each with a negative of its own (DRAW_NEGATIVES only). form: random and
+    npair have two, see there.
 
     Everything is drawn from torch's global generator of the embeddings' device.
     """
 
     def __init__(self, method="random", margin=0.2, squared=False, distance_cutoff=None,
-                 lower_cutoff=0.5, mining_epsilon=0.1, rho_probability=0.3, positives="one"):
+                 lower_cutoff=0.5, mining_epsilon=0.1, rho_probability=0.3, positives="one",
+                 form="paper"):
         super().__init__()
         if method not in METHODS:
             raise ValueError(f"no sampling method {method!r}; --sampling takes "
@@ -154,15 +164,20 @@ class Sampler(torch.nn.Module):
         self.mining_epsilon = mining_epsilon
         self.rho_probability = rho_probability
         self.positives = positives
+        self.form = check_form(form)
+        if (method, positives, form) == ("random", "all", "reference"):
+            raise ValueError("--form reference of random sampling draws all triplets alike; it has "
+                             "no --positives all")
         self.sample = getattr(self, method)
 
     @torch.no_grad()
     def give(self, embeddings, labels, padded=False, **parameters):
-        """embeddings [B, D], labels [B] -> LongTensor [T, 3] (npair: [T, 1 + 1 + (T - 1)]).
+        """embeddings [B, D], labels [B] -> LongTensor [T, 3] (npair: [T, 1 + 1 + negatives]).
 
         Tensors, arrays or lists. Each row is (anchor, positive, negative, ...), indices into the
         batch; an anchor without a positive or a negative gives no row, so T may be 0. The methods
-        mark such a row with -1; with all positives they have, on a GPU, a row for each two images.
+        mark such a row with -1; with all positives they have, on a GPU, a row for each two images,
+        and npair's reference form marks places left over in a row so.
         Counting the good rows makes the host wait for the device, so the losses ask for
         padded=True: all rows, the -1 ones included. A method may also return a list of tuples.
         parameters go to the method.
@@ -179,7 +194,10 @@ class Sampler(torch.nn.Module):
         if padded:
             return tuples
         tuples = tuples[tuples[:, 0] >= 0]
-        return tuples[tuples >= 0].view(len(tuples), -1) if len(tuples) else tuples
+        width = (tuples >= 0).sum(1)
+        if len(tuples) and (width == width[0]).all():
+            tuples = tuples[tuples >= 0].view(len(tuples), -1)
+        return tuples
 
     def forward(self, embeddings, labels, others=None, other_labels=None):
         """Index tensors (anchors, positives, negatives), [T] each: a miner for any trainer.
@@ -204,9 +222,19 @@ class Sampler(torch.nn.Module):
                          if name in ("method", "squared", "lower_cutoff", *OPTIONS))
 
     def random(self, embeddings, labels, others=None, other_labels=None):
-        """For each anchor a random positive and a random negative -> [B, 3]."""
+        """For each anchor a random positive and a random negative -> [B, 3].
+
+        form reference: each row is one of all triplets of the batch, so that an anchor may come
+        often or never, as in the code of Roth et al. 2020; there no triplet comes twice.
+        """
         same, positive = self.pair_masks(labels, other_labels)
-        return self.triplets(self.draw_positives(positive), self.draw_negatives(~same))
+        if self.form == "paper":
+            return self.triplets(self.draw_positives(positive), self.draw_negatives(~same))
+        number = (positive.sum(1) * (~same).sum(1)).float()                      # of an anchor
+        anchors = draw_columns(number.expand(len(labels), -1)).clamp_min(0)
+        rows = torch.stack([anchors, *(draw_columns(mask[anchors].float())
+                                       for mask in (positive, ~same))], 1)
+        return rows.masked_fill((rows < 0).any(1, keepdim=True), -1)
 
     def semihard(self, embeddings, labels, others=None, other_labels=None):
         """Random positive; negative with d_ap < d_an < d_ap + 0.2, else a random one -> [B, 3].
@@ -352,7 +380,15 @@ class Sampler(torch.nn.Module):
         Returns [B, 1 + 1 + B]: row i is (anchor, positive, negatives) where image i is its class's
         anchor and all -1 elsewhere; column 2 + j holds class j's positive, -1 where there is none.
         Sohn, "Improved Deep Metric Learning with Multi-class N-pair Loss Objective", NIPS 2016.
+        form reference: every image with a positive is an anchor, all images of other classes its
+        negatives, as in the code of Roth et al. 2020; column 2 + j holds image j or -1.
         """
+        if self.form == "reference":
+            same, positive = self.pair_masks(labels)
+            positives = draw_columns(positive.float(), 1).masked_fill(same.all(1, True), -1)
+            place = torch.arange(len(labels), device=labels.device)
+            rows = torch.cat([place.unsqueeze(1), positives, place.where(~same, -1)], 1)
+            return rows.masked_fill(positives < 0, -1)
         positives = self.npair_positives(labels)
         place = torch.arange(len(labels), device=labels.device)
         classes = positives >= 0

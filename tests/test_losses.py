@@ -68,8 +68,15 @@ def npair_oracle(loss, embeddings, labels, tuples):
     for a, p, *negatives in tuples:
         anchor, positive = embeddings[a], embeddings[p]
         inner = sum(torch.exp(anchor @ embeddings[n] - anchor @ positive) for n in negatives)
-        terms.append(torch.log(1 + inner) + loss.l2npair * (anchor @ anchor + positive @ positive))
+        terms.append(torch.log(1 + inner) + loss.l2npair * penalty(loss, embeddings, a, p))
     return sum(terms) / len(terms)
+
+
+def penalty(loss, embeddings, a, p):
+    """|a|^2 + |p|^2; of the reference the mean length of all embeddings"""
+    if loss.given["form"] == "reference":
+        return sum(row.norm() for row in embeddings) / len(embeddings)
+    return embeddings[a] @ embeddings[a] + embeddings[p] @ embeddings[p]
 
 
 def proxynca_oracle(loss, embeddings, labels, tuples=None):
@@ -98,11 +105,14 @@ def arcface_oracle(loss, embeddings, labels, tuples=None):
     """mean of -log e^(s cos(theta_y + m)) / (itself + sum of e^(s cos theta_z), z != y)
 
     theta: the angle to a class weight. Where theta_y + m > pi: s (cos theta_y - m sin m) instead.
+    The reference takes no theta above a right angle.
     """
     terms, s, m = [], loss.scale, loss.margin
     for i in range(len(labels)) if tuples is None else [row[0] for row in tuples]:
         angles = [torch.acos(embeddings[i] @ weight / embeddings[i].norm() / weight.norm())
                   for weight in loss.weight]
+        if loss.given["form"] == "reference":
+            angles = [angle.clamp(max=math.acos(1e-10)) for angle in angles]
         own = int(labels[i])
         beyond = angles[own].item() + m > math.pi
         logits = [s * torch.cos(angle) for angle in angles]
@@ -143,11 +153,20 @@ def anchors_of(labels, tuples):
     return range(len(labels)) if tuples is None else [row[0] for row in tuples]
 
 
-def contrastive_oracle(loss, embeddings, labels, tuples=None):
-    """mean of d_ap^q + mean of (m - d_an)^q where d_an < m; q 2, or 1 for the linear one"""
+def contrastive_oracle(loss, embeddings, labels, tuples=None, pairs=None):
+    """mean of d_ap^q + mean of (m - d_an)^q where d_an < m; q 2, or 1 for the linear one
+
+    With triplets mean of d_ap^q + mean of [m - d_an]+^q, over all of them. pairs: the triplets
+    whose pairs count, once each; None for all pairs.
+    """
     margin, power = loss.given["contrastive_margin"], 2 - loss.given["contrastive_linear"]
     pulls, pushes = [], []
-    for a, (positives, negatives) in enumerate(pair_sets(labels, tuples)):
+    if tuples is not None:
+        for a, p, n in tuples:
+            pulls.append((embeddings[a] - embeddings[p]).norm() ** power)
+            pushes.append((margin - (embeddings[a] - embeddings[n]).norm()).clamp(min=0) ** power)
+        return mean_of(pulls, embeddings) + mean_of(pushes, embeddings)
+    for a, (positives, negatives) in enumerate(pair_sets(labels, pairs)):
         pulls += [(embeddings[a] - embeddings[p]).norm() ** power for p in positives]
         distances = [(embeddings[a] - embeddings[n]).norm() for n in negatives]
         pushes += [(margin - d) ** power for d in distances if d.item() < margin]
@@ -232,8 +251,10 @@ def angular_oracle(loss, embeddings, labels, tuples):
     pairs, l2npair = [], loss.given["l2npair"]
     for a, p, *negatives in tuples:
         anchor, positive = embeddings[a], embeddings[p]
-        inner = sum(torch.exp(anchor @ embeddings[n] - anchor @ positive) for n in negatives)
-        pairs.append(torch.log(1 + inner) + l2npair * (anchor @ anchor + positive @ positive))
+        most = 50 if loss.given["form"] == "reference" else math.inf
+        inner = sum(torch.exp((anchor @ embeddings[n] - anchor @ positive).clamp(-most, most))
+                    for n in negatives)
+        pairs.append(torch.log(1 + inner) + l2npair * penalty(loss, embeddings, a, p))
         anchor, positive = anchor / anchor.norm(), positive / positive.norm()
         inner = sum(torch.exp(4 * tangent ** 2 * (anchor + positive) @ embeddings[n]
                               / embeddings[n].norm()
@@ -249,13 +270,19 @@ def on_nodes(value, low, high, bins):
 
 
 def histogram_oracle(loss, embeddings, labels, tuples=None):
-    """sum_r h-_r sum_(q <= r) h+_q, the shares of the pairs' cosines on the nodes of [-1, 1]"""
+    """sum_r h-_r sum_(q <= r) h+_q, the shares of the pairs' cosines on the nodes of [-1, 1]
+
+    The reference's upper nodes of the cells 2 to 7 of 10 get nothing.
+    """
     bins, sums, counts = loss.given["histogram_bins"], [0, 0], [0, 0]
     for a, sets in enumerate(pair_sets(labels, tuples)):
         for kind, others in enumerate(sets):
             for other in others:
-                sums[kind] = sums[kind] + on_nodes(cosine(embeddings[a], embeddings[other]),
-                                                   -1, 1, bins)
+                s = cosine(embeddings[a], embeddings[other])
+                shares, cell = on_nodes(s, -1, 1, bins), int((s.item() + 1) * bins / 2)
+                if loss.given["form"] == "reference" and bins == 10 and 2 <= cell <= 7:
+                    shares = shares * (torch.arange(bins + 1) != cell + 1)
+                sums[kind] = sums[kind] + shares
                 counts[kind] += 1
     if not all(counts):
         return embeddings.sum() * 0
@@ -324,10 +351,21 @@ def snr_oracle(loss, embeddings, labels, tuples):
 
 
 def quadruplet_oracle(loss, embeddings, labels, tuples):
-    """1/T sum [d_ap - d_an + m1]+ + [d_ap - d_nl + m2]+, squared distances; l -1 for none"""
-    def d(i, j):
-        return ((embeddings[i] - embeddings[j]) ** 2).sum()
+    """1/T sum [d_ap - d_an + m1]+ + [d_ap - d_nl + m2]+, squared distances; l -1 for none
 
+    The reference: plain distances, and the second term for each row with each row's l.
+    """
+    def d(i, j):
+        squared = ((embeddings[i] - embeddings[j]) ** 2).sum()
+        return squared if paper else squared.clamp(min=1e-16).sqrt()  # no root of zero
+
+    paper = loss.given["form"] == "paper"
+    if not paper:
+        first = [(d(a, p) - d(a, n) + loss.given["quadruplet_margin1"]).clamp(min=0)
+                 for a, p, n, _ in tuples]
+        second = [(d(a, p) - d(n, l) + loss.given["quadruplet_margin2"]).clamp(min=0)
+                  for a, p, n, _ in tuples for *_, l in tuples if l >= 0]
+        return mean_of(first, embeddings) + mean_of(second, embeddings)
     terms = []
     for a, p, n, l in tuples:
         term = (d(a, p) - d(a, n) + loss.given["quadruplet_margin1"]).clamp(min=0)
@@ -393,10 +431,23 @@ def sphereface_logits(loss, x, own):
 
 
 def softtriple_logits(loss, x, own):
-    """l S, for the own class l (S - d); S = sum_k s_k e^(s_k / g) / sum_k e^(s_k / g)"""
+    """l S, for the own class l (S - d); S = sum_k s_k e^(s_k / g) / sum_k e^(s_k / g)
+
+    The reference: S_c = sum_k s_ck e^(g s_ck) / sum_b e^(g s_bk), and s the products with centres
+    whose values in each dimension have length one over all of them.
+    """
     scale, gamma, delta = (loss.given["softtriple_" + name]
                            for name in ("lambda", "gamma", "delta"))
     logits = []
+    if loss.given["form"] == "reference":
+        centers, x = reference_centers(loss), x / x.norm()
+        for c in range(len(centers)):
+            similarity = 0
+            for k in range(centers.shape[1]):
+                exps = [torch.exp(gamma * (x @ other[k])) for other in centers]
+                similarity = similarity + x @ centers[c, k] * exps[c] / sum(exps)
+            logits.append(scale * (similarity - delta * (c == own)))
+        return logits
     for c, centers in enumerate(loss.centers):
         cosines = [cosine(x, center) for center in centers]
         exps = [torch.exp(s / gamma) for s in cosines]
@@ -405,8 +456,15 @@ def softtriple_logits(loss, x, own):
     return logits
 
 
+def reference_centers(loss):
+    """[C, K, D], in each dimension over its length in all centres."""
+    return loss.centers / torch.sqrt(sum(center ** 2 for center in loss.centers.flatten(0, 1)))
+
+
 def regulariser(loss, embeddings):
     """What remains of a loss without tuples: 0 for most."""
+    if isinstance(loss, LiftedLoss) and loss.given["form"] == "reference":
+        return loss.given["lifted_l2"] * sum(row.norm() for row in embeddings) / len(embeddings)
     if isinstance(loss, LiftedLoss):
         return loss.given["lifted_l2"] * sum(row @ row for row in embeddings) / len(embeddings)
     if isinstance(loss, SNRLoss):
@@ -417,10 +475,11 @@ def regulariser(loss, embeddings):
         # tau / (C K (K - 1)) sum over the pairs of a class's centres of their distance, the 1e-5
         # as in the authors' code.
         classes, number, _ = loss.centers.shape
-        for centers in loss.centers:
+        for centers in (loss.centers / loss.centers.norm(dim=2, keepdim=True)
+                        if loss.given["form"] == "paper" else reference_centers(loss)):
             for t in range(number):
                 for s in range(t + 1, number):
-                    total = total + torch.sqrt(2 + 1e-5 - 2 * cosine(centers[s], centers[t]))
+                    total = total + torch.sqrt(2 + 1e-5 - 2 * centers[s] @ centers[t])
         total = total * loss.given["softtriple_tau"] / (classes * number * max(1, number - 1))
     return total
 
@@ -444,6 +503,7 @@ ORACLES = {TripletLoss: triplet_oracle, MarginLoss: margin_oracle, NPairLoss: np
 VARIANTS = {
     "triplet": (TripletLoss, {"margin": 0.5}),
     "triplet-random": (TripletLoss, {"margin": 0.9, "sampling": "random"}),
+    "triplet-random-reference": (TripletLoss, {"sampling": "random", "form": "reference"}),
     "triplet-semihard": (TripletLoss, {"sampling": "semihard"}),
     "triplet-facenet": (TripletLoss, {"sampling": "facenet"}),
     "triplet-rho": (TripletLoss, {"sampling": "rho", "rho_probability": 0.5, "margin": 0.9}),
@@ -462,6 +522,7 @@ VARIANTS = {
                                             "mining_epsilon": 0.3}),
     "npair": (NPairLoss, {}),
     "npair-l2": (NPairLoss, {"l2npair": 0.7}),
+    "npair-reference": (NPairLoss, {"l2npair": 0.7, "form": "reference"}),
     "proxynca": (ProxyNCALoss, {}),
     "proxynca-positive": (ProxyNCALoss, {"proxynca_positive_in_denominator": True}),
     "crossentropy": (CrossEntropyLoss, {}),
@@ -469,15 +530,17 @@ VARIANTS = {
     "arcface-wide": (ArcFaceLoss, {"arcface_scale": 4.0, "arcface_margin": 2.0}),
     "arcface-distance": (ArcFaceLoss, {"arcface_scale": 8.0, "sampling": "distance"}),
     "arcface-multisimilarity": (ArcFaceLoss, {"sampling": "multisimilarity"}),
+    "arcface-reference": (ArcFaceLoss, {"arcface_scale": 16.0, "form": "reference"}),
     "contrastive": (ContrastiveLoss, {}),
     "contrastive-linear": (ContrastiveLoss, {"contrastive_linear": True,
                                              "contrastive_margin": 1.3}),
     "contrastive-distance": (ContrastiveLoss, {"sampling": "distance",
                                                "contrastive_margin": 1.5}),
-    "contrastive-multisimilarity": (ContrastiveLoss, {"sampling": "multisimilarity"}),
+    "contrastive-rho": (ContrastiveLoss, {"sampling": "rho", "rho_probability": 0.5}),
     "lifted": (LiftedLoss, {}),
     "lifted-wide": (LiftedLoss, {"lifted_margin": 2.5, "lifted_l2": 0.05}),
     "lifted-softhard": (LiftedLoss, {"sampling": "softhard"}),
+    "lifted-reference": (LiftedLoss, {"lifted_l2": 0.05, "form": "reference"}),
     "multisimilarity": (MultiSimilarityLoss, {}),
     "multisimilarity-none": (MultiSimilarityLoss, {
         "multisimilarity_alpha": 5.0, "multisimilarity_beta": 9.0, "multisimilarity_lambda": 0.4,
@@ -496,8 +559,11 @@ VARIANTS = {
     "angular": (AngularLoss, {}),
     "angular-narrow": (AngularLoss, {"angular_alpha": 30.0, "angular_weight": 0.6,
                                      "l2npair": 0.3}),
+    "angular-reference": (AngularLoss, {"angular_alpha": 30.0, "l2npair": 0.3,
+                                        "form": "reference"}),
     "histogram": (HistogramLoss, {}),
     "histogram-few": (HistogramLoss, {"histogram_bins": 7}),
+    "histogram-reference": (HistogramLoss, {"histogram_bins": 10, "form": "reference"}),
     "fastap": (FastAPLoss, {}),
     "fastap-many": (FastAPLoss, {"fastap_bins": 23}),
     "smoothap": (SmoothAPLoss, {}),
@@ -514,6 +580,9 @@ VARIANTS = {
     "quadruplet": (QuadrupletLoss, {}),
     "quadruplet-rho": (QuadrupletLoss, {"sampling": "rho", "rho_probability": 0.5}),
     "quadruplet-all-positives": (QuadrupletLoss, {"sampling": "softhard", "positives": "all"}),
+    "quadruplet-reference": (QuadrupletLoss, {"quadruplet_margin1": 0.6, "form": "reference"}),
+    "quadruplet-reference-rho": (QuadrupletLoss, {
+        "sampling": "rho", "rho_probability": 0.5, "form": "reference"}),
     "quadruplet-wide": (QuadrupletLoss, {"quadruplet_margin1": 1.1, "quadruplet_margin2": 0.4,
                                          "sampling": "random"}),
     "proxyanchor": (ProxyAnchorLoss, {}),
@@ -531,6 +600,9 @@ VARIANTS = {
     "softtriple-three": (SoftTripleLoss, {
         "softtriple_centers": 3, "softtriple_lambda": 8.0, "softtriple_gamma": 0.3,
         "softtriple_delta": 0.1, "softtriple_tau": 0.7}),
+    "softtriple-reference": (SoftTripleLoss, {
+        "softtriple_centers": 3, "softtriple_lambda": 8.0, "softtriple_gamma": 0.3,
+        "softtriple_delta": 0.1, "softtriple_tau": 0.7, "form": "reference"}),
 }
 variants = pytest.mark.parametrize("variant", VARIANTS)
 ONE_OF_EACH = ("triplet", "margin-nu", "npair", "proxynca", "proxynca-positive", "crossentropy",
@@ -625,7 +697,8 @@ def drawn(loss, embeddings, labels, seed):
         return None
     torch.manual_seed(seed)
     if not isinstance(loss, QuadrupletLoss):
-        return loss.sampler.give(embeddings, labels).tolist()
+        return [[i for i in row if i >= 0]
+                for row in loss.sampler.give(embeddings, labels).tolist()]
     tuples = loss.complete(loss.sampler.give(embeddings, labels, padded=True), labels)
     return [row for row in tuples.tolist() if row[0] >= 0]
 
@@ -1306,8 +1379,30 @@ def test_margin_of_a_rho_row_is_a_constant_that_is_not_active():
     assert not rows.grad[2:].any() and loss.beta.grad.tolist() == [0, 0]
 
 
+def test_contrastive_takes_hard_pairs_once_each():
+    """Sampling multisimilarity gives pairs: the mean of the push is over those that are near."""
+    embeddings, labels = make_batch("contrastive")
+    loss = make(ContrastiveLoss, sampling="multisimilarity")
+    triplets = loss.sampler.give(embeddings, labels).tolist()
+    expected = contrastive_oracle(loss, embeddings, labels, pairs=triplets)
+    assert len(triplets) > 12
+    assert_same(loss, embeddings, loss(embeddings, labels), expected)
+
+
+def test_reference_fourth_image_is_the_anchor_of_a_row_with_another_negative():
+    """Rows (0, 1, 2), (1, 0, 2), (2, 3, 0), (3, 2, 1): 2 or 3 for the first two, 1,000 draws."""
+    torch.manual_seed(0)
+    loss, labels = QuadrupletLoss(form="reference"), torch.tensor([0, 0, 1, 1, 2])
+    triplets = torch.tensor([[0, 1, 2], [1, 0, 2], [2, 3, 0], [3, 2, 1], [-1] * 3])
+    fourths = torch.stack([loss.complete(triplets, labels)[:, 3] for _ in range(1000)])
+    for t, possible in enumerate(([2, 3], [2, 3], [0, 1, 3], [0, 1, 2], [-1])):
+        drawn, counts = fourths[:, t].unique(return_counts=True)
+        assert drawn.tolist() == possible
+        assert (counts - 1000 / len(possible)).abs().max() < 70
+
+
 RHO_LOSSES = (TripletLoss(), MarginLoss(5, beta=0.1), SNRLoss(), QuadrupletLoss(),
-              ContrastiveLoss(), MultiSimilarityLoss())
+              ContrastiveLoss(), MultiSimilarityLoss(), QuadrupletLoss(form="reference"))
 
 
 @pytest.mark.parametrize("loss", RHO_LOSSES, ids=lambda loss: type(loss).__name__)
@@ -1388,7 +1483,7 @@ def at_angles(degrees, dtype=torch.float64):
 
 
 def two_axes(dtype=torch.float64, **given):
-    loss = ArcFaceLoss(2, 2, **given).to(dtype)
+    loss = make(ArcFaceLoss, 2, 2, dtype, **given)
     loss.weight.data = torch.eye(2, dtype=dtype)
     return loss
 
@@ -2167,9 +2262,12 @@ FLAGS_OF = {
                    "softtriple_delta", "softtriple_tau", "loss_lr"]}
 for _name in ("marginloss", "triplet", "arcface", "contrastive", "lifted", "multisimilarity",
               "circle", "ntxent", "supcon", "snr", "quadruplet"):
-    FLAGS_OF[_name] += ["distance_cutoff", "mining_epsilon", "rho_probability", "positives"]
+    FLAGS_OF[_name] += ["distance_cutoff", "mining_epsilon", "rho_probability", "positives",
+                        "form"]
     if "margin" not in FLAGS_OF[_name] and _name != "quadruplet":  # which has its own two
         FLAGS_OF[_name].append("margin")  # of facenet sampling
+for _name in ("npair", "angular", "histogram", "softtriple"):
+    FLAGS_OF[_name].append("form")
 
 
 def contents(name, opt):

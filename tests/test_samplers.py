@@ -250,9 +250,9 @@ def test_every_eligible_triplet_can_be_drawn(variant):
 
 
 def test_semihard_and_facenet_band_by_hand():
-    """Points on a line; anchor 0 at 0, its positive at 1, negatives at 0.9, 1, 1.1, 1.18, 1.25, 1.5.
+    """On a line: anchor 0 at 0, its positive at 1, negatives at 0.9, 1, 1.1, 1.18, 1.25, 1.5.
 
-    facenet with margin 0.3: plain distances in (1, 1.3) are those of 1.1, 1.18 and 1.25; of squared
+    facenet with margin 0.3: plain distances in (1, 1.3) are those of 1.1, 1.18 and 1.25; of square
     distances, with the positive at 1, 1.1^2 = 1.21 alone is in (1, 1.3), since 1.18^2 = 1.3924.
     semihard: plain distances in (1, 1.2), whatever the loss's margin and distance are.
     """
@@ -682,6 +682,35 @@ def test_all_positives_between_two_sets():
         assert (names[negatives] != labels[anchors]).all()
 
 
+def test_reference_random_draws_every_triplet_equally_often():
+    """800 draws of 9 rows: uniform over all triplets of the batch, by chi-square."""
+    torch.manual_seed(0)
+    labels, seen, draws = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 3]), Counter(), 800
+    for _ in range(draws):
+        triplets = Sampler("random", form="reference").give(torch.zeros(9, 2), labels)
+        assert len(triplets) == 9
+        seen.update(map(tuple, triplets.tolist()))
+    triplets = listed(eligible_pairs(torch.zeros(9, 2), labels, "random"))
+    assert chi_square_ok(seen, {triplet: 1 / len(triplets) for triplet in triplets}, 9 * draws)
+    for lone in (torch.zeros(4), torch.arange(4)):  # no negative, no positive
+        assert Sampler("random", form="reference").give(torch.zeros(4, 2), lone).shape == (0, 3)
+
+
+def test_reference_npair_makes_every_image_an_anchor():
+    """A random positive each, by chi-square, and all images of other classes as negatives."""
+    torch.manual_seed(0)
+    labels, seen, draws = torch.tensor([0, 0, 0, 1, 1, 2]), Counter(), 600
+    for _ in range(draws):
+        rows = Sampler("npair", form="reference").give(torch.zeros(6, 2), labels).tolist()
+        assert [row[0] for row in rows] == [0, 1, 2, 3, 4]
+        for a, p, *negatives in rows:
+            assert a != p and labels[a] == labels[p]
+            assert sorted(set(negatives) - {-1}) == [n for n in range(6) if labels[n] != labels[a]]
+            seen.update([(a, p)] if a < 3 else [])
+    assert chi_square_ok(seen, {(a, p): 1 / 6 for a in range(3) for p in range(3) if a != p},
+                         3 * draws)
+
+
 @pytest.mark.parametrize("dim,dtype", [(2, torch.float64), (3, torch.float32), (8, torch.float32),
                                        (128, torch.float32), (2048, torch.float32),
                                        (2048, torch.float16)])
@@ -854,6 +883,8 @@ def test_overridden_method_of_a_subclass_is_the_one_used():
 @pytest.mark.parametrize("options,flag", [
     ({"method": "hardest"}, "--sampling"), ({"method": "give"}, "--sampling"),
     ({"method": "semihard", "margin": -0.1}, "--margin"),
+    ({"form": "code"}, "--form code: it takes paper or reference"),
+    ({"method": "random", "positives": "all", "form": "reference"}, "--positives all"),
     ({"method": "distance", "distance_cutoff": 0.5}, "--distance_cutoff"),
     ({"method": "distance", "distance_cutoff": -1.0}, "--distance_cutoff"),
     ({"method": "distance", "distance_cutoff": math.nan}, "--distance_cutoff"),
@@ -883,12 +914,12 @@ def test_flags_and_constructors_share_their_defaults():
     own = inspect.signature(Sampler).parameters
     defaults = {name: own[name].default for name in samplers.OPTIONS}
     assert defaults == {"margin": 0.2, "distance_cutoff": None, "mining_epsilon": 0.1,
-                        "rho_probability": 0.3, "positives": "one"}
-    del defaults["margin"]  # the flag is of losses.py
+                        "rho_probability": 0.3, "positives": "one", "form": "paper"}
+    del defaults["margin"], defaults["form"]  # flags of losses.py
     assert defaults == {name: parser.get_default(name) for name in defaults}
     given = dict(margin=0.5, distance_cutoff=1.0, mining_epsilon=0.2, rho_probability=0.4,
-                 positives="all")
-    changed = vars(Sampler(**given))
+                 positives="all", form="reference")
+    changed = vars(Sampler("distance", **given))
     assert {name: changed[name] for name in samplers.OPTIONS} == given
 
 
