@@ -538,6 +538,12 @@ def groups_of(images, labels, size):
             ("twice", sum(len(set(group)) < size for group in groups.tolist()))]
 
 
+def figures(counts):
+    """The mean number of a batch's classes, and of its groups with one image twice, if any."""
+    return ", ".join(f"{np.mean(list(counts[place].elements())):.2f}"
+                     for place in ("classes", "twice") if place in counts)
+
+
 def baselines_batches(repository, labels, batch_size, size):
     """Their batches, as lists of images, without end."""
     images = {int(name): np.flatnonzero(labels == name).tolist() for name in np.unique(labels)}
@@ -589,11 +595,13 @@ def frequencies_table(baselines, revisiting, number):
         draws.append((code, f"batches of {size} a class", *(
             lambda batches=batches, size=size: groups_of(next(batches), birds, size)
             for batches in (theirs, ours))))
-    print(f"\n| authors' code | sampler | chi-square of {number:,} draws each | freedom | p |\n"
-          "|---|---|---|---|---|")
+    print(f"\n| authors' code | sampler | chi-square of {number:,} draws each | freedom | p | "
+          "classes, groups with an image twice: theirs | ours |\n|---|---|---|---|---|---|---|")
     for code, method, *both in draws:
-        statistic, freedom, p = chi_square(*(count(draw, number) for draw in both))
-        print(f"| {code} | {method} | {statistic:.1f} | {freedom} | {p:.3f} |", flush=True)
+        theirs, ours = (count(draw, number) for draw in both)
+        statistic, freedom, p = chi_square(theirs, ours)
+        print(f"| {code} | {method} | {statistic:.1f} | {freedom} | {p:.3f} | "
+              f"{figures(theirs)} | {figures(ours)} |", flush=True)
 
 
 def main():
