@@ -557,7 +557,8 @@ class ReplacementBatchSampler(ClassBalancedBatchSampler):
     classes of so many groups before it in the batch. Roth et al., "Revisiting Training Strategies
     and Generalization Performance in Deep Metric Learning", ICML 2020, have 0 in their code, Roth
     and Brattoli's reference code, 2019, has 2 (and carries them from batch to batch). Length,
-    seed, epoch and skip as above.
+    seed, epoch and skip as above. Departs from their code: an image that comes in two batches
+    of an epoch is cropped alike, since datasets.ImageDataset draws by seed, epoch and image.
     """
 
     distinct = False
