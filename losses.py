@@ -501,11 +501,11 @@ class MarginLoss(torch.nn.Module):
 
     Wu et al., "Sampling Matters in Deep Embedding Learning", ICCV 2017, eq. 6 to 9, on triplets:
     the sum of max(0, d_ap - beta + margin) and max(0, beta - d_an + margin), d the plain Euclidean
-    distance and beta that of the anchor's class, divided by the number of terms above zero, plus
-    nu times the sum of the tuples' betas. num_classes: how many betas; beta: their first value;
-    beta_constant: they are not learned. embeddings [B, D] unit-norm rows, labels [B] below
-    num_classes. Departs from the paper: beta has a part for the class alone, neither a global nor
-    an image's own, as in the reference code.
+    distance and beta that of the anchor's class, plus nu times the sum of the tuples' betas, all
+    divided by the number of terms above zero, as in the authors' code; 0 without one.
+    num_classes: how many betas; beta: their first value; beta_constant: they are not learned.
+    embeddings [B, D] unit-norm rows, labels [B] below num_classes. Departs from the paper: beta
+    has a part for the class alone, neither a global nor an image's own, as in the reference code.
     """
 
     unit_norm = True
@@ -540,8 +540,10 @@ class MarginLoss(torch.nn.Module):
         # Where the positive is the anchor, as in rho's rows, the first term is a constant.
         constant = ((terms[0] > 0) & (anchors == positives)).sum()
         self.active = (active - constant) / (2 * valid.sum()).clamp_min(1)
-        loss = terms.sum() / active.clamp_min(1)
-        return loss + self.nu * (beta * valid).sum() if self.nu else loss
+        loss = terms.sum()
+        if self.nu:
+            loss = loss + self.nu * (beta * (valid & (active > 0))).sum()
+        return loss / active.clamp_min(1)
 
 
 class NPairLoss(torch.nn.Module):

@@ -51,7 +51,10 @@ def triplet_oracle(loss, embeddings, labels, tuples):
 
 
 def margin_oracle(loss, embeddings, labels, tuples):
-    """(sum [|a - p| - beta + margin]+ + [beta - |a - n| + margin]+) / (terms > 0) + nu sum beta"""
+    """(sum [|a - p| - beta + margin]+ + [beta - |a - n| + margin]+ + nu beta) / (terms > 0)
+
+    0 where no term is above 0.
+    """
     terms, betas = [], []
     for a, p, n in tuples:
         beta = loss.beta[int(labels[a])]
@@ -59,7 +62,7 @@ def margin_oracle(loss, embeddings, labels, tuples):
         terms.append((beta - (embeddings[a] - embeddings[n]).norm() + loss.margin).clamp(min=0))
         betas.append(beta)
     active = sum(term.item() > 0 for term in terms)
-    return sum(terms) / max(active, 1) + loss.nu * sum(betas)
+    return (sum(terms) + loss.nu * sum(betas) * (active > 0)) / max(active, 1)
 
 
 def npair_oracle(loss, embeddings, labels, tuples):
@@ -830,11 +833,11 @@ def test_margin_by_hand(nu):
 
     Positives: sqrt 2 - 1.2 + 0.2 = 0.414214 twice. Negatives: 1.2 - 2 + 0.2 < 0, not active, and
     1.2 - sqrt 0.8 + 0.2 = 0.505573. Three active terms: (0.828427 + 0.505573) / 3 = 0.444667.
-    Two tuples: nu (1.2 + 1.2).
+    Two tuples: nu (1.2 + 1.2) / 3.
     """
     loss = MarginLoss(2, margin=0.2, beta=1.2, nu=nu).double()
     value = loss(HAND, torch.tensor([0, 1, 0, 1]), [(0, 2, 3), (0, 2, 1)])
-    assert value.item() == pytest.approx(0.4446667 + nu * 2.4, abs=1e-6)
+    assert value.item() == pytest.approx(0.4446667 + nu * 2.4 / 3, abs=1e-6)
 
 
 def test_npair_by_hand():
@@ -1346,11 +1349,19 @@ def test_beta_of_absent_classes_gets_no_gradient():
     """Gradient by hand: -1 for an active positive, +1 for an active negative, over the divisor.
 
     Triplets (0, 2, 3) and (0, 2, 1) of HAND: two positives and one negative are active, all of
-    class 1, so (-1 - 1 + 1) / 3, plus nu for each of the two tuples.
+    class 1, so (-1 - 1 + 1) / 3, plus nu / 3 for each of the two tuples.
     """
     loss = MarginLoss(4, nu=0.25).double()
     loss(HAND, torch.tensor([1, 3, 1, 3]), [(0, 2, 3), (0, 2, 1)]).backward()
-    assert loss.beta.grad.tolist() == pytest.approx([0, -1 / 3 + 0.5, 0, 0])
+    assert loss.beta.grad.tolist() == pytest.approx([0, -1 / 3 + 0.5 / 3, 0, 0])
+
+
+def test_margin_without_an_active_term_is_zero():
+    """A tuple on the right sides of beta: d_ap 0.9 + 0.2 < 1.2 < 2 - 0.2. nu has no divisor."""
+    loss = MarginLoss(2, nu=0.1, beta=1.2).double()
+    value = loss(HAND, torch.tensor([0, 0, 1, 1]), [(0, 1, 3)])
+    value.backward()
+    assert value.item() == 0 and not loss.beta.grad.any()
 
 
 @pytest.mark.parametrize("margin,active", [(0.2, 3), (0.0, 3), (0.9, 4), (0.25, 3)])
