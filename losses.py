@@ -1,10 +1,11 @@
 """The losses, one class each, and loss_select, the table that --loss reads.
 
-Every loss is a torch.nn.Module with one contract: forward(embeddings, labels, indices_tuple=None)
--> scalar. It works on any device and float type, does its arithmetic in float32 at least, and
-gives a zero that stays in the graph, a regulariser of its own aside, where a batch holds no valid
-tuple. indices_tuple replaces the loss's own sampler: a [T, 3] tensor, a list of tuples, or a tuple
-of index vectors, (a, p, n) or (a1, p, a2, n), as the miners of other libraries return them.
+Every loss is a Loss, a torch module, with one contract: forward(embeddings, labels,
+indices_tuple=None) -> scalar. It works on any device and float type, does its arithmetic in
+float32 at least, and gives a zero that stays in the graph, a regulariser of its own aside, where a
+batch holds no valid tuple. indices_tuple replaces the loss's own sampler: a [T, 3] tensor, a list
+of tuples, or a tuple of index vectors, (a, p, n) or (a1, p, a2, n), as the miners of other
+libraries return them.
 
 unit_norm says whether the loss wants embeddings of length one, samplings which --sampling it takes
 (the default first), and the two samples_per_class bounds how many images of a class a batch should
@@ -176,16 +177,18 @@ def add_arguments(parser):
 def full_precision(forward):
     """Runs a loss's forward in float32 or float64, not autocast: half types cannot hold a loss.
 
-    forward(self, embeddings [B, D], labels [B], indices_tuple) -> scalar, as a decorator. It
-    raises ValueError for embeddings and labels that do not fit each other or the loss, and
-    FloatingPointError, with the row, for embeddings that are not finite; what needs a look at the
-    values is left out on a GPU, which would have to wait for it.
+    forward(self, embeddings [B, D], labels [B], indices_tuple) -> scalar, as a decorator; a zero
+    in the graph for B = 0. It raises ValueError for embeddings and labels that do not fit each
+    other or the loss, and FloatingPointError, with the row, for embeddings that are not finite;
+    what needs a look at the values is left out on a GPU, which would have to wait for it.
     """
     @functools.wraps(forward)
     def wrapped(self, embeddings, labels, indices_tuple=None):
         check_batch(self, embeddings, labels)
         labels = labels.long()
         embeddings = embeddings.float() if embeddings.dtype.itemsize < 4 else embeddings
+        if not len(labels):
+            return embeddings.sum()
         with torch.autocast(embeddings.device.type, enabled=False):
             return forward(self, embeddings, labels, indices_tuple)
     return wrapped
@@ -194,6 +197,9 @@ def full_precision(forward):
 def check_batch(loss, embeddings, labels):
     """The errors of full_precision: embeddings [B, D], labels [B]."""
     name = type(loss).__name__
+    if not (torch.is_tensor(embeddings) and torch.is_tensor(labels)):
+        raise ValueError(f"{name}: embeddings are a {type(embeddings).__name__}, labels a "
+                         f"{type(labels).__name__}; both must be tensors (torch.as_tensor)")
     if embeddings.dim() != 2 or labels.shape != embeddings.shape[:1]:
         raise ValueError(f"{name}: embeddings of shape {list(embeddings.shape)} with labels of "
                          f"shape {list(labels.shape)}; it takes [B, D] and [B]")
@@ -231,9 +237,19 @@ def make_sampler(loss, sampling, **options):
     options: scalars, the Sampler's own arguments.
     """
     if sampling not in loss.samplings:
+        hint = "; a new method goes into losses.TRIPLET_SAMPLINGS" * (
+            sampling in samplers.METHODS and sampling not in (*TRIPLET_SAMPLINGS, "npair"))
         raise ValueError(f"{type(loss).__name__} cannot use --sampling {sampling}; it takes "
-                         f"{', '.join(loss.samplings) or 'none'}")
+                         f"{', '.join(loss.samplings) or 'none'}{hint}")
     return None if sampling == "none" else Sampler(sampling, **options)
+
+
+class Loss(torch.nn.Module):
+    """Base of the losses: repr shows the hyper-parameters, and the sampler if there is one."""
+
+    def extra_repr(self):
+        return ", ".join(f"{name}={value!r}" for name, value in vars(self).items()
+                         if not name.startswith("_") and name not in ("training", "active"))
 
 
 def index_vectors(indices_tuple, labels):
@@ -465,7 +481,7 @@ def anchors_only(embeddings, labels, indices_tuple):
     return embeddings[anchors], labels[anchors]
 
 
-class TripletLoss(torch.nn.Module):
+class TripletLoss(Loss):
     """Triplet loss: the mean over triplets of max(0, d(a, p)^2 - d(a, n)^2 + margin).
 
     Schroff et al., "FaceNet", CVPR 2015, eq. 2. margin: a squared distance. sampling: a method of
@@ -496,7 +512,7 @@ class TripletLoss(torch.nn.Module):
         return losses.sum() / number
 
 
-class MarginLoss(torch.nn.Module):
+class MarginLoss(Loss):
     """Margin loss: pairs are pushed to the right side of a learned boundary beta, by a margin.
 
     Wu et al., "Sampling Matters in Deep Embedding Learning", ICCV 2017, eq. 6 to 9, on triplets:
@@ -546,7 +562,7 @@ class MarginLoss(torch.nn.Module):
         return loss / active.clamp_min(1)
 
 
-class NPairLoss(torch.nn.Module):
+class NPairLoss(Loss):
     """N-pair loss: the mean over anchors of log(1 + sum_n exp(a.n - a.p)) plus an L2 penalty.
 
     Sohn, "Improved Deep Metric Learning with Multi-class N-pair Loss Objective", NIPS 2016, eq. 5
@@ -573,7 +589,7 @@ class NPairLoss(torch.nn.Module):
         return mean_where(tuples.npair_losses(embeddings, self.l2npair), tuples.valid)
 
 
-class ProxyNCALoss(torch.nn.Module):
+class ProxyNCALoss(Loss):
     """ProxyNCA: -log of exp(-d(x, p_y)) over the sum of exp(-d(x, p_z)) for the other proxies z.
 
     Movshovitz-Attias et al., "No Fuss Distance Metric Learning using Proxies", ICCV 2017, eq. 4
@@ -613,7 +629,7 @@ class ProxyNCALoss(torch.nn.Module):
         return (torch.logsumexp(logits, 1) - own.squeeze(1)).sum() / max(1, len(labels))
 
 
-class CrossEntropyLoss(torch.nn.Module):
+class CrossEntropyLoss(Loss):
     """Softmax cross-entropy of a linear classifier on the embedding, both learned together.
 
     embeddings [B, D], labels [B] below num_classes. indices_tuple picks the anchors that count.
@@ -636,7 +652,7 @@ class CrossEntropyLoss(torch.nn.Module):
         return mean_cross_entropy(F.linear(embeddings, weight, bias), labels)
 
 
-class ArcFaceLoss(torch.nn.Module):
+class ArcFaceLoss(Loss):
     """ArcFace: softmax over cosines to class weights, the own class's angle enlarged by a margin.
 
     Deng et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recognition", CVPR 2019, eq.
@@ -681,7 +697,7 @@ class ArcFaceLoss(torch.nn.Module):
         return mean_cross_entropy(logits, labels)
 
 
-class ContrastiveLoss(torch.nn.Module):
+class ContrastiveLoss(Loss):
     """Contrastive loss: pairs of one class by d^2, others by max(0, margin - d)^2.
 
     Hadsell, Chopra, LeCun, "Dimensionality Reduction by Learning an Invariant Mapping", CVPR 2006,
@@ -727,7 +743,7 @@ class ContrastiveLoss(torch.nn.Module):
         return apart.sum() / number.clamp_min(1) + missing.sum() / near_number.clamp_min(1)
 
 
-class LiftedLoss(torch.nn.Module):
+class LiftedLoss(Loss):
     """Generalised lifted structure: max(0, log sum_p exp(d_ap) + log sum_n exp(margin - d_an)).
 
     Hermans, Beyer, Leibe, "In Defense of the Triplet Loss for Person Re-Identification", 2017, eq.
@@ -765,7 +781,7 @@ class LiftedLoss(torch.nn.Module):
         return mean_where(losses, anchors) + self.l2 * sizes.mean()
 
 
-class MultiSimilarityLoss(torch.nn.Module):
+class MultiSimilarityLoss(Loss):
     """Multi-similarity: log(1 + sum_p e^(-a (s_p - l))) / a + log(1 + sum_n e^(b (s_n - l))) / b.
 
     Wang et al., "Multi-Similarity Loss with General Pair Weighting for Deep Metric Learning", CVPR
@@ -800,7 +816,7 @@ class MultiSimilarityLoss(torch.nn.Module):
         return losses.sum() / max(1, len(losses))
 
 
-class CircleLoss(torch.nn.Module):
+class CircleLoss(Loss):
     """Circle loss: log(1 + sum_n exp(g w_n (s_n - m)) sum_p exp(-g w_p (s_p - 1 + m))).
 
     Sun et al., "Circle Loss: A Unified Perspective of Pair Similarity Optimization", CVPR 2020,
@@ -836,7 +852,7 @@ class CircleLoss(torch.nn.Module):
         return mean_where(torch.logaddexp(losses, losses.new_zeros(())), anchors)
 
 
-class NTXentLoss(torch.nn.Module):
+class NTXentLoss(Loss):
     """NT-Xent: for each positive pair, -log of e^(s_ap/T) over itself and sum_n e^(s_an/T).
 
     Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", ICML
@@ -865,7 +881,7 @@ class NTXentLoss(torch.nn.Module):
         return mean_where(losses, positive & negative.any(1, keepdim=True))
 
 
-class SupConLoss(torch.nn.Module):
+class SupConLoss(Loss):
     """Supervised contrastive: the mean over positives of -log(e^(s_ap/T) / sum_i e^(s_ai/T)).
 
     Khosla et al., "Supervised Contrastive Learning", NeurIPS 2020, eq. 2 (L_out, the mean outside
@@ -894,7 +910,7 @@ class SupConLoss(torch.nn.Module):
         return mean_where(everything - mean, count > 0)
 
 
-class AngularLoss(torch.nn.Module):
+class AngularLoss(Loss):
     """N-pair loss plus an angular one: log(1 + sum_n exp(4 t (a + p).n - 2 (1 + t) a.p)).
 
     Wang et al., "Deep Metric Learning with Angular Loss", ICCV 2017, eq. 8 and 9: t = tan^2 of
@@ -932,7 +948,7 @@ class AngularLoss(torch.nn.Module):
         return mean_where(losses, tuples.valid)
 
 
-class HistogramLoss(torch.nn.Module):
+class HistogramLoss(Loss):
     """Histogram loss: the chance that a random negative pair is more similar than a positive one.
 
     Ustinova and Lempitsky, "Learning Deep Embeddings with Histogram Loss", NIPS 2016, eq. 2 to 4:
@@ -983,7 +999,7 @@ def soft_histogram(places, mask, bins, kept=None):
     return nodes.scatter_add(1, node + 1, share if kept is None else share * kept[node])
 
 
-class FastAPLoss(torch.nn.Module):
+class FastAPLoss(Loss):
     """FastAP: 1 minus average precision, from histograms of the squared distances to a query.
 
     Cakir et al., "Deep Metric Learning to Rank", CVPR 2019, eq. 8 and 11: the mean over the images
@@ -1015,7 +1031,7 @@ class FastAPLoss(torch.nn.Module):
         return mean_where(1 - (true * precision).sum(1) / count.clamp_min(1), count > 0)
 
 
-class SmoothAPLoss(torch.nn.Module):
+class SmoothAPLoss(Loss):
     """Smooth-AP: 1 minus average precision, with sigmoids for the comparisons that make a rank.
 
     Brown et al., "Smooth-AP: Smoothing the Path Towards Large-Scale Image Retrieval", ECCV 2020,
@@ -1071,7 +1087,7 @@ def smooth_ranks(similarities, positive, negative, temperature):
     return valid > 0, *ranks.unbind(1)
 
 
-class RecallAtKLoss(torch.nn.Module):
+class RecallAtKLoss(Loss):
     """Recall@k surrogate: 1 minus a smooth recall at k, the mean over several k.
 
     Patel, Tolias, Matas, "Recall@k Surrogate Loss with Large Batches and Similarity Mixup", CVPR
@@ -1106,7 +1122,7 @@ class RecallAtKLoss(torch.nn.Module):
         return mean_where(1 - recall, count > 0)
 
 
-class SNRLoss(torch.nn.Module):
+class SNRLoss(Loss):
     """Triplet loss on noise-to-signal ratios d(a, x) = var(a - x) / var(a) of the embeddings.
 
     Yuan et al., "Signal-to-Noise Ratio: A Robust Distance Metric for Deep Metric Learning", CVPR
@@ -1143,7 +1159,7 @@ class SNRLoss(torch.nn.Module):
                 + self.weight * embeddings.sum(1).abs().mean())
 
 
-class QuadrupletLoss(torch.nn.Module):
+class QuadrupletLoss(Loss):
     """Quadruplet loss: a triplet term and one against a pair of two other classes.
 
     Chen et al., "Beyond Triplet Loss: a Deep Quadruplet Network for Person Re-identification",
@@ -1219,7 +1235,7 @@ class QuadrupletLoss(torch.nn.Module):
         return torch.cat([triplets, torch.cat(pieces).unsqueeze(1)], 1)
 
 
-class ProxyAnchorLoss(torch.nn.Module):
+class ProxyAnchorLoss(Loss):
     """Proxy-anchor: each proxy pulls its class's images and pushes others, the hard ones more.
 
     Kim et al., "Proxy Anchor Loss for Deep Metric Learning", CVPR 2020, eq. 4: the mean over the
@@ -1264,7 +1280,7 @@ class ProxyAnchorLoss(torch.nn.Module):
         return positive_terms.sum() / present.sum() + negative_terms.mean()
 
 
-class ProxyNCAPlusPlusLoss(torch.nn.Module):
+class ProxyNCAPlusPlusLoss(Loss):
     """ProxyNCA++: cross-entropy of softmax(-d(x, p) / T) over all proxies, d squared distances.
 
     Teh, DeVries, Taylor, "ProxyNCA++: Revisiting and Revitalizing Proxy Neighborhood Component
@@ -1294,7 +1310,7 @@ class ProxyNCAPlusPlusLoss(torch.nn.Module):
         return mean_cross_entropy(scaled @ unit_weights(self.proxies, scaled).t(), labels)
 
 
-class NormSoftmaxLoss(torch.nn.Module):
+class NormSoftmaxLoss(Loss):
     """Normalised softmax: the cross-entropy of cosines to class weights over a temperature.
 
     Zhai and Wu, "Classification is a Strong Baseline for Deep Metric Learning", BMVC 2019, eq. 3.
@@ -1321,7 +1337,7 @@ class NormSoftmaxLoss(torch.nn.Module):
         return mean_cross_entropy(scaled @ unit_weights(self.weight, scaled).t(), labels)
 
 
-class CosFaceLoss(torch.nn.Module):
+class CosFaceLoss(Loss):
     """CosFace: softmax over cosines to class weights, the own class's lowered by a margin.
 
     Wang et al., "CosFace: Large Margin Cosine Loss for Deep Face Recognition", CVPR 2018, eq. 4:
@@ -1352,7 +1368,7 @@ class CosFaceLoss(torch.nn.Module):
         return mean_cross_entropy(logits.scatter_add(1, labels.unsqueeze(1), margins), labels)
 
 
-class SphereFaceLoss(torch.nn.Module):
+class SphereFaceLoss(Loss):
     """SphereFace: softmax over cosines to class weights, the own class's angle multiplied.
 
     Liu et al., "SphereFace: Deep Hypersphere Embedding for Face Recognition", CVPR 2017, eq. 7 and
@@ -1405,7 +1421,7 @@ class SphereFaceLoss(torch.nn.Module):
         return mean_cross_entropy(logits, labels)
 
 
-class SoftTripleLoss(torch.nn.Module):
+class SoftTripleLoss(Loss):
     """SoftTriple: softmax over classes of similarities to several centres a class, with a margin.
 
     Qian et al., "SoftTriple Loss: Deep Metric Learning Without Triplet Sampling", ICCV 2019, eq. 7

@@ -1876,7 +1876,7 @@ def test_softtriple_merges_centres():
     """Coinciding centres have the least penalty, with a finite gradient; one centre has none."""
     apart, together, one = (make(SoftTripleLoss, softtriple_centers=k) for k in (3, 3, 1))
     together.centers.data[:, 1:] = together.centers.data[:, :1]
-    empty = torch.empty(0, DIM, dtype=torch.float64), torch.empty(0, dtype=torch.long)
+    empty = *make_batch("softtriple"), torch.empty(0, 3, dtype=torch.long)  # no tuple counts
     assert one(*empty).item() == 0
     assert together(*empty).item() < 0.01 < apart(*empty).item()
     together(*empty).backward()
@@ -2661,6 +2661,47 @@ def test_labels_of_every_whole_type(name, dtype):
     expected = loss.eval()(rows, labels)
     torch.manual_seed(0)
     assert float(loss(rows, labels.to(dtype))) == float(expected)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_empty_batch_gives_a_zero_in_the_graph(name):
+    for sampling in LOSSES[name][0].samplings or ("none",):
+        loss = loss_select(name, options(sampling=sampling), [], NUM_CLASSES)[0]
+        for tuples in (None, torch.empty(0, 3, dtype=torch.long)):
+            rows = torch.empty(0, DIM, requires_grad=True)
+            value = loss(rows, torch.empty(0, dtype=torch.long), tuples)
+            value.backward()
+            assert value.item() == 0 and rows.grad.shape == (0, DIM)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_arrays_and_lists_are_refused_in_one_sentence(name):
+    loss = loss_select(name, options(sampling=(LOSSES[name][0].samplings or ("none",))[0]), [],
+                       NUM_CLASSES)[0]
+    rows, labels = torch.randn(4, DIM), torch.tensor([0, 0, 1, 1])
+    for given, said in (((rows.numpy(), labels), "embeddings are a ndarray, labels a Tensor"),
+                        ((rows, labels.tolist()), "embeddings are a Tensor, labels a list")):
+        with pytest.raises(ValueError, match=f"{type(loss).__name__}: {said}; both must be"):
+            loss(*given)
+
+
+def test_repr_shows_hyper_parameters_and_sampling():
+    loss = MarginLoss(9, margin=0.35, nu=0.01, sampling="rho", rho_probability=0.15)
+    loss(torch.randn(4, DIM), torch.tensor([0, 0, 1, 1]))
+    for part in ("num_classes=9", "margin=0.35", "nu=0.01", "'rho'", "rho_probability=0.15"):
+        assert part in repr(loss)
+    assert "active" not in repr(loss)
+    assert "scale=30.0" in repr(ArcFaceLoss(3, 4, arcface_scale=30.0))
+    assert "sampler=None" in repr(ArcFaceLoss(3, 4))
+
+
+def test_a_new_sampling_is_told_where_it_is_missing(monkeypatch):
+    monkeypatch.setattr(samplers, "METHODS", (*samplers.METHODS, "mine"))
+    with pytest.raises(ValueError, match="--sampling mine; it takes .*losses.TRIPLET_SAMPLINGS"):
+        TripletLoss(sampling="mine")
+    with pytest.raises(ValueError) as error:
+        TripletLoss(sampling="npair")
+    assert "TRIPLET_SAMPLINGS" not in str(error.value)
 
 
 def test_lifted_far_from_the_origin_keeps_its_digits():
