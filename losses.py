@@ -464,21 +464,38 @@ def unit_weights(weights, embeddings):
     return F.normalize(weights.to(embeddings.dtype), dim=1)
 
 
-def mean_cross_entropy(logits, labels):
-    """The mean over images of their cross-entropy, logits [B, C], labels [B]; 0 without images."""
-    return F.cross_entropy(logits, labels, reduction="sum") / max(1, len(labels))
+def mean_cross_entropy(logits, labels, weights):
+    """The mean over images of weight times cross-entropy; logits [B, C], labels, weights [B]."""
+    return (F.cross_entropy(logits, labels, reduction="none") * weights).mean()
 
 
-def anchors_only(embeddings, labels, indices_tuple):
-    """embeddings [B, D], labels [B] -> those of the tuples' anchors [T, D], [T]; all for None.
+def image_weights(embeddings, labels, indices_tuple, sampler=None):
+    """How much each image counts in a loss with class weights, by its place in the tuples: [B].
 
-    An anchor counts once for each tuple that it starts.
+    How often it occurs in them, as anchor or other, over the greatest such count of the batch, as
+    pytorch-metric-learning has it (whose ProxyNCA counts anchors alone). 1 each where there are
+    no tuples to choose by; 0 each, there 1, where no tuple is valid. embeddings [B, D], labels
+    [B]; indices_tuple: any form, the sampler's tuples for None; of multisimilarity its pairs.
     """
-    if indices_tuple is None:
-        return embeddings, labels
-    anchors = as_index_tuples(indices_tuple, labels)[:, 0]
-    anchors = anchors[anchors >= 0]  # -1 stands for no tuple
-    return embeddings[anchors], labels[anchors]
+    if indices_tuple is None and sampler is None:
+        return embeddings.new_ones(len(labels))
+    if indices_tuple is None and sampler.method == "multisimilarity":
+        counts = sum(pairs.sum(0) + pairs.sum(1)
+                     for pairs in sampler.hard_pairs(embeddings, labels))
+    else:
+        if indices_tuple is None:
+            indices_tuple = sampler.give(embeddings, labels, padded=True)
+        vectors = index_vectors(indices_tuple, labels)
+        if vectors is not None and len(vectors) == 4:
+            rows = torch.cat([torch.stack(vectors[:2], 1), torch.stack(vectors[2:], 1)])  # [T, 2]
+            rows = rows.masked_fill((rows < 0).any(1, keepdim=True), -1)
+        else:
+            rows = as_index_tuples(indices_tuple, labels)                        # [T, 3 or more]
+        places = rows.flatten() + 1  # the first takes what is no tuple
+        counts = labels.new_zeros(len(labels) + 1)
+        counts = counts.index_add_(0, places, torch.ones_like(places))[1:]
+    counts = counts.to(embeddings.dtype)
+    return counts / counts.amax().clamp_min(1)
 
 
 class TripletLoss(Loss):
@@ -596,9 +613,9 @@ class ProxyNCALoss(Loss):
     and algorithm 1: d is the squared Euclidean distance between unit vectors, one learned proxy
     for each class, the image's own left out of the sum (the loss can be negative).
     proxynca_positive_in_denominator sums over all proxies, a softmax. embeddings [B, D]
-    (normalised here), labels [B] below num_classes. indices_tuple picks the anchors that count.
-    Departs from the paper: embeddings and proxies are unit vectors scaled by 3, as in the
-    reference code, so d ranges to 36.
+    (normalised here), labels [B] below num_classes. indices_tuple: image_weights. Departs from the
+    paper: embeddings and proxies are unit vectors scaled by 3, as in the reference code, so d
+    ranges to 36.
     """
 
     unit_norm = True
@@ -619,20 +636,20 @@ class ProxyNCALoss(Loss):
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
-        embeddings, labels = anchors_only(embeddings, labels, indices_tuple)
         # -d = 2 * 9 * cosine - 18; the constant cancels between numerator and denominator.
         scaled = F.normalize(embeddings, dim=1) * (2 * self.scale ** 2)
         logits = scaled @ unit_weights(self.proxies, scaled).t()                 # [B, C]
         own = logits.gather(1, labels.unsqueeze(1))                              # [B, 1]
         if not self.positive_in_denominator:
             logits = logits.scatter(1, labels.unsqueeze(1), -torch.inf)
-        return (torch.logsumexp(logits, 1) - own.squeeze(1)).sum() / max(1, len(labels))
+        losses = torch.logsumexp(logits, 1) - own.squeeze(1)                     # [B]
+        return (losses * image_weights(embeddings, labels, indices_tuple)).mean()
 
 
 class CrossEntropyLoss(Loss):
     """Softmax cross-entropy of a linear classifier on the embedding, both learned together.
 
-    embeddings [B, D], labels [B] below num_classes. indices_tuple picks the anchors that count.
+    embeddings [B, D], labels [B] below num_classes. indices_tuple: image_weights.
     Its classifier starts as torch.nn.Linear does and has a bias.
     """
 
@@ -647,9 +664,9 @@ class CrossEntropyLoss(Loss):
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
-        embeddings, labels = anchors_only(embeddings, labels, indices_tuple)
         weight, bias = (p.to(embeddings.dtype) for p in self.classifier.parameters())
-        return mean_cross_entropy(F.linear(embeddings, weight, bias), labels)
+        return mean_cross_entropy(F.linear(embeddings, weight, bias), labels,
+                                  image_weights(embeddings, labels, indices_tuple))
 
 
 class ArcFaceLoss(Loss):
@@ -660,7 +677,7 @@ class ArcFaceLoss(Loss):
     arcface_scale: s; arcface_margin: m in radians. Where theta_y + m would pass pi the own logit
     is s (cos(theta_y) - m sin(m)), as in the authors' code, so that it goes on falling with the
     angle. embeddings [B, D] (normalised here), labels [B] below num_classes. sampling: none, or a
-    method of samplers.Sampler whose anchors then count, once for each tuple. form reference:
+    method of samplers.Sampler, by whose tuples image_weights weighs the images. form reference:
     cosines below 0 are 0, without a gradient, as in the code of Roth et al. 2020.
     """
 
@@ -682,9 +699,7 @@ class ArcFaceLoss(Loss):
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
-        if indices_tuple is None and self.sampler is not None:
-            indices_tuple = self.sampler.give(embeddings, labels)
-        embeddings, labels = anchors_only(embeddings, labels, indices_tuple)
+        weights = image_weights(embeddings, labels, indices_tuple, self.sampler)  # [B]
         cosines = cosine_matrix(embeddings, self.weight)                         # [B, C]
         cosines = cosines.clamp_min(1e-10) if self.form == "reference" else cosines
         own = cosines.gather(1, labels.unsqueeze(1))                             # [B, 1]
@@ -694,7 +709,7 @@ class ArcFaceLoss(Loss):
         beyond = own - self.margin * math.sin(self.margin)
         enlarged = torch.where(own > math.cos(math.pi - self.margin), enlarged, beyond)
         logits = self.scale * cosines.scatter(1, labels.unsqueeze(1), enlarged)
-        return mean_cross_entropy(logits, labels)
+        return mean_cross_entropy(logits, labels, weights)
 
 
 class ContrastiveLoss(Loss):
@@ -1242,7 +1257,7 @@ class ProxyAnchorLoss(Loss):
     proxies with an image in the batch of log(1 + sum over their images of exp(-a (s - delta))),
     plus the mean over all proxies of log(1 + sum over other images of exp(a (s + delta))), s
     cosine similarities. proxyanchor_alpha: a; proxyanchor_delta: a cosine. embeddings [B, D]
-    (normalised here), labels [B] below num_classes. indices_tuple picks the anchors that count.
+    (normalised here), labels [B] below num_classes. indices_tuple: image_weights.
     """
 
     unit_norm = True
@@ -1262,12 +1277,10 @@ class ProxyAnchorLoss(Loss):
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
-        embeddings, labels = anchors_only(embeddings, labels, indices_tuple)
-        if not len(labels):
-            return embeddings.sum() + 0 * self.proxies.sum()
+        weights = image_weights(embeddings, labels, indices_tuple)               # [B]
         cosines = cosine_matrix(embeddings, self.proxies)                        # [B, C]
         own = labels.unsqueeze(1)
-        pull = self.alpha * (self.delta - cosines.gather(1, own).squeeze(1))     # [B]
+        pull = self.alpha * (self.delta - cosines.gather(1, own).squeeze(1)) + weights - 1  # [B]
         # log(1 + sum of exp) of each class's images; the 1 is an image of value 0.
         # Not by scatter_reduce, which --deterministic refuses on a GPU.
         classes = torch.arange(self.num_classes, device=labels.device)
@@ -1275,9 +1288,11 @@ class ProxyAnchorLoss(Loss):
         total = (-most).exp().index_add(0, labels, (pull - most[labels]).exp())  # [C]
         present = torch.zeros_like(most).index_fill_(0, labels, 1)
         positive_terms = (most + total.log()) * present
-        push = (self.alpha * (cosines + self.delta)).scatter(1, own, -torch.inf)
+        push = self.alpha * (cosines + self.delta) + (weights - 1).unsqueeze(1)
+        push = push.scatter(1, own, -torch.inf)
         negative_terms = torch.logaddexp(torch.logsumexp(push, 0), push.new_zeros(()))   # [C]
-        return positive_terms.sum() / present.sum() + negative_terms.mean()
+        # Times 0 where no tuple is valid.
+        return weights.amax() * (positive_terms.sum() / present.sum() + negative_terms.mean())
 
 
 class ProxyNCAPlusPlusLoss(Loss):
@@ -1286,8 +1301,8 @@ class ProxyNCAPlusPlusLoss(Loss):
     Teh, DeVries, Taylor, "ProxyNCA++: Revisiting and Revitalizing Proxy Neighborhood Component
     Analysis", ECCV 2020, eq. 5 and section 3.4: of unit vectors, the image's own proxy in the sum,
     at the temperature T, proxyncapp_temperature. embeddings [B, D] (normalised here), labels [B]
-    below num_classes. indices_tuple picks the anchors that count. The paper's pooling, layer
-    normalisation and Adam with an epsilon of 1 are not part of a loss and not built here.
+    below num_classes. indices_tuple: image_weights. The paper's pooling, layer normalisation and
+    Adam with an epsilon of 1 are not part of a loss and not built here.
     """
 
     unit_norm = True
@@ -1304,10 +1319,10 @@ class ProxyNCAPlusPlusLoss(Loss):
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
-        embeddings, labels = anchors_only(embeddings, labels, indices_tuple)
         # -d = 2 s - 2; the constant cancels in the softmax.
         scaled = F.normalize(embeddings, dim=1) * (2 / self.temperature)
-        return mean_cross_entropy(scaled @ unit_weights(self.proxies, scaled).t(), labels)
+        return mean_cross_entropy(scaled @ unit_weights(self.proxies, scaled).t(), labels,
+                                  image_weights(embeddings, labels, indices_tuple))
 
 
 class NormSoftmaxLoss(Loss):
@@ -1315,8 +1330,8 @@ class NormSoftmaxLoss(Loss):
 
     Zhai and Wu, "Classification is a Strong Baseline for Deep Metric Learning", BMVC 2019, eq. 3.
     normsoftmax_temperature: of the cosines. embeddings [B, D] (normalised here), labels [B] below
-    num_classes. indices_tuple picks the anchors that count. The paper's layer normalisation is the
-    network's and not built here.
+    num_classes. indices_tuple: image_weights. The paper's layer normalisation is the network's and
+    not built here.
     """
 
     unit_norm = True
@@ -1332,9 +1347,9 @@ class NormSoftmaxLoss(Loss):
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
-        embeddings, labels = anchors_only(embeddings, labels, indices_tuple)
         scaled = F.normalize(embeddings, dim=1) / self.temperature
-        return mean_cross_entropy(scaled @ unit_weights(self.weight, scaled).t(), labels)
+        return mean_cross_entropy(scaled @ unit_weights(self.weight, scaled).t(), labels,
+                                  image_weights(embeddings, labels, indices_tuple))
 
 
 class CosFaceLoss(Loss):
@@ -1343,7 +1358,7 @@ class CosFaceLoss(Loss):
     Wang et al., "CosFace: Large Margin Cosine Loss for Deep Face Recognition", CVPR 2018, eq. 4:
     the cross-entropy of logits s cos(theta_j), for the own class s (cos(theta_y) - m).
     cosface_scale: s; cosface_margin: m, a cosine. embeddings [B, D] (normalised here), labels [B]
-    below num_classes. indices_tuple picks the anchors that count.
+    below num_classes. indices_tuple: image_weights.
     """
 
     unit_norm = True
@@ -1361,11 +1376,11 @@ class CosFaceLoss(Loss):
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
-        embeddings, labels = anchors_only(embeddings, labels, indices_tuple)
         scaled = F.normalize(embeddings, dim=1) * self.scale
         logits = scaled @ unit_weights(self.weight, scaled).t()                  # [B, C]
         margins = logits.new_full((len(labels), 1), -self.scale * self.margin)
-        return mean_cross_entropy(logits.scatter_add(1, labels.unsqueeze(1), margins), labels)
+        return mean_cross_entropy(logits.scatter_add(1, labels.unsqueeze(1), margins), labels,
+                                  image_weights(embeddings, labels, indices_tuple))
 
 
 class SphereFaceLoss(Loss):
@@ -1376,7 +1391,7 @@ class SphereFaceLoss(Loss):
     k pi / m to (k + 1) pi / m. sphereface_margin: m. The margin is phased in, as in the paper: the
     logit is (l cos(theta) + psi(theta)) / (1 + l), where l falls with the number t of training
     steps as 1500 / (1 + t / 10), a common choice, down to sphereface_lambda. embeddings [B, D]
-    (normalised here), labels [B] below num_classes. indices_tuple picks the anchors that count.
+    (normalised here), labels [B] below num_classes. indices_tuple: image_weights.
     Departs from the paper: s is the constant sphereface_scale, not the length of the embedding,
     since retrieval is by distances of unit vectors.
     """
@@ -1402,7 +1417,6 @@ class SphereFaceLoss(Loss):
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
-        embeddings, labels = anchors_only(embeddings, labels, indices_tuple)
         steps = self.steps.to(embeddings.dtype)
         plain = (1500 / (1 + steps / 10)).clamp_min(self.least)                  # l
         if self.training:
@@ -1418,7 +1432,8 @@ class SphereFaceLoss(Loss):
         psi = (1 - 2 * (turns % 2)) * multiple - 2 * turns
         enlarged = (plain * own + psi) / (1 + plain)
         logits = self.scale * cosines.scatter(1, labels.unsqueeze(1), enlarged.to(own.dtype))
-        return mean_cross_entropy(logits, labels)
+        return mean_cross_entropy(logits, labels,
+                                  image_weights(embeddings, labels, indices_tuple))
 
 
 class SoftTripleLoss(Loss):
@@ -1429,10 +1444,10 @@ class SoftTripleLoss(Loss):
     softmax(s_k / gamma); the loss is the cross-entropy of lambda times it, softtriple_delta
     subtracted for the own class, plus tau times half the mean over the pairs of a class's centres
     of their distance, which merges centres. softtriple_centers: of a class. embeddings [B, D]
-    (normalised here), labels [B] below num_classes. indices_tuple picks the anchors that count.
-    form reference: the code of Roth et al. 2020, which differs in three places: the softmax is of
-    gamma s_k, not s_k / gamma; it runs over the classes, for each place of a centre, not over a
-    class's centres; and each dimension of all centres has length one, not each centre.
+    (normalised here), labels [B] below num_classes. indices_tuple: image_weights. form reference:
+    the code of Roth et al. 2020, which differs in three places: the softmax is of gamma s_k, not
+    s_k / gamma; it runs over the classes, for each place of a centre, not over a class's centres;
+    and each dimension of all centres has length one, not each centre.
     """
 
     unit_norm = True
@@ -1458,7 +1473,6 @@ class SoftTripleLoss(Loss):
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
-        embeddings, labels = anchors_only(embeddings, labels, indices_tuple)
         centers = self.centers.to(embeddings.dtype)                              # [C, K, D]
         paper = self.form == "paper"
         centers = F.normalize(centers, dim=2 if paper else (0, 1))
@@ -1469,7 +1483,8 @@ class SoftTripleLoss(Loss):
         similarities = (weights * cosines).sum(1)                                # [B, C]
         margins = similarities.new_full((len(labels), 1), -self.margin)
         logits = self.scale * similarities.scatter_add(1, labels.unsqueeze(1), margins)
-        loss = mean_cross_entropy(logits, labels)
+        loss = mean_cross_entropy(logits, labels,
+                                  image_weights(embeddings, labels, indices_tuple))
         number = centers.shape[1]
         if self.tau == 0 or number == 1:
             return loss

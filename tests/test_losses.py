@@ -40,6 +40,15 @@ def one_thread():
 
 # ---- oracles: one loop each, tuples as lists of ints
 
+def weights_of(labels, tuples):
+    """How often each image stands in the tuples, over the greatest number; 1 each without any."""
+    if tuples is None:
+        return [1] * len(labels)
+    places = [i for row in tuples for i in row]
+    most = max(places.count(i) for i in places)
+    return [places.count(i) / most for i in range(len(labels))]
+
+
 def triplet_oracle(loss, embeddings, labels, tuples):
     """1/T sum max(0, |a - p|^2 - |a - n|^2 + margin)"""
     terms = []
@@ -85,22 +94,22 @@ def penalty(loss, embeddings, a, p):
 def proxynca_oracle(loss, embeddings, labels, tuples=None):
     """mean of -log exp(-d(x, p_y)) / sum_z exp(-d(x, p_z)), d = |3 x/|x| - 3 p/|p||^2, z != y"""
     terms = []
-    for i in range(len(labels)) if tuples is None else [row[0] for row in tuples]:
+    for i, weight in enumerate(weights_of(labels, tuples)):
         exps = [torch.exp(-((3 * embeddings[i] / embeddings[i].norm()
                              - 3 * proxy / proxy.norm()) ** 2).sum()) for proxy in loss.proxies]
         own = int(labels[i])
         others = [e for z, e in enumerate(exps) if z != own or loss.positive_in_denominator]
-        terms.append(-torch.log(exps[own] / sum(others)))
+        terms.append(weight * -torch.log(exps[own] / sum(others)))
     return sum(terms) / len(terms)
 
 
 def crossentropy_oracle(loss, embeddings, labels, tuples=None):
     """mean of -log exp(w_y.x + b_y) / sum_z exp(w_z.x + b_z)"""
     terms = []
-    for i in range(len(labels)) if tuples is None else [row[0] for row in tuples]:
+    for i, counts in enumerate(weights_of(labels, tuples)):
         exps = [torch.exp(weight @ embeddings[i] + bias) for weight, bias
                 in zip(loss.classifier.weight, loss.classifier.bias)]
-        terms.append(-torch.log(exps[int(labels[i])] / sum(exps)))
+        terms.append(counts * -torch.log(exps[int(labels[i])] / sum(exps)))
     return sum(terms) / len(terms)
 
 
@@ -111,7 +120,7 @@ def arcface_oracle(loss, embeddings, labels, tuples=None):
     The reference takes no theta above a right angle.
     """
     terms, s, m = [], loss.scale, loss.margin
-    for i in range(len(labels)) if tuples is None else [row[0] for row in tuples]:
+    for i, counts in enumerate(weights_of(labels, tuples)):
         angles = [torch.acos(embeddings[i] @ weight / embeddings[i].norm() / weight.norm())
                   for weight in loss.weight]
         if loss.given["form"] == "reference":
@@ -121,7 +130,7 @@ def arcface_oracle(loss, embeddings, labels, tuples=None):
         logits = [s * torch.cos(angle) for angle in angles]
         logits[own] = (s * (torch.cos(angles[own]) - m * math.sin(m)) if beyond else
                        s * torch.cos(angles[own] + m))
-        terms.append(torch.logsumexp(torch.stack(logits), 0) - logits[own])
+        terms.append(counts * (torch.logsumexp(torch.stack(logits), 0) - logits[own]))
     return sum(terms) / len(terms)
 
 
@@ -150,10 +159,6 @@ def pair_sets(labels, tuples):
                  [n for n in images if names[n] != names[a]]) for a in images]
     return [(sorted({row[1] for row in tuples if row[0] == a != row[1]}),
              sorted({row[2] for row in tuples if row[0] == a})) for a in images]
-
-
-def anchors_of(labels, tuples):
-    return range(len(labels)) if tuples is None else [row[0] for row in tuples]
 
 
 def contrastive_oracle(loss, embeddings, labels, tuples=None, pairs=None):
@@ -379,28 +384,33 @@ def quadruplet_oracle(loss, embeddings, labels, tuples):
 
 
 def proxyanchor_oracle(loss, embeddings, labels, tuples=None):
-    """mean log(1 + sum e^(-a (s - d))), present proxies, + mean log(1 + sum e^(a (s + d))), all"""
+    """mean log(1 + sum e^(-a (s - d))), present proxies, + mean log(1 + sum e^(a (s + d))), all
+
+    The exponents of an image that the tuples weigh w get w - 1 added.
+    """
     alpha, delta = loss.given["proxyanchor_alpha"], loss.given["proxyanchor_delta"]
     pulls, pushes = [], []
     for c, proxy in enumerate(loss.proxies):
         own, others = [], []
-        for i in anchors_of(labels, tuples):
-            (own if int(labels[i]) == c else others).append(cosine(embeddings[i], proxy))
+        for i, w in enumerate(weights_of(labels, tuples)):
+            (own if int(labels[i]) == c else others).append((cosine(embeddings[i], proxy), w - 1))
         if own:
-            pulls.append(torch.log(1 + sum(torch.exp(-alpha * (s - delta)) for s in own)))
+            pulls.append(torch.log(1 + sum(torch.exp(-alpha * (s - delta) + w) for s, w in own)))
         if others:
-            pushes.append(torch.log(1 + sum(torch.exp(alpha * (s + delta)) for s in others)))
+            pushes.append(torch.log(1 + sum(torch.exp(alpha * (s + delta) + w)
+                                            for s, w in others)))
     return mean_of(pulls, embeddings) + sum(pushes) / len(loss.proxies)
 
 
 def softmax_oracle(logits_of):
     """mean of -log e^z_y / sum_c e^z_c, z = logits_of(loss, embedding, own class)"""
     def oracle(loss, embeddings, labels, tuples=None):
-        anchors, terms = list(anchors_of(labels, tuples)), {}
-        for i in set(anchors):
+        terms = []
+        for i, weight in enumerate(weights_of(labels, tuples)):
             logits = logits_of(loss, embeddings[i], int(labels[i]))
-            terms[i] = torch.logsumexp(torch.stack(logits), 0) - logits[int(labels[i])]
-        return mean_of([terms[i] for i in anchors], embeddings) + regulariser(loss, embeddings)
+            terms.append(weight * (torch.logsumexp(torch.stack(logits), 0)
+                                   - logits[int(labels[i])]))
+        return mean_of(terms, embeddings) + regulariser(loss, embeddings)
     return oracle
 
 
@@ -616,9 +626,7 @@ ONE_OF_EACH = ("triplet", "margin-nu", "npair", "proxynca", "proxynca-positive",
                "normsoftmax-warm", "cosface-soft", "sphereface-three", "softtriple-three")
 DEFAULTS = tuple(name for name, (_, given) in VARIANTS.items() if not given or name == "triplet")
 # Means over the anchors, one term each: blocks of tuples add up.
-PLAIN_MEANS = ("triplet", "npair", "proxynca", "crossentropy", "arcface", "angular-narrow",
-               "quadruplet-wide", "proxynca++", "normsoftmax", "cosface", "sphereface",
-               "sphereface-three", "softtriple")
+PLAIN_MEANS = ("triplet", "npair", "angular-narrow", "quadruplet-wide")
 # Losses that know directions alone.
 COSINE_LOSSES = ("proxynca", "proxynca-positive", "arcface", "arcface-wide", "multisimilarity",
                  "multisimilarity-none", "circle", "ntxent", "supcon", "histogram", "fastap",
@@ -699,6 +707,9 @@ def drawn(loss, embeddings, labels, seed):
     if not samples(loss):
         return None
     torch.manual_seed(seed)
+    if isinstance(loss, ArcFaceLoss) and loss.sampler.method == "multisimilarity":
+        return [pair for mask in loss.sampler.hard_pairs(embeddings, labels)
+                for pair in mask.nonzero().tolist()]
     if not isinstance(loss, QuadrupletLoss):
         return [[i for i in row if i >= 0]
                 for row in loss.sampler.give(embeddings, labels).tolist()]
@@ -1557,20 +1568,60 @@ def test_arcface_at_its_weight_and_opposite_to_it(dtype, margin, sign, nudge):
 
 
 @pytest.mark.parametrize("sampling", ["none", *losses.TRIPLET_SAMPLINGS])
-def test_arcface_sampling_says_which_anchors_count(sampling):
-    """none: every image once. Otherwise each anchor once for each of its tuples."""
+def test_arcface_sampling_weighs_the_images(sampling):
+    """none: every image once. Otherwise by how often each stands in the tuples."""
     embeddings, labels = make_batch("arcface")
     loss = ArcFaceLoss(NUM_CLASSES, DIM, sampling=sampling).double()
     assert (loss.sampler is None) == (sampling == "none")
+    assert sampling == "none" or loss.sampler.method == sampling
     one_by_one = torch.stack([loss(row.unsqueeze(0), label.unsqueeze(0), [(0, 0, 0)])
                               for row, label in zip(embeddings, labels)])
-    expected = one_by_one.mean()
-    if loss.sampler:
-        assert loss.sampler.method == sampling
-        torch.manual_seed(0)
-        expected = one_by_one[loss.sampler.give(embeddings, labels)[:, 0]].mean()
+    weights = torch.tensor(weights_of(labels, drawn(loss, embeddings, labels, 0)))
     torch.manual_seed(0)
-    torch.testing.assert_close(loss(embeddings, labels), expected)
+    torch.testing.assert_close(loss(embeddings, labels), (one_by_one * weights).mean())
+
+
+CLASS_WEIGHTS = ("arcface", "cosface", "sphereface", "normsoftmax", "softtriple", "proxynca",
+                 "proxynca++", "proxyanchor", "crossentropy")
+
+
+@pytest.mark.parametrize("variant", CLASS_WEIGHTS)
+def test_a_miner_weighs_the_images_of_losses_with_class_weights(variant):
+    """Pairs as a miner gives them: image 0 stands in four places, 1 in two, 2 and 3 in one."""
+    loss, (embeddings, labels) = build(variant), make_batch(variant)
+    pairs = tuple(map(torch.tensor, ([0, 0], [1, 2], [0, 3, -1], [1, 0, 2])))
+    rows = [[0, 1], [0, 2], [0, 1], [3, 0]]
+    assert weights_of(labels, rows)[:4] == [1, 0.5, 0.25, 0.25]
+    expected = ORACLES[type(loss)](loss, embeddings, labels, rows)
+    assert_same(loss, embeddings, loss(embeddings, labels, pairs), expected)
+
+
+class Waits(torch.utils._python_dispatch.TorchDispatchMode):
+    """Lists the operations whose result a GPU's host would have to wait for."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "bincount", "masked_select") or (
+                name.startswith("index") and isinstance(args[1], (list, tuple)) and any(
+                    part is not None and part.dtype == torch.bool for part in args[1])):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sampling", [s for s in losses.TRIPLET_SAMPLINGS if s != "all"])
+def test_weighing_the_images_waits_for_nothing(sampling, monkeypatch):
+    embeddings, labels = make_batch("arcface")
+    monkeypatch.setattr(losses, "check_indices", lambda *_: None)  # which looks on a CPU alone
+    with Waits() as waits:
+        losses.image_weights(embeddings.detach(), labels, None, samplers.Sampler(sampling))
+    assert not waits.found
+    with waits:
+        samplers.Sampler(sampling)(embeddings.detach(), labels)
+    assert waits.found  # as this one does
 
 
 @pytest.mark.parametrize("given, flag", [
@@ -2523,10 +2574,10 @@ class WeightsByColumn(torch.nn.Module):
 
     @losses.full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
-        embeddings, labels = losses.anchors_only(embeddings, labels, indices_tuple)
         cosines = F.normalize(embeddings, dim=1) @ F.normalize(self.weight, dim=0).to(
             embeddings.dtype)
-        return losses.mean_cross_entropy(10 * cosines, labels)
+        weights = losses.image_weights(embeddings, labels, indices_tuple)
+        return losses.mean_cross_entropy(10 * cosines, labels, weights)
 
 
 class NoAttribute(torch.nn.Module):
