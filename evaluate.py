@@ -495,7 +495,7 @@ def count_up_to(keys, limits):
     several times faster on a CPU, works on some rows at a time, which stay in its cache.
     """
     if keys.dtype != torch.float32 or keys.is_cuda:
-        if limits.shape[1] <= 2:
+        if 1 <= limits.shape[1] <= 2:
             return torch.cat([(keys <= limit.unsqueeze(1)).sum(1, keepdim=True)
                               for limit in limits.unbind(1)], 1)
         return torch.searchsorted(keys.sort(1)[0], limits, right=True)

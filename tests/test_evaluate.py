@@ -1239,6 +1239,20 @@ def test_ranks_by_a_comparison_of_ones_own():
         evaluate.rank_scores(rows, labels, same=lambda a, b: a)
 
 
+@pytest.mark.parametrize("metrics", [evaluate.RANK_METRICS, ("recall",)])
+def test_a_comparison_by_which_a_block_of_queries_has_no_match(metrics, monkeypatch):
+    """Only the last two of twelve queries have a true match; blocks of one to twelve queries."""
+    rows, labels = unit_rows(12, 4), torch.cat([torch.arange(10), torch.tensor([10, 10])])
+    expected = evaluate.rank_metrics(rows, labels, k_vals=[1, 2], metrics=metrics)
+    for step in (1, 4, 12):
+        monkeypatch.setattr(evaluate, "blocks", lambda count, columns: [
+            slice(start, start + step) for start in range(0, count, step)])
+        assert evaluate.rank_metrics(rows, labels, k_vals=[1, 2], metrics=metrics,
+                                     same=torch.eq) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="no query has a true match"):
+        evaluate.rank_metrics(rows[:10], labels[:10], k_vals=[1], metrics=metrics, same=torch.eq)
+
+
 def test_own_rows_have_the_queries_labels():
     with pytest.raises(ValueError, match="their labels differ"):
         evaluate.rank_scores(unit_rows(2, 3), torch.tensor([0, 1]), unit_rows(4, 3),
