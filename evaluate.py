@@ -29,6 +29,7 @@ NMI_AVERAGES = ("arithmetic", "geometric")  # the first is the default, here and
 PROTOCOLS = ("all_vs_all", "random_gallery")
 METRICS = (*RANK_METRICS, *CLUSTER_METRICS, "dist_ratio", "rho", "distances")
 DEFAULT_METRICS = ("recall", "map@r", "nmi", "f1")
+DEFAULT_K_VALS = (1, 2, 4, 8)
 
 
 def add_arguments(parser):
@@ -111,6 +112,10 @@ def check_embeddings(queries, query_labels, gallery, gallery_labels):
                                      (gallery, gallery_labels, "gallery")):
         if embeddings is None:
             continue
+        if not (torch.is_tensor(embeddings) and torch.is_tensor(labels)):
+            raise ValueError(f"{name} embeddings are a {type(embeddings).__name__}, labels a "
+                             f"{type(labels).__name__}; both must be tensors, but for "
+                             "evaluate_embeddings, which takes arrays and lists")
         if (embeddings.dim() != 2 or len(embeddings) != len(labels) or not len(labels)
                 or not embeddings.shape[1]):
             raise ValueError(f"{name} embeddings of shape {list(embeddings.shape)} with "
@@ -633,6 +638,15 @@ def shared_rank_scores(queries, query_labels, gallery, gallery_labels, own, *opt
             for name, values in scores.items()}
 
 
+def allowed_k_vals(k_vals, available):
+    """Of default k_vals those that the number of available neighbours allows; says which not."""
+    kept = [k for k in k_vals if k <= available]
+    if 0 < len(kept) < len(k_vals):
+        print(f"note: no recall at {' '.join(str(k) for k in k_vals if k not in kept)}, as each "
+              f"query has {available} images to be compared with")
+    return kept or k_vals
+
+
 def check_k_vals(k_vals, available):
     """ValueError for a k (scalars) that is not from 1 to the number of available neighbours."""
     wrong = [k for k in k_vals if not 1 <= k <= available]
@@ -911,20 +925,31 @@ def mean_distances(embeddings, labels):
 
 
 @torch.no_grad()
-def evaluate_embeddings(queries, query_labels, gallery=None, gallery_labels=None,
-                        k_vals=(1, 2, 4, 8), seed=0, own=None, metrics=DEFAULT_METRICS,
-                        nmi_average="arithmetic", memory=None):
+def evaluate_embeddings(queries, query_labels, gallery=None, gallery_labels=None, k_vals=None,
+                        seed=0, own=None, metrics=DEFAULT_METRICS, nmi_average="arithmetic",
+                        memory=None):
     """The metrics of one evaluation set -> dict of floats.
 
     queries [Q, D] and query_labels [Q], compared with gallery [G, D], gallery_labels [G] or,
-    without one, with each other; own [Q] as in own_rows. metrics: some of METRICS. The keys are
-    "recall@k" for each k, "precision@1", "mrr", "r_precision", "map@r", "map" (rank_metrics);
-    "nmi", "ami", "f1" of k-means clusters of queries and gallery together, as many as there are
-    classes, starting from the seed; "dist_ratio", "rho" (spectral_decay), "d_ap" and "d_an"
-    (mean_distances) of the same. memory: bytes for blocks of distances.
+    without one, with each other; own [Q] as in own_rows. Tensors, arrays or lists; labels that are
+    no tensors may be texts. k_vals: by default those of DEFAULT_K_VALS that the gallery allows.
+    metrics: some of METRICS. The keys are "recall@k" for each k, "precision@1", "mrr",
+    "r_precision", "map@r", "map" (rank_metrics); "nmi", "ami", "f1" of k-means clusters of queries
+    and gallery together, as many as there are classes, starting from the seed; "dist_ratio", "rho"
+    (spectral_decay), "d_ap" and "d_an" (mean_distances) of the same. memory: bytes for blocks of
+    distances.
     """
     found = {}
+    queries, gallery, own = (part if part is None else torch.as_tensor(part)
+                             for part in (queries, gallery, own))
+    labels = [part for part in (query_labels, gallery_labels) if part is not None]
+    if not all(map(torch.is_tensor, labels)):
+        classes = number_labels([np.asarray(part) for part in labels]).to(queries.device)
+        query_labels, *gallery_labels = classes.split([len(part) for part in labels])
+        gallery_labels = gallery_labels[0] if gallery_labels else None
     check_embeddings(queries, query_labels, gallery, gallery_labels)
+    if k_vals is None and "recall" in metrics:
+        k_vals = allowed_k_vals(DEFAULT_K_VALS, number_compared(queries, gallery, own))
     if not set(RANK_METRICS).isdisjoint(metrics):
         found |= rank_metrics(queries, query_labels, gallery, gallery_labels, k_vals, own,
                               metrics, memory)
@@ -1248,7 +1273,7 @@ def score_files(args):
         raise ValueError("--vehicle_protocol random_gallery draws its own gallery; leave out "
                          "--gallery")
     available = len(labels[0].unique()) if random else number_compared(rows[0], gallery[0])
-    k_vals = setting("k_vals") or [k for k in (1, 2, 4, 8) if k <= max(1, available)]
+    k_vals = args.k_vals or allowed_k_vals(setting("k_vals", *DEFAULT_K_VALS), available)
     of_classes = {*RANK_METRICS, *CLUSTER_METRICS}.intersection(metrics)
     if of_classes and len(classes.unique()) < 2:
         raise ValueError("all labels are of one class; there is nothing to tell apart")
@@ -1262,8 +1287,20 @@ def score_files(args):
         "compared_with": f"a gallery of {len(rows[1]):,}" if args.gallery else protocol,
         "without_match": int((sizes[labels[0]] < (1 if args.gallery else 2)).sum()),
         "zero_vectors": sum(int((part == 0).all(1).sum()) for part in rows),
+        "queries_in_gallery": common_rows(*(file["embeddings"] for file in files)),
         "seed": seed, "nmi_average": average,
         "not_given": "" if args.gallery else "".join(setting("gallery_file"))}
+
+
+def common_rows(rows, others=None):
+    """How many rows [N, D] of an array stand among others [G, D]; 0 without others."""
+    if others is None:
+        return 0
+    kind = np.result_type(rows, others)
+    width = kind.itemsize * rows.shape[1]  # plus 0: -0 is the same number
+    rows, others = (np.ascontiguousarray(part.astype(kind) + 0).view(f"V{width}").ravel()
+                    for part in (rows, others))
+    return int(np.isin(rows, others).sum())
 
 
 def memory_bytes(gib, device):
@@ -1287,7 +1324,8 @@ def main(argv=None):
     add_metric_arguments(parser)
     parser.set_defaults(metrics=None, nmi_average=None, vehicle_protocol=None)  # as in the file
     parser.add_argument("--k_vals", type=int, nargs="+", metavar="K",
-                        help="recall at k. Default: those in the file, else 1 2 4 8")
+                        help="recall at k. Default: those in the file, else 1 2 4 8, as far as "
+                             "there are images to be compared with")
     parser.add_argument("--seed", type=int, metavar="S",
                         help="of the clusters. Default: the one in the file, else 1")
     parser.add_argument("--gpu", type=int, metavar="ID",
@@ -1312,6 +1350,9 @@ def main(argv=None):
           "a true match are left out; seed {seed}".format(**about)
           + f", NMI with the {about['nmi_average']} mean" * ("nmi" in scores)
           + f"; {about['zero_vectors']:,} zero vectors" * bool(about["zero_vectors"]))
+    if about["queries_in_gallery"]:
+        print(f"note: {about['queries_in_gallery']:,} queries are rows of the gallery, at "
+              "distance 0")
     if about["not_given"]:
         print(f"note: the run compared these with {about['not_given']}, which --gallery takes")
     for name, value in {"metric": "value", **scores}.items():

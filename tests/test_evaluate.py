@@ -2257,7 +2257,8 @@ def test_json_is_all_that_is_printed(tmp_path, capsys, monkeypatch):
     scores = evaluate.main([small_file(tmp_path / "e.npz"), "--json", "--gpu", "0"])
     found = json.loads(capsys.readouterr().out)
     assert found == scores | {"queries": 40, "classes": 5, "compared_with": "all_vs_all",
-                              "without_match": 0, "zero_vectors": 0, "seed": 1,
+                              "without_match": 0, "zero_vectors": 0,
+                              "queries_in_gallery": 0, "seed": 1,
                               "nmi_average": "arithmetic", "not_given": ""}
 
 
@@ -2279,9 +2280,61 @@ def test_lone_queries_of_a_file_are_counted(tmp_path, capsys):
 
 
 def test_the_default_k_are_those_that_a_small_file_has(tmp_path, capsys):
-    path = small_file(tmp_path / "e.npz", embeddings=np.eye(6), labels=np.arange(6) % 2)
-    assert list(printed(capsys, path)[1])[:3] == ["recall@1", "recall@2", "recall@4"]
-    assert "recall@8" not in printed(capsys, path)[1]
+    """They are trimmed, and that is said; the user's are an error. In Python as well."""
+    arrays = dict(embeddings=np.eye(6), labels=np.arange(6) % 2)
+    path = small_file(tmp_path / "e.npz", **arrays)
+    lines, scores = printed(capsys, path)
+    assert [name for name in scores if "recall" in name] == ["recall@1", "recall@2", "recall@4"]
+    note = "note: no recall at 8, as each query has 5 images to be compared with"
+    assert note in lines
+    assert_refused(capsys, "--k_vals 8: .*1 to 5", path, "--k_vals", 1, 8)
+    saved = small_file(tmp_path / "s.npz", k_vals=[2, 10, 20], **arrays)  # by a run
+    lines, scores = printed(capsys, saved, "--metrics", "recall")
+    assert list(scores) == ["recall@2"] and note.replace("8", "10 20") in lines
+    found = evaluate.evaluate_embeddings(torch.eye(6), torch.arange(6) % 2, metrics=["recall"])
+    assert list(found) == ["recall@1", "recall@2", "recall@4"]
+    assert capsys.readouterr().out.strip() == note
+    with pytest.raises(ValueError, match="--k_vals 8"):
+        evaluate.evaluate_embeddings(torch.eye(6), torch.arange(6) % 2, k_vals=[8])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_queries_that_are_rows_of_the_gallery_are_noted(tmp_path, capsys, dtype):
+    rows = unit_rows(60, 6).numpy()
+    rows[3, 2] = 0
+    queries = small_file(tmp_path / "q.npz", embeddings=rows[:40])
+    gallery = rows[37:].astype(dtype)
+    path = small_file(tmp_path / "g.npz", embeddings=gallery, labels=np.arange(23) % 5)
+    note = "note: 3 queries are rows of the gallery, at distance 0"
+    assert note in printed(capsys, queries, "--gallery", path)[0]
+    gallery[5] = rows[3]
+    gallery[5, 2] = -0.0  # which is 0
+    path = small_file(tmp_path / "g.npz", embeddings=gallery, labels=np.arange(23) % 5)
+    assert note.replace("3", "4") in printed(capsys, queries, "--gallery", path)[0]
+    assert "rows of the gallery" not in " ".join(printed(capsys, queries)[0])
+
+
+@pytest.mark.parametrize("kind", [np.asarray, list], ids=["array", "list"])
+@pytest.mark.parametrize("gallery", [False, True])
+def test_arrays_and_lists_are_scored_as_tensors_are(kind, gallery):
+    (rows, labels), (others, other_labels) = blobs([9, 8, 7], 4, 0.9), blobs([5, 6, 7], 4, 0.9, 1)
+    parts = [rows, labels, others, other_labels] if gallery else [rows, labels]
+    options = dict(k_vals=[1, 3], metrics=evaluate.METRICS)
+    expected = evaluate.evaluate_embeddings(*parts, **options)
+    given = [kind(part.numpy().tolist()) for part in parts]
+    assert evaluate.evaluate_embeddings(*given, **options) == pytest.approx(expected)
+    given[1::2] = [kind([f"class {label}" for label in part]) for part in given[1::2]]
+    assert evaluate.evaluate_embeddings(*given, **options) == pytest.approx(expected)
+    with pytest.raises(ValueError, match=f"query embeddings are a {type(given[0]).__name__}.*"
+                                         "evaluate_embeddings"):
+        evaluate.rank_metrics(*given)
+
+
+def test_lists_of_whole_numbers_are_scored():
+    rows = [[0, 1], [0, 2], [5, 5], [6, 5], [9, 0]]
+    assert evaluate.evaluate_embeddings(rows, ["a", "a", "b", "b", "b"], k_vals=[1]) == (
+        evaluate.evaluate_embeddings(torch.tensor(rows).float(), torch.tensor([0, 0, 1, 1, 1]),
+                                     k_vals=[1]))
 
 
 def test_zero_vectors_are_counted(tmp_path, capsys):
@@ -2361,7 +2414,7 @@ BAD_ARRAYS = {
     "labels in two dimensions": ({"labels": np.zeros((40, 1))}, r"labels \[40, 1\]"),
     "one class": ({"labels": np.zeros(40)}, "one class"),
     "no match": ({"labels": np.arange(40)}, "no query has a true match"),
-    "k": ({"k_vals": np.array([1, 40])}, "--k_vals 40: .*1 to 39"),
+    "k": ({"k_vals": np.array([0, 1])}, "--k_vals 0: .*1 to 39"),
     "no k": ({"k_vals": np.zeros(0, int)}, "k_vals is .*one or more"),
     "labels that are NaN": ({"labels": np.full(40, np.nan)}, "NaN among them"),
     "labels of two fields": ({"labels": np.zeros(40, dtype=[("a", "i4"), ("b", "i4")])}, "type"),
