@@ -817,12 +817,13 @@ class TrainWithClassifier(BaseTrainer):
 
     def calculate_loss(self, data, labels):
         embeddings, losses = self.compute_embeddings(data), {}                   # [B, D]
+        if self.classifies:
+            logits = self.models["classifier"](embeddings)                       # [B, C]
         if "metric_loss" in self.loss_funcs:
             indices_tuple = self.mine_tuples(embeddings, labels)
             losses["metric_loss"] = self.loss_funcs["metric_loss"](
                 embeddings, labels, indices_tuple)
         if self.classifies:
-            logits = self.models["classifier"](embeddings)                       # [B, C]
             losses["classifier_loss"] = self.loss_funcs["classifier_loss"](logits, labels)
         return losses
 
