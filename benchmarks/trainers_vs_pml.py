@@ -1,8 +1,10 @@
 """The same training under this project's trainers and under pytorch-metric-learning's.
 
 python benchmarks/trainers_vs_pml.py trains one tiny network from one seed under both, with that
-library's losses and miners, prints both loss sequences and how far they differ, then the time of
-an iteration under each with losses that take no time. Needs pytorch-metric-learning, which the
+library's losses, miners, hooks and tester, as its example notebooks do: nothing but the module of
+the trainer differs, and who draws the adversarial trainer's random triplets. It prints both loss
+sequences, both accuracy histories and how far they differ, then the time of an iteration under
+each with losses that take no time. Needs that library with record-keeper and faiss-cpu, which the
 project itself does not use.
 """
 
@@ -11,6 +13,7 @@ import logging
 import os
 import statistics
 import sys
+import tempfile
 import time
 
 import torch
@@ -20,11 +23,13 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import trainers as ours
 
 try:
-    from pytorch_metric_learning import losses, miners
+    import record_keeper
+    from pytorch_metric_learning import losses, miners, testers
     from pytorch_metric_learning import trainers as theirs
-    from pytorch_metric_learning.utils import loss_and_miner_utils
+    from pytorch_metric_learning.utils import (accuracy_calculator, common_functions,
+                                               logging_presets, loss_and_miner_utils)
 except ImportError:
-    sys.exit("this benchmark needs pytorch-metric-learning: pip install pytorch-metric-learning")
+    sys.exit("this benchmark needs: pip install pytorch-metric-learning record-keeper faiss-cpu")
 
 FEATURES, DIMENSIONS, CLASSES, BATCH = 16, 12, 8, 32
 
@@ -32,8 +37,8 @@ FEATURES, DIMENSIONS, CLASSES, BATCH = 16, 12, 8, 32
 class Rows(torch.utils.data.Dataset):
     """Random rows around class centres; with two streams, (anchor, positive, label)."""
 
-    def __init__(self, streams=1):
-        generator = torch.Generator().manual_seed(0)
+    def __init__(self, streams=1, seed=0):
+        generator = torch.Generator().manual_seed(seed)
         self.labels = torch.arange(160) % CLASSES
         centres = torch.randn(CLASSES, 10, generator=generator)[self.labels]
         self.rows = [centres + torch.randn(160, 10, generator=generator) for _ in range(streams)]
@@ -95,23 +100,51 @@ def parts(name, trivial=False):
                 data_device=torch.device("cpu"), **extra)
 
 
-def run(module, name, epochs, trivial=False):
-    """Trains with one of the two libraries -> total loss of each iteration, seconds of each."""
-    values, stamps = [], []
-
-    def record(trainer):
-        values.append(float(trainer.losses["total_loss"]))
-        stamps.append(time.perf_counter())
-
-    arguments = parts(name, trivial)
-    trainer = getattr(module, name)(end_of_iteration_hook=record, **arguments)
+def build(module, name, trivial=False, **hooks):
+    """The trainer of one of the two libraries, with the hooks."""
+    trainer = getattr(module, name)(**parts(name, trivial), **hooks)
     if name == "DeepAdversarialMetricLearning" and module is ours:
-        # The same random triplets on both sides: that library's draw.
+        # The same random triplets on both sides, those of that library.
         trainer.draw_triplets = lambda labels: torch.stack(
             loss_and_miner_utils.convert_to_triplets(None, labels, t_per_anchor=3), 1)
-    torch.manual_seed(2)
+    return trainer
+
+
+def timed(module, name, epochs):
+    """Trains with losses that take no time -> the seconds of each iteration."""
+    stamps = []
+    trainer = build(module, name, trivial=True,
+                    end_of_iteration_hook=lambda _: stamps.append(time.perf_counter()))
     trainer.train(num_epochs=epochs)
-    return values, [after - before for before, after in zip(stamps, stamps[1:])]
+    return [after - before for before, after in zip(stamps, stamps[1:])]
+
+
+def train(module, name, epochs):
+    """Trains with that library's hooks and tester -> (total losses, accuracy history by metric).
+
+    The last best state is loaded back at the end, by that library's function.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        # As get_record_keeper makes it, but without TensorBoard.
+        keeper = record_keeper.RecordKeeper(
+            None, record_keeper.RecordWriter(os.path.join(folder, "logs")),
+            common_functions.list_of_recordable_attributes_list_names())
+        hooks = logging_presets.get_hook_container(keeper, log_freq=1)
+        two_streams = name == "TwoStreamMetricLoss"
+        tester = getattr(testers, "GlobalTwoStreamEmbeddingSpaceTester" if two_streams else
+                         "GlobalEmbeddingSpaceTester")(
+            end_of_testing_hook=hooks.end_of_testing_hook, dataloader_num_workers=0,
+            data_device=torch.device("cpu"),
+            accuracy_calculator=accuracy_calculator.AccuracyCalculator(k="max_bin_count"))
+        models = os.path.join(folder, "models")
+        trainer = build(module, name, end_of_iteration_hook=hooks.end_of_iteration_hook,
+                        end_of_epoch_hook=hooks.end_of_epoch_hook(
+                            tester, {"val": Rows(1 + two_streams, seed=9)}, models, patience=2))
+        torch.manual_seed(2)
+        trainer.train(num_epochs=epochs)
+        history = hooks.get_accuracy_history(tester, "val", return_all_metrics=True)
+        hooks.load_latest_saved_models(trainer, models, best=True)
+        return hooks.get_loss_history(["total_loss"])["total_loss"], history
 
 
 def main():
@@ -126,22 +159,31 @@ def main():
     rows = []
     for name in ("MetricLossOnly", "TrainWithClassifier", "CascadedEmbeddings",
                  "TwoStreamMetricLoss", "DeepAdversarialMetricLearning"):
-        first, _ = run(ours, name, args.n_epochs)
-        second, _ = run(theirs, name, args.n_epochs)
+        (first, our_history), (second, their_history) = (train(module, name, args.n_epochs)
+                                                         for module in (ours, theirs))
         print(f"{name}: total loss of the first 8 of {len(first)} iterations")
         print("  ours   " + " ".join(f"{value:.6f}" for value in first[:8]))
         print("  theirs " + " ".join(f"{value:.6f}" for value in second[:8]))
         difference = max(abs(a - b) for a, b in zip(first, second, strict=True))
+        print(f"  MAP@R of {len(our_history['epoch'])} epochs, {len(our_history) - 1} series kept")
+        key = next(key for key in our_history if key.startswith("mean_average_precision_at_r"))
+        print("  ours   " + " ".join(f"{value:.6f}" for value in our_history[key]))
+        print("  theirs " + " ".join(f"{value:.6f}" for value in their_history[key]))
+        assert our_history.keys() == their_history.keys()
+        accuracy = max(abs(a - b) for key, values in our_history.items()
+                       for a, b in zip(values, their_history[key], strict=True))
         times = {module: [] for module in (ours, theirs)}
         for _ in range(args.repeats):
             for module in times:
-                times[module] += run(module, name, args.n_epochs, trivial=True)[1]
+                times[module] += timed(module, name, args.n_epochs)
         milliseconds = [1e3 * statistics.median(times[module]) for module in times]
-        rows.append((name, difference, *milliseconds))
-    print("\n| trainer | largest difference | ours, ms an iteration | theirs | ratio |")
-    print("|---|---|---|---|---|")
-    for name, difference, mine, other in rows:
-        print(f"| {name} | {difference:.1e} | {mine:.2f} | {other:.2f} | {mine / other:.2f} |")
+        rows.append((name, difference, accuracy, *milliseconds))
+    print("\n| trainer | largest difference of a loss | of an accuracy | ours, ms an iteration | "
+          "theirs | ratio |")
+    print("|---|---|---|---|---|---|")
+    for name, difference, accuracy, mine, other in rows:
+        print(f"| {name} | {difference:.1e} | {accuracy:.1e} | {mine:.2f} | {other:.2f} | "
+              f"{mine / other:.2f} |")
 
 
 if __name__ == "__main__":
