@@ -459,7 +459,7 @@ class Sampler(torch.nn.Module):
         anchors = torch.arange(len(positives), device=positives.device).unsqueeze(1)
         rows = torch.stack([anchors.expand_as(positives), positives, negatives], 2).flatten(0, 1)
         incomplete = (rows < 0).any(1)
-        if self.positives == "all" and not rows.is_cuda:
+        if self.positives == "all" and rows.device.type == "cpu":
             return rows[~incomplete]
         return rows.masked_fill(incomplete.unsqueeze(1), -1)
 

@@ -671,6 +671,18 @@ def test_all_positives_of_degenerate_batches(corner):
         assert all((p, n) in pairs[a] for a, p, n in triplets)
 
 
+@pytest.mark.parametrize("positives", ["one", "all"])
+@pytest.mark.parametrize("method", samplers.DRAW_NEGATIVES)
+def test_no_draw_waits_for_the_device(method, positives):
+    """On torch's device meta, which has shapes only, whoever looks at a value fails."""
+    embeddings = torch.empty(12, 8, device="meta")
+    labels = torch.zeros(12, dtype=torch.long, device="meta")
+    triplets = Sampler(method, positives=positives).sample(embeddings, labels)
+    assert triplets.shape == ((12 if positives == "one" else 12 * 12), 3)
+    with pytest.raises(RuntimeError, match="meta"):
+        Sampler("all").sample(embeddings, labels)
+
+
 def test_all_positives_between_two_sets():
     torch.manual_seed(0)
     for embeddings, labels, others, names in two_sets():
