@@ -373,9 +373,9 @@ class Run:
             self.path("last.pth.tar"), self.STATE_KEYS))
         if state:
             self.restore(trainer, state)
-        subset = datasets.remark_on_subset(self.opt.dataset, found.splits)
-        print_header(self.opt, self.versions, found, subset, self.evaluation_sets, trainer)
+        print_header(self.opt, self.versions, found, self.evaluation_sets, trainer)
         if self.writes:  # tables, too, say what the data is a part of
+            subset = datasets.remark_on_subset(self.opt.dataset, found.splits)
             auxiliaries.save_options(self.folder, {**vars(self.opt), "subset": subset})
         if not state:
             self.after_epoch(trainer)
@@ -769,11 +769,8 @@ def telling_options(opt):
             if name in own or name not in others and getattr(opt, name) != value]
 
 
-def print_header(opt, versions, found, subset, evaluation_sets, trainer):
-    """Prints the options that tell, the versions, the data and the number of weights.
-
-    subset: what the data lacks of a published dataset, as a sentence, or "".
-    """
+def print_header(opt, versions, found, evaluation_sets, trainer):
+    """Prints the options that tell, the versions, the data and the number of weights."""
     print_options(opt, telling_options(opt))
     print("options  all others are in Parameter_Info.txt")
     print(f"versions {versions}")
@@ -783,6 +780,7 @@ def print_header(opt, versions, found, subset, evaluation_sets, trainer):
     counts = ", ".join(f"{name} {len(set(split.labels)):,} classes/{len(split.labels):,} images"
                        for name, split in found.splits.items())
     print(f"data     {counts} ({found.layout})")
+    subset = datasets.remark_on_subset(opt.dataset, found.splits)
     for remark in (*found.odd, *[subset] * bool(subset)):
         print(f"         note: {remark}")
     for name, queries, gallery in evaluation_sets:

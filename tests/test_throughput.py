@@ -48,7 +48,7 @@ def test_figures_fit_together(throughput, images, capsys):
     throughput.benchmark([*SMALL, *images, "--kernels", "1", "--repeats", "2"])
     assert main.Run is run
     printed = capsys.readouterr().out
-    assert "bs=8" in printed and "torchvision" in printed and "threads" in printed
+    assert "bs: 8" in printed and "torchvision" in printed and "threads" in printed
     assert "untrained" not in printed  # nothing is evaluated
     rows = rows_of(printed)
     assert list(rows) == ["bare network", "whole epoch", "loader alone", "torchvision's loader"]
