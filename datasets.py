@@ -41,9 +41,10 @@ from PIL import Image, ImageDraw, ImageFont
 import auxiliaries
 
 # What a file with such a suffix may hold; the suffix may be another's, as in ImageNet. PIL would
-# also run programs for files of other formats.
-IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP")
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+# also run programs for files of other formats. The suffixes are torchvision's, .jfif and .gif.
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp",
+                  ".ppm", ".pgm"}
 
 # (classes, images) of each split as published with the datasets or their retrieval protocols.
 PUBLISHED = {
@@ -79,8 +80,8 @@ LAYOUTS = {
 class Split(NamedTuple):
     """One part of a dataset: N images, the class of each, and the name of each class.
 
-    images: list of N paths, or uint8 array [N, H, W] of grey images; labels: list of N ints that
-    index class_names.
+    images: list of N paths, or uint8 array [N, H, W] of grey or [N, H, W, 3] of RGB images;
+    labels: list of N ints that index class_names.
     """
 
     images: object
@@ -228,26 +229,38 @@ OPENING = threading.Lock()  # Python records warnings for all threads at once
 
 
 def checked_open(path):
-    """PIL's Image.open; what it only warns of is an error where it concerns the pixels."""
+    """PIL's Image.open; what it only warns of is an error where it concerns a TIFF's pixels.
+
+    PIL refuses images of more than 179 megapixels, and warns of those of more than 89.
+    """
     with OPENING, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         image = Image.open(path, formats=IMAGE_FORMATS)
     for warning in said:
         # Tags of a TIFF say how its pixels are stored; those of other formats are metadata.
-        if (issubclass(warning.category, Image.DecompressionBombWarning) or image.format == "TIFF"
-                and str(warning.message).startswith(("Tag data larger", "Truncated File"))):
+        if image.format == "TIFF" and str(warning.message).startswith(("Tag data larger",
+                                                                       "Truncated File")):
             image.close()
             raise ValueError(str(warning.message))
     return image
 
 
 def read_image(path):
-    """An image file -> PIL image in RGB; ValueError with the path if it is broken or no image."""
+    """An image file -> PIL image in RGB; ValueError with the path if it is broken or no image.
+
+    Grey values that do not fit a byte are divided by what is white: 1 or 255 for floats, else the
+    least of 255, 1023, 4095, 16383 and 65535 (8 to 16 bits) that no value of the file exceeds;
+    for larger values the largest. Of colours with 16 bits PIL takes the upper eight.
+    """
     with open_image(path) as image:
-        if image.mode.startswith("I"):  # 16 bits a pixel, which PIL would clip to white
-            pixels = np.asarray(image)
-            pixels = pixels >> 8 if pixels.max(initial=0) > 255 else pixels
-            image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        if image.mode.startswith("I") or image.mode == "F":
+            values = np.array(image, dtype=np.float32)
+            least, most = float(values.min()), float(values.max())
+            if not 0 <= least <= most < math.inf:
+                raise ValueError(f"its values run from {least:g} to {most:g}; 0 should be black")
+            whites = [1] * (image.mode == "F") + [2 ** bits - 1 for bits in (8, 10, 12, 14, 16)]
+            values *= 255 / next((white for white in whites if most <= white), most)
+            image = Image.fromarray(np.rint(values, out=values).astype(np.uint8))
         return image.convert("RGB")
 
 

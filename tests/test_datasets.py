@@ -986,8 +986,11 @@ def test_two_views_of_a_glyph_differ_a_little():
     assert torch.equal(sets[0].queries[5][0], plain[0].queries[5][0])
 
 
-def grey16(value, suffix):
-    return Image.fromarray(np.full((20, 20), value, dtype=np.uint16)), suffix, {}
+def grey(value, suffix, dtype=np.uint16, white=None):
+    """An image of one value, but for a pixel that is white, where that is given."""
+    pixels = np.full((20, 20), value, dtype=dtype)
+    pixels[0, 0] = value if white is None else white
+    return Image.fromarray(pixels), suffix, {}
 
 
 def palette(**saving):
@@ -1004,10 +1007,19 @@ FORMATS = {  # name: ((image, suffix, how to save it), the colour that its pixel
     "gif": ((Image.new("RGB", (20, 20), (10, 200, 30)).quantize(), ".gif", {}), (10, 200, 30)),
     "alpha": ((Image.new("RGBA", (20, 20), (10, 200, 30, 255)), ".png", {}), (10, 200, 30)),
     "cmyk": ((Image.new("CMYK", (20, 20), (0, 255, 255, 0)), ".jpg", {}), (255, 0, 0)),
-    "16 bits, black": (grey16(0, ".png"), (0, 0, 0)),
-    "16 bits, mid-grey": (grey16(0x8000, ".png"), (128, 128, 128)),
-    "16 bits, white": (grey16(0xFFFF, ".png"), (255, 255, 255)),
-    "16 bits, tiff": (grey16(0x4000, ".tif"), (64, 64, 64)),
+    "16 bits, black": (grey(0, ".png"), (0, 0, 0)),
+    "16 bits, mid-grey": (grey(0x8000, ".png"), (128, 128, 128)),
+    "16 bits, white": (grey(0xFFFF, ".png"), (255, 255, 255)),
+    "16 bits, tiff": (grey(0x4000, ".tif"), (64, 64, 64)),
+    "8 bits in 16": (grey(100, ".tif", white=255), (100, 100, 100)),
+    "10 bits in 16": (grey(512, ".tif", white=1000), (128, 128, 128)),
+    "12 bits in 16": (grey(2048, ".png", white=4095), (128, 128, 128)),
+    "14 bits in 32": (grey(8192, ".tif", np.int32, 16383), (128, 128, 128)),
+    "32 bits": (grey(2 ** 29, ".tif", np.int32, 2 ** 30), (128, 128, 128)),
+    "floats to 1": (grey(0.5, ".tif", np.float32, 1), (128, 128, 128)),
+    "floats to 255": (grey(200, ".tif", np.float32), (200, 200, 200)),
+    "floats of 16 bits": (grey(32768, ".tif", np.float32, 65535), (128, 128, 128)),
+    "a portable grey map": (grey(0x8000, ".pgm", np.int32, 0xFFFF), (128, 128, 128)),
 }
 
 
@@ -1029,6 +1041,18 @@ def break_image(path, kind):
     """An image file that cannot be read."""
     noise(path.with_suffix(".good.jpg"))
     whole = path.with_suffix(".good.jpg").read_bytes()
+@pytest.mark.parametrize("shape", [(32, 32), (32, 32, 3)])
+def test_a_split_may_be_an_array_of_images(shape):
+    images = np.random.default_rng(0).integers(0, 256, (6, *shape), dtype=np.uint8)
+    split = datasets.Split(images, [0, 0, 1, 1, 2, 2], ["a", "b", "c"])
+    expected = torch.from_numpy(images if len(shape) == 3 else images[..., None].repeat(3, 3))
+    test = datasets.ImageDataset(split, datasets.transforms("folder", 28)[1])
+    for image, pixels in zip((image for image, _ in test), expected):
+        assert torch.equal(image, pixels[2:30, 2:30].permute(2, 0, 1))
+    train = datasets.ImageDataset(split, datasets.transforms("folder", 28)[0], seed=0)
+    assert train[3][0].shape == (3, 28, 28) and train[3][1] == 1
+
+
     path.write_bytes({"truncated": whole[:len(whole) // 2], "text": b"this is no image\n",
                       "empty": b"", "header only": whole[:20],
                       "png header only": b"\x89PNG\r\n\x1a\n"}[kind])
@@ -1210,6 +1234,27 @@ def gallery(source):
 
 def cached(gallery, kind, image_size=16, **changes):
     """The training set and the test set of --cache kind."""
+@pytest.mark.parametrize("value, dtype", [(-1, np.float32), (np.nan, np.float32),
+                                          (np.inf, np.float32), (-5, np.int32)])
+def test_values_that_have_no_black_are_refused(value, dtype, tmp_path):
+    path = f"{tmp_path}/image.tif"
+    grey(0, path, dtype, value)[0].save(path)
+    with pytest.raises(ValueError, match="image.tif.*its values run from") as caught:
+        datasets.read_image(path)
+    assert f"{value:g}" in str(caught.value)
+
+
+@pytest.mark.filterwarnings("error")
+def test_images_are_read_up_to_the_size_that_pil_refuses(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # PIL warns there, and refuses at twice
+    for side in (14, 15):
+        Image.new("RGB", (side, side)).save(tmp_path / f"{side}.png")
+    assert datasets.read_image(str(tmp_path / "14.png")).size == (14, 14)
+    assert datasets.read_pixels(str(tmp_path / "14.png")).shape == (3, 14, 14)
+    with pytest.raises(ValueError, match="15.png.*decompression bomb"):
+        datasets.read_image(str(tmp_path / "15.png"))
+
+
     opt = options("folder", gallery, image_size)
     opt.cache, opt.cache_path = kind, str(gallery.parent / "cache")
     vars(opt).update(changes)
