@@ -15,6 +15,8 @@ import contextlib
 import glob
 import hashlib
 import http.client
+import io
+import itertools
 import json
 import math
 import os
@@ -60,20 +62,23 @@ PUBLISHED = {
 LAYOUTS = {
     "cub200": "cub200/images/<class>/*.jpg, or the release as it unzips: CUB_200_2011/images.txt, "
               "image_class_labels.txt and images/<class>/*.jpg",
-    "cars196": "cars196/images/<class>/*.jpg, cars196/<class>/*.jpg, or cars196/cars_annos.mat "
-               "with cars196/car_ims/*.jpg",
+    "cars196": "cars196/images/<class>/*.jpg, cars196/<class>/*.jpg, cars196/train/<class>/*.jpg "
+               "with test/<class>/*.jpg, cars196/cars_annos.mat with car_ims/*.jpg, or (also in "
+               "stanford_cars/) cars_train/*.jpg, cars_test/*.jpg and devkit/ with cars_meta.mat, "
+               "cars_train_annos.mat and cars_test_annos_withlabels.mat",
     "online_products": "online_products/images/<type>_final/*.JPG with online_products/Info_Files/"
                        "Ebay_train.txt and Ebay_test.txt, or the release as it unzips: "
                        "Stanford_Online_Products/Ebay_train.txt, Ebay_test.txt, "
                        "<type>_final/*.JPG",
-    "in-shop": "in-shop/Eval/list_eval_partition.txt with in-shop/img/... or in-shop/Img/img/...",
+    "in-shop": "in-shop/Eval/list_eval_partition.txt with in-shop/img/..., in-shop/Img/img/... or "
+               "in-shop/Img/img_highres/...",
     "vehicle_id": "vehicle_id/image/*.jpg with vehicle_id/train_test_split/train_list.txt and "
                   "test_list_800.txt, test_list_1600.txt, test_list_2400.txt",
     "tiny_imagenet": "tiny_imagenet/train/<class>/images/*.JPEG with tiny_imagenet/val/"
                      "val_annotations.txt and val/images/*.JPEG, or the release's "
                      "tiny-imagenet-200/",
     "folder": "<class>/*.jpg (the first half of the sorted classes trains, the second tests), or "
-              "train/<class>/*.jpg and test/<class>/*.jpg, directly below --source_path",
+              "train/<class>/*.jpg and test/<class>/*.jpg (or val/), directly below --source_path",
 }
 
 
@@ -839,10 +844,10 @@ def write_stored(path, digest, side, sizes, images):
 
 def read_cub200(source):
     """CUB200-2011: classes in the order of their folders' names, the first half trains."""
-    root = find_root(source, "cub200", ("cub200", "CUB_200_2011", "cub200/CUB_200_2011", ""),
+    root = find_root(source, "cub200", ("cub200", "CUB_200_2011"),
                      lambda root: os.path.isdir(f"{root}/images"))
     if not os.path.exists(f"{root}/images.txt"):
-        return halves(f"class folders in {root}/images", class_folders(f"{root}/images"))
+        return halves(f"class folders in {root}/images", *class_folders(f"{root}/images"))
     rows = read_rows(f"{root}/images.txt", columns=2)
     classes = read_rows(f"{root}/image_class_labels.txt", columns=2)
     if [row[0] for row in rows] != [row[0] for row in classes]:
@@ -850,49 +855,77 @@ def read_cub200(source):
                          f"images ({len(rows)} and {len(classes)}): one of them is cut or was "
                          "changed")
     paths = find_images(f"{root}/images", [row[1] for row in rows], f"{root}/images.txt")
-    by_class = collections.defaultdict(list)
-    for (_, name), path in zip(rows, paths):
-        by_class[name.split("/")[0]].append(path)
-    return halves(f"the official release in {root}", by_class)
+    return halves(f"the official release in {root}",
+                  grouped((row[1].split("/")[0] for row in rows), paths))
 
 
 def read_cars196(source):
-    """CARS196: classes in the order of their names, the first half trains."""
-    def usable(root):
-        return (os.path.exists(f"{root}/cars_annos.mat") or os.path.isdir(f"{root}/images")
-                or os.path.isdir(root) and any(class_folders(root).values()))
+    """CARS196: classes in the order of their names, the first half trains.
 
-    root = find_root(source, "cars196", ("cars196", "stanford_cars", ""), usable)
-    if not os.path.exists(f"{root}/cars_annos.mat"):
-        if os.path.isdir(f"{root}/car_ims"):
-            raise FileNotFoundError(f"{root}/car_ims is there, but not {root}/cars_annos.mat, "
-                                    "which says the images' classes")
-        folder = f"{root}/images" if os.path.isdir(f"{root}/images") else root
-        return halves(f"class folders in {folder}", class_folders(folder))
-    try:
-        table = read_mat(f"{root}/cars_annos.mat")
-        rows, names = table["annotations"], table["class_names"]
-        files, numbers = ([row[field] for row in rows] for field in ("relative_im_path", "class"))
-        if not all(number in range(1, len(names) + 1) for number, in numbers):
-            raise ValueError(f"a class is not from 1 to {len(names)}, the number of names")
-        classes = [names[int(number) - 1] for number, in numbers]
-        if not files or not all(isinstance(text, str) and text for text in files + classes):
-            raise ValueError("there is an image without a path or a class without a name")
-    except Exception as error:  # a file that is cut or of another kind fails in many places
-        reason = auxiliaries.one_line(error)
-        raise ValueError(f"{root}/cars_annos.mat cannot be read as CARS196's annotations "
-                         f"({type(error).__name__}: {reason})") from error
-    by_class = collections.defaultdict(list)
-    for name, path in zip(classes, find_images(root, files, f"{root}/cars_annos.mat")):
-        by_class[name].append(path)
-    return halves(f"cars_annos.mat and car_ims in {root}", by_class)
+    Its halves for classification, which have all classes each, are taken together.
+    """
+    def usable(root):
+        return (any(os.path.exists(f"{root}/{name}") for name in
+                    ("cars_train", "car_ims", "cars_annos.mat", "images", "train"))
+                or any(os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES
+                       for path in glob.iglob(f"{glob.escape(root)}/*/*")))
+
+    root = find_root(source, "cars196", ("cars196", "stanford_cars", "car_data"), usable)
+    halved = split_folders(root)
+    if os.path.isdir(f"{root}/cars_train") and not os.path.isdir(f"{root}/car_ims"):
+        names = read_mat(find_beside(root, "cars_meta.mat"), "class_names")
+        cars = [car for half, file in (("train", "cars_train_annos.mat"),
+                                       ("test", "cars_test_annos_withlabels.mat"))
+                for car in read_cars(find_beside(root, file), "fname", names,
+                                     unpacked(f"{root}/cars_{half}"))]
+        return halves(f"cars_train, cars_test and devkit in {root}", grouped(*zip(*cars)))
+    if os.path.isdir(f"{root}/car_ims") or os.path.exists(f"{root}/cars_annos.mat"):
+        path = find_beside(root, "cars_annos.mat")
+        cars = read_cars(path, "relative_im_path", read_mat(path, "class_names"),
+                         os.path.dirname(unpacked(f"{root}/car_ims")))
+        return halves(f"cars_annos.mat and car_ims in {root}", grouped(*zip(*cars)))
+    if {"train", "test"} <= halved.keys():
+        (train, odd), (test, more) = (class_folders(halved[half]) for half in ("train", "test"))
+        return halves(f"class folders in {halved['train']} and {halved['test']}, taken together",
+                      {name: train.get(name, []) + test.get(name, []) for name in train | test},
+                      odd + more)
+    folder = f"{root}/images" if os.path.isdir(f"{root}/images") else root
+    return halves(f"class folders in {folder}", *class_folders(folder))
+
+
+def find_beside(root, name):
+    """A file of CARS196's annotations, in its folder or in devkit/; else FileNotFoundError."""
+    for folder in (root, f"{root}/devkit", f"{root}/devkit/devkit", f"{root}/car_devkit/devkit"):
+        if os.path.exists(f"{folder}/{name}"):
+            return f"{folder}/{name}"
+    raise FileNotFoundError(f"{root} has images of CARS196, but neither there nor in devkit/ is "
+                            f"{name}, which has their classes" + " (cars_test_annos.mat has none)"
+                            * name.startswith("cars_test"))
+
+
+def read_cars(path, field, names, folder):
+    """A file of CARS196's annotations -> [(class, image's path)], one or more.
+
+    field: which of its fields has the image's path below the folder; names: of the classes.
+    """
+    rows, names = read_mat(path, "annotations"), dict(enumerate(names, start=1))
+    facts = [(row.get("class"), row.get(field)) if isinstance(row, dict) else (None, None)
+             for row in (rows if isinstance(rows, list) else [])]
+    if any(number is None for number, _ in facts):
+        raise ValueError(f"{path} has images without a class; for the test half they are in "
+                         "cars_test_annos_withlabels.mat")
+    if not facts or not all(np.isscalar(number) and names.get(number) and isinstance(name, str)
+                            for number, name in facts):
+        raise ValueError(f"{path}: not every image has a {field} and a class from 1 to "
+                         f"{len(names)}, the number of names")
+    paths = find_images(folder, [name for _, name in facts], path)
+    return [(names[number], path) for (number, _), path in zip(facts, paths)]
 
 
 def read_online_products(source):
     """Stanford Online Products: Ebay_train.txt and Ebay_test.txt say which class is where."""
     root = find_root(source, "online_products",
-                     ("online_products", "Stanford_Online_Products",
-                      "online_products/Stanford_Online_Products", ""),
+                     ("online_products", "Stanford_Online_Products"),
                      lambda root: any(os.path.exists(f"{folder}/Ebay_train.txt")
                                       for folder in (f"{root}/Info_Files", root)))
     lists = f"{root}/Info_Files" if os.path.exists(f"{root}/Info_Files/Ebay_train.txt") else root
@@ -912,11 +945,17 @@ def read_online_products(source):
 
 
 def read_in_shop(source):
-    """In-Shop Clothes: list_eval_partition.txt says which image trains, queries or is gallery."""
-    root = find_root(source, "in-shop", ("in-shop", "In-shop Clothes Retrieval Benchmark", ""),
+    """In-Shop Clothes: list_eval_partition.txt says which image trains, queries or is gallery.
+
+    Its paths begin with img/ for both resolutions, img and img_highres; img is taken if both are
+    there, as in the reference.
+    """
+    root = find_root(source, "in-shop", ("in-shop", "In-shop Clothes Retrieval Benchmark"),
                      lambda root: os.path.exists(f"{root}/Eval/list_eval_partition.txt"))
     path = f"{root}/Eval/list_eval_partition.txt"
-    folder = root if os.path.isdir(f"{root}/img") else f"{root}/Img"
+    folders = [unpacked(f"{parent}/{name}") for name in ("img", "img_highres")
+               for parent in (root, f"{root}/Img") if os.path.isdir(f"{parent}/{name}")]
+    folder, *others = folders or [f"{root}/Img/img"]
     rows = read_rows(path, columns=3, skip=2)
     with open(path, encoding="utf-8-sig") as file:
         promised = file.readline().strip()
@@ -924,7 +963,7 @@ def read_in_shop(source):
         raise ValueError(f"{path}: its first line promises "
                          f"{auxiliaries.one_line(promised, 40)} images, it lists {len(rows)}: the "
                          "file is cut or was changed")
-    images = find_images(folder, [row[0] for row in rows], path)
+    images = find_images(folder, [row[0].removeprefix("img/") for row in rows], path)
     splits = {}
     for split in ("train", "query", "gallery"):
         chosen = [i for i, row in enumerate(rows) if row[2] == split]
@@ -938,49 +977,49 @@ def read_in_shop(source):
               "gallery": labelled(*splits["gallery"], tested)}
     lonely = len(set(splits["query"].labels) - set(splits["gallery"].labels))
     odd = [f"{lonely} query classes have no image in the gallery"] if lonely else []
-    return Found(f"{path} with images in {folder}/img", splits, odd)
+    odd += [f"{other} is there too: {folder} is taken" for other in others]
+    return Found(f"{path} with images in {folder}", splits, odd)
 
 
 def read_vehicle_id(source):
     """PKU VehicleID: train_list.txt trains; the test lists of 800, 1600 and 2400 vehicles test."""
-    root = find_root(source, "vehicle_id", ("vehicle_id", "VehicleID_V1.0", "VehicleID", ""),
+    root = find_root(source, "vehicle_id", ("vehicle_id", "VehicleID_V1.0", "VehicleID"),
                      lambda root: os.path.isdir(f"{root}/train_test_split"))
     splits = {}
     for split, name in (("train", "train_list"), ("test_800", "test_list_800"),
                         ("test_1600", "test_list_1600"), ("test_2400", "test_list_2400")):
         path = f"{root}/train_test_split/{name}.txt"
         rows = read_rows(path, columns=2)
-        refuse_cut_number(path, rows)
         images = find_images(f"{root}/image", [f"{row[0]}.jpg" for row in rows], path)
         splits[split] = labelled(images, [row[1] for row in rows])
     return Found(f"{root}/train_test_split with images in {root}/image", splits, [])
 
 
 def read_folder(source):
-    """Any folder of class folders, or train/ and test/ with class folders in each."""
+    """Any folder of class folders, or train/ and test/ (or val/) with class folders in each."""
     if not os.path.isdir(source):
         raise FileNotFoundError(f"--source_path {source} is not a folder; --dataset folder "
                                 f"expects {LAYOUTS['folder']}")
-    if os.path.isdir(f"{source}/train") and os.path.isdir(f"{source}/test"):
-        splits, odd = {}, []
-        for split in ("train", "test"):
-            by_class = class_folders(f"{source}/{split}")
-            splits[split] = from_classes(by_class)
-            odd += remark_on_empty(by_class)
-        return Found(f"class folders in {source}/train and {source}/test", splits, odd)
-    for split, other in (("train", "test"), ("test", "train")):
-        if os.path.isdir(f"{source}/{split}") and len(class_folders(source)) == 1:
-            raise FileNotFoundError(f"{source} holds {split} but not {other}; --dataset folder "
-                                    f"expects {LAYOUTS['folder']}")
-    return halves(f"class folders in {source}", class_folders(source))
+    halved, folders = split_folders(source), listing(source)[1]
+    train, test = halved.get("train"), halved.get("test", halved.get("val"))
+    if train and test:
+        parts = {"train": class_folders(train), "test": class_folders(test)}
+        odd = [f"{path}, beside {train} and {test}, is left out"
+               for path in folders if path not in (train, test)]
+        return Found(f"class folders in {train} and {test}",
+                     {split: from_classes(by_class) for split, (by_class, _) in parts.items()},
+                     [remark for _, odd in parts.values() for remark in odd] + odd)
+    if halved and len(folders) == 1:
+        raise FileNotFoundError(f"{source} holds {os.path.basename(folders[0])} alone; --dataset "
+                                f"folder expects {LAYOUTS['folder']}")
+    return halves(f"class folders in {source}", *class_folders(source))
 
 
 def read_tiny_imagenet(source):
     """Tiny ImageNet: train/ trains and val/ tests, with the same 200 classes in both."""
-    root = find_root(source, "tiny_imagenet", ("tiny_imagenet", "tiny-imagenet-200", ""),
+    root = find_root(source, "tiny_imagenet", ("tiny_imagenet", "tiny-imagenet-200"),
                      lambda root: os.path.exists(f"{root}/val/val_annotations.txt"))
-    by_class = {name: class_folders(f"{root}/train/{name}").get("images", [])
-                for name in class_folders(f"{root}/train")}
+    by_class, odd = class_folders(f"{root}/train")
     path = f"{root}/val/val_annotations.txt"
     rows = read_rows(path, columns=6)
     images = find_images(f"{root}/val/images", [row[0] for row in rows], path)
@@ -990,8 +1029,7 @@ def read_tiny_imagenet(source):
         raise ValueError(f"{path} names {len(foreign)} classes that have no images in "
                          f"{root}/train, the first of them {auxiliaries.one_line(foreign[0])}")
     test = labelled(images, names, train.class_names)
-    return Found(f"{root}/train and {path}", {"train": train, "test": test},
-                 remark_on_empty(by_class))
+    return Found(f"{root}/train and {path}", {"train": train, "test": test}, odd)
 
 
 def read_glyphs(source=None):
@@ -1057,54 +1095,129 @@ def draw_glyphs(character, count, generator, size=32):
 
 
 def find_root(source, dataset, names, usable):
-    """The first of source/name that is usable; FileNotFoundError with the layouts if none is."""
+    """The folder of a dataset that is usable: source/name, or source itself.
+
+    An archive may lie unpacked in a folder of any of its names. FileNotFoundError with the
+    layouts, and how the data is had, if there is none.
+    """
+    expected = (f"accepted below it: {LAYOUTS[dataset]}. python datasets.py --dataset {dataset} "
+                "--download" + f" --source_path {source}" * (source != "./Datasets")
+                + (" fetches it" if dataset in ARCHIVES else " says where it is to be had"))
     if not os.path.isdir(source):
-        raise FileNotFoundError(f"--source_path {source} is not a folder; --dataset {dataset} "
-                                f"expects there {LAYOUTS[dataset]}")
-    for name in names:
+        raise FileNotFoundError(f"--source_path {source} is not a folder; {expected}")
+    for name in (*names, *itertools.starmap(os.path.join, itertools.product(names, names)), ""):
         root = os.path.join(source, name) if name else source
         if usable(root):
             return root
-    raise FileNotFoundError(f"--source_path {source} holds no {dataset}; accepted below it: "
-                            f"{LAYOUTS[dataset]}. The dataset's own folder may be given as well")
+    raise FileNotFoundError(f"--source_path {source} holds no {dataset}; {expected}. The "
+                            "dataset's own folder may be given as well")
+
+
+def unpacked(folder):
+    """A folder, or the one of the same name inside it, which unpacking an archive may leave."""
+    inner = os.path.join(folder, os.path.basename(folder))
+    return inner if os.path.isdir(inner) else folder
+
+
+def names_in(folder):
+    """The sorted names in a folder; OSError with its path where it cannot be read."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise OSError(f"{folder} cannot be read ({error.strerror})") from None
+
+
+def listing(folder, left=None):
+    """(images, folders) of a folder, sorted paths; all else is counted in left by suffix."""
+    images, folders, left = [], [], collections.Counter() if left is None else left
+    for name in names_in(folder):
+        path, suffix = os.path.join(folder, name), os.path.splitext(name)[1].lower()
+        if name.startswith("."):
+            left["hidden"] += 1
+        elif suffix in IMAGE_SUFFIXES:
+            images.append(path)
+        elif os.path.isdir(path):
+            folders.append(path)
+        else:
+            left[suffix or "without a suffix"] += 1
+    return images, folders
+
+
+def split_folders(root):
+    """{"train", "test" or "val": the folder of that name, in any case, also as training}."""
+    found = {}
+    for path in listing(root)[1]:
+        split = re.sub("ing$|idation$", "", os.path.basename(path).lower())
+        if split in ("train", "test", "val"):
+            found.setdefault(split, path)
+    return found
 
 
 def class_folders(root):
-    """{class folder's name: [paths of its images]}, both sorted; other files are passed over."""
-    classes = {}
-    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
-        if entry.is_dir() and not entry.name.startswith("."):
-            names = sorted(name for name in os.listdir(entry.path)
-                           if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-                           and not name.startswith("."))
-            classes[entry.name] = [os.path.join(entry.path, name) for name in names]
-    return classes
+    """({class folder's name: [paths of its images]}, [remarks on what is left out]), sorted.
+
+    A class's images lie in its folder, or one folder deeper. ValueError for folders of class
+    folders: none has images of its own, and what lies deeper is named differently in each.
+    """
+    def look(folder):
+        try:
+            return listing(folder, left)
+        except OSError as error:
+            odd.append(f"{error} and is left out")
+            return [], []
+
+    left, odd, classes, direct, names, several = collections.Counter(), [], {}, False, [], None
+    beside, folders = listing(root, left)
+    left.update(os.path.splitext(path)[1].lower() for path in beside)
+    for folder in folders:
+        images, deeper = look(folder)
+        direct |= bool(images)
+        filled = []
+        for inner in deeper:
+            found, lost = look(inner)
+            left["folders too deep"] += len(lost)
+            images += found
+            filled += [os.path.basename(inner)] * bool(found)
+        names += filled
+        several = several or (folder if len(filled) > 1 else None)
+        classes[os.path.basename(folder)] = images
+    if several and not direct and len(set(names)) == len(names):
+        raise ValueError(f"{root} holds super-classes and not classes: {several} has no images, "
+                         f"but {names[0]} and others in it have. Give {several} as --source_path, "
+                         "or move or link the class folders of all into one folder")
+    empty = [name for name, paths in classes.items() if not paths]
+    if empty:
+        odd.append(f"{len(empty)} class folders in {root} hold no image, e.g. {empty[0]}")
+    if left := +left:
+        counts = [f"{count:,} {kind}" for kind, count in left.most_common(10)]
+        odd.append(f"left out in {root}: {', '.join(counts)}" + ", ..." * (len(left) > 10))
+    return {name: paths for name, paths in classes.items() if paths}, odd
 
 
 def from_classes(by_class):
-    """{class: [paths]} -> Split, labels in the dict's order; empty classes are left out."""
-    names = [name for name in by_class if by_class[name]]
-    images = [path for name in names for path in by_class[name]]
-    labels = [label for label, name in enumerate(names) for _ in by_class[name]]
-    return Split(images, labels, names)
+    """{class: [paths]} -> Split, labels in the dict's order."""
+    images = [path for paths in by_class.values() for path in paths]
+    labels = [label for label, paths in enumerate(by_class.values()) for _ in paths]
+    return Split(images, labels, list(by_class))
 
 
-def remark_on_empty(by_class):
-    """[a remark] on class folders without images, or []."""
-    empty = sorted(name for name, paths in by_class.items() if not paths)
-    return [f"{len(empty)} class folders hold no image, e.g. {empty[0]}"] if empty else []
+def grouped(names, paths):
+    """The class of each path, and the paths -> {class: [paths]}."""
+    by_class = collections.defaultdict(list)
+    for name, path in zip(names, paths):
+        by_class[name].append(path)
+    return by_class
 
 
-def halves(layout, by_class):
+def halves(layout, by_class, odd=()):
     """{class: [paths]} -> Found: the first half of the sorted classes trains, the second tests."""
     if not by_class:
         raise FileNotFoundError(f"there are no {layout} (one folder of images for each class)")
-    names = sorted(name for name, paths in by_class.items() if paths)
-    layout += f", {len(names)} classes in all"
+    names = sorted(by_class)
     first, second = names[:len(names) // 2], names[len(names) // 2:]
     splits = {"train": from_classes({name: by_class[name] for name in first}),
               "test": from_classes({name: by_class[name] for name in second})}
-    return Found(layout, splits, remark_on_empty(by_class))
+    return Found(f"{layout}, {len(names)} classes in all", splits, list(odd))
 
 
 def labelled(images, ids, all_ids=None):
@@ -1118,107 +1231,54 @@ def labelled(images, ids, all_ids=None):
 def read_rows(path, columns, skip=0):
     """The rows of a list file as lists of strings; ValueError names the line that is not whole."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            lines = file.read().splitlines()[skip:]
+        with open(path, "rb") as file:
+            content = file.read()
+        if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content[:2]:
+            raise ValueError("it is in UTF-16: save it as UTF-8")
+        lines = content.decode("utf-8-sig").replace("\\", "/").splitlines()[skip:]
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: the list file is not there") from None
-    except (UnicodeDecodeError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"{path}: not a readable list file ({error})") from None
     rows = [line.split() for line in lines]
     while rows and not rows[-1]:
         rows.pop()
     if not rows:
         raise ValueError(f"{path}: the list file is empty")
-    for number, row in enumerate(rows, start=skip + 1):
+    for number, (line, row) in enumerate(zip(lines, rows), start=skip + 1):
+        if line.count(",") == columns - 1 and (len(row) != columns or row[0].endswith(",")):
+            raise ValueError(f"{path}, line {number}: the columns are separated by commas; they "
+                             "should be by spaces")
         if len(row) != columns:
             raise ValueError(f"{path}, line {number}: {len(row)} columns where there should be "
                              f"{columns}: {' '.join(row)[:80]!r}; is the file cut?")
     return rows
 
 
-def read_mat(path):
-    """The variables of a MATLAB 5 file (save -v6 or -v7) -> {name: value}.
+def read_mat(path, variable):
+    """A variable of a MATLAB 5 file, compressed as MATLAB writes it -> lists, dicts and scalars.
 
-    Text is a str, an array of numbers a flat list, a cell array a list, a struct array a list of
-    dicts. Not by scipy: its reader takes the process down where such a file is damaged. Raises
-    ValueError, struct.error and others for anything else.
+    ValueError for anything else. The checksums are looked at first, since scipy's reader takes
+    the process down where such a file is damaged.
     """
-    with open(path, "rb") as file:
-        content = file.read()
-    order, variables = {b"IM": "<", b"MI": ">"}[content[126:128]], {}
-    for kind, data in mat_elements(content[128:], order):
-        if kind == 15:
-            stream = zlib.decompressobj()
-            data = stream.decompress(data, 2 ** 28)
-            if not stream.eof:
-                raise ValueError("compressed data is cut, or more than 256 MiB")
-            (kind, data), = mat_elements(data, order)
-        if kind == 14:
-            name, value = mat_array(data, order)
-            variables[name] = value
-    return variables
+    import scipy.io  # here, so that others need not wait for it
 
-
-def mat_elements(data, order):
-    """The elements of a part of a MATLAB file, one after the other: (kind, bytes)."""
-    at = 0
-    while at < len(data):
-        kind, size = struct.unpack_from(f"{order}II", data, at)
-        start = at + 8
-        if kind >> 16:  # a small one: kind and size share four bytes, four of data follow
-            kind, size, start = kind & 0xffff, kind >> 16, at + 4
-        if start + size > len(data) or start == at + 4 and size > 4:
-            raise ValueError("an element reaches beyond the end")
-        yield kind, data[start:start + size]
-        at = at + 8 if start == at + 4 else start + size + (-size % 8 if kind != 15 else 0)
-
-
-def mat_array(data, order):
-    """The name and the value of an array of a MATLAB file; see read_mat."""
-    elements = mat_elements(data, order)
-    flags, dims, name = (next(elements, (0, b""))[1] for _ in range(3))
-    if not data:
-        return "", []
-    flags, = struct.unpack_from(f"{order}I", flags)
-    dims = np.frombuffer(dims, f"{order}i4").tolist()
-    kind, count, name = flags & 0xff, math.prod(dims), str(name, "ascii")
-    if flags & 0x800 or kind == 4 and dims[0] > 1 or not (kind in (1, 2, 4) or 6 <= kind <= 15):
-        raise ValueError(f"{name or 'an array'} is complex, of several lines, or an object")
-    if kind == 1:
-        value = [mat_array(part, order)[1] for _, part in elements]
-    elif kind == 2:
-        (_, length), (_, fields) = next(elements), next(elements)
-        length, = struct.unpack(f"{order}i", length)
-        fields = [str(fields[i:i + length].split(b"\0")[0], "ascii")
-                  for i in range(0, len(fields), length)]
-        values = [mat_array(part, order)[1] for _, part in elements]
-        if len(values) != count * len(fields):
-            raise ValueError(f"{len(values)} values for {count} rows of {len(fields)} fields")
-        value = [dict(zip(fields, values[i:i + len(fields)]))
-                 for i in range(0, len(values), len(fields))]
-        return name, value
-    else:
-        stored, content = next(elements, (1, b""))
-        if kind == 4:
-            encoding = {1: "latin-1", 2: "utf-8", 4: "utf-16", 16: "utf-8", 17: "utf-16"}[stored]
-            ends = {"<": "-le", ">": "-be"}[order] if encoding == "utf-16" else ""
-            return name, str(content, encoding + ends)
-        form = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8",
-                13: "u8"}[stored]
-        value = np.frombuffer(content, order + form).tolist()
-    if len(value) != count:
-        raise ValueError(f"{len(value)} values where there should be {count}")
-    return name, value
-
-
-def refuse_cut_number(path, rows):
-    """ValueError if the last row's last number seems cut: no newline, and shorter than before."""
-    with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        ends = file.read() in (b"\n", b"\r")
-    if not ends and len(rows) > 1 and len(rows[-1][-1]) < len(rows[-2][-1]):
-        raise ValueError(f"{path}, last line: {' '.join(rows[-1])!r} ends without a newline in a "
-                         f"number shorter than the one before, {rows[-2][-1]!r}; is the file cut?")
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+        if content[124:128] != b"\0\1IM":
+            raise ValueError("it is no MATLAB 5 file")
+        at = 128
+        while at < len(content):
+            kind, size = struct.unpack_from("<II", content, at)
+            if kind != 15:
+                raise ValueError("it is not compressed, as save -v7 does it")
+            zlib.decompress(content[at + 8:at + 8 + size])
+            at += 8 + size
+        return scipy.io.loadmat(io.BytesIO(content), simplify_cells=True)[variable]
+    except Exception as error:  # a file that is cut or of another kind fails in many places
+        raise ValueError(f"{path}: the variable {variable} cannot be read "
+                         f"({type(error).__name__}: {auxiliaries.one_line(error)})") from error
 
 
 def find_images(folder, names, source):
@@ -1231,7 +1291,7 @@ def find_images(folder, names, source):
         directory, file = os.path.split(os.path.join(folder, name))
         outside = os.path.isabs(name) or os.pardir in name.split("/")
         if directory not in listings:
-            entries = os.listdir(directory) if os.path.isdir(directory) else []
+            entries = names_in(directory) if os.path.isdir(directory) else []
             # The exact name comes first, then one that differs in the suffix's case.
             listings[directory] = ({suffix_folded(entry): entry for entry in entries}
                                    | {entry: entry for entry in entries})
@@ -1355,7 +1415,8 @@ ARCHIVES = {
 
 ON_REQUEST = {
     "cars196": "the links of https://ai.stanford.edu/~jkrause/cars/car_dataset.html are gone; "
-               "unpack car_ims.tgz and cars_annos.mat from elsewhere in {}",
+               "https://github.com/pytorch/vision/issues/7545 says who has copies; unpack them "
+               "in {}",
     "online_products": "fetch ftp://cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip, or see "
                        "https://github.com/rksltnl/Deep-Metric-Learning-CVPR16; unzip it in {}",
     "in-shop": "ask at https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion.html for the In-shop "
