@@ -102,8 +102,8 @@ def written_whole(path, mode="wb"):
     """
     temporary = f"{path}.tmp{os.getpid()}"
     try:
-        with open(temporary, mode, **({} if "b" in mode else
-                                      {"encoding": "utf-8", "newline": ""})) as f:
+        with open(temporary, mode, **({} if "b" in mode else {
+                "encoding": "utf-8", "errors": "backslashreplace", "newline": ""})) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -1121,9 +1121,14 @@ def save_image_grid(path, rows, size=112, title=""):
         grid.save(file, "PNG")
 
 
+def printable(text):
+    """A text for the terminal: escapes, line ends and what is not UTF-8 shown as such, as \\x1b."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
 def one_line(value, most=200):
     """Anything that a file may hold, as one line of text for a message; cut where it is longer."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
+    text = printable(" ".join(str(value).split()))
     return text if len(text) <= most else f"{text[:most]}..."
 
 
@@ -1132,7 +1137,7 @@ def last_line(error):
     text = str(error).strip()
     if "Original Traceback" in text:
         text = re.sub(r"^[\w.]*(Error|Exception): ", "", text.splitlines()[-1])
-    return text or type(error).__name__
+    return printable(text) or type(error).__name__
 
 
 def main(argv=None):

@@ -118,7 +118,8 @@ def add_arguments(parser):
                             "folder of class folders. The others are the field's datasets, in the "
                             "layout of the reference or of their release. Default %(default)s, as "
                             "in the reference code")
-    group.add_argument("--source_path", default="./Datasets", metavar="DIR",
+    group.add_argument("--source_path", type=os.path.expanduser, default="./Datasets",
+                       metavar="DIR",
                        help="the folder that holds the dataset's folder (or that folder itself). "
                             "python datasets.py checks it. Default %(default)s")
     group.add_argument("--image_size", type=int, default=None, metavar="PX",
@@ -225,9 +226,10 @@ def open_image(path):
         with checked_open(path) as image:
             yield image
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: the image is not there") from None
+        raise FileNotFoundError(f"{auxiliaries.printable(path)}: the image is not there") from None
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, others
-        raise ValueError(f"{path}: not an image, or a broken one ({error})") from None
+        raise ValueError(auxiliaries.printable(f"{path}: not an image, or a broken one ({error})")
+                         ) from None
 
 
 OPENING = threading.Lock()  # Python records warnings for all threads at once
@@ -1331,7 +1333,7 @@ def shown(results, count, text):
 def check(dataset, source_path, quick=False):
     """Prints what was found beside what is published; returns whether the data is usable."""
     found = READERS[dataset](source_path)
-    print(f"{dataset}: {found.layout}")
+    print(auxiliaries.printable(f"{dataset}: {found.layout}"))
     published = PUBLISHED.get(dataset, {})
     problems, odd, differs, more = problems_of(found.splits), list(found.odd), False, False
     for name, split in found.splits.items():
@@ -1348,7 +1350,7 @@ def check(dataset, source_path, quick=False):
             (large, most), (small, fewest) = sizes.most_common()[0], sizes.most_common()[-1]
             line += (f"; smallest class {split.class_names[small]} with {fewest}, largest "
                      f"{split.class_names[large]} with {most}")
-        print(line)
+        print(auxiliaries.printable(line))
         single = sum(size == 1 for size in sizes.values())
         if single and name not in ("query", "gallery"):
             odd.append(f"{single} classes of the {name} split have one image only")
@@ -1358,9 +1360,9 @@ def check(dataset, source_path, quick=False):
         odd.append("more than the published data: is it another version?" if more else
                    f"a subset of {dataset.upper()}: published numbers do not apply")
     for remark in odd:
-        print(f"  note: {remark}")
+        print(auxiliaries.printable(f"  note: {remark}"))
     for problem in problems:
-        print(f"  problem: {problem}")
+        print(auxiliaries.printable(f"  problem: {problem}"))
     print("usable" if not problems else "not usable")
     return not problems
 
@@ -1615,7 +1617,8 @@ def main(argv=None):
         description="Says what a dataset folder holds, beside the published counts, and what is "
                     "missing or odd. Exit status 0 only when the data can be trained on.")
     parser.add_argument("--dataset", choices=READERS, default="cub200", help="which reader to use")
-    parser.add_argument("--source_path", default="./Datasets", metavar="DIR",
+    parser.add_argument("--source_path", type=os.path.expanduser, default="./Datasets",
+                        metavar="DIR",
                         help="as for main.py; default %(default)s")
     parser.add_argument("--quick", action="store_true",
                         help="do not read every image, only look that its file is there")
@@ -1632,7 +1635,7 @@ def main(argv=None):
             download(args.dataset, args.source_path)
         usable = check(args.dataset, args.source_path, args.quick)
     except (ValueError, OSError) as error:
-        print(f"not usable: {error}")
+        print(auxiliaries.printable(f"not usable: {error}"))
         usable = False
     return 0 if usable else 1
 

@@ -748,7 +748,7 @@ def train(opt, signals):
 def print_options(opt, names):
     """Prints the named options, one a line."""
     for name in sorted(names):
-        print(f"options  {name}: {words(getattr(opt, name))}")
+        print(auxiliaries.printable(f"options  {name}: {words(getattr(opt, name))}"))
 
 
 def telling_options(opt):
@@ -779,10 +779,10 @@ def print_header(opt, versions, found, evaluation_sets, trainer):
           + f", {auxiliaries.num_ranks()} processes" * (auxiliaries.num_ranks() > 1))
     counts = ", ".join(f"{name} {len(set(split.labels)):,} classes/{len(split.labels):,} images"
                        for name, split in found.splits.items())
-    print(f"data     {counts} ({found.layout})")
+    print(auxiliaries.printable(f"data     {counts} ({found.layout})"))
     subset = datasets.remark_on_subset(opt.dataset, found.splits)
     for remark in (*found.odd, *[subset] * bool(subset)):
-        print(f"         note: {remark}")
+        print(auxiliaries.printable(f"         note: {remark}"))
     for name, queries, gallery in evaluation_sets:
         lone = datasets.queries_without_match(queries, gallery)
         print(f"test     {name or 'recall'} over {len(queries) - lone:,} queries ({lone:,} "

@@ -1,5 +1,6 @@
 """The datasets: readers on tiny generated trees, whole and damaged; items; the dataset check."""
 
+import argparse
 import io
 import os
 import pickle
@@ -112,7 +113,6 @@ def cars196_release(source):
     return expect_halves("cars196/", made)
 
 
-def write_products(images, lists):
 def write_devkit(root, labels="devkit"):
     """The release for classification, all classes in both halves -> {class: [paths]}."""
     made = {name: [] for name in CARS}
@@ -146,6 +146,7 @@ def cars196_by_class(source):
     return expect_halves("car_data/car_data/", made)
 
 
+def write_products(images, lists):
     """Images by product type and the two lists, whose class ids have one and two digits."""
     expected = {}
     for split, ids in (("train", (8, 9, 10)), ("test", (11, 12))):
@@ -286,16 +287,16 @@ TREES = {
     "cars196-images": ("cars196", "cars196", cars196_images),
     "cars196-folders": ("cars196", "cars196", cars196_folders),
     "cars196-release": ("cars196", "cars196", cars196_release),
-    "products-reference": ("online_products", "online_products", online_products_reference),
     "cars196-devkit": ("cars196", "cars196", cars196_devkit),
     "cars196-torchvision": ("cars196", "stanford_cars", cars196_torchvision),
     "cars196-split-folders": ("cars196", "car_data", cars196_by_class),
+    "products-reference": ("online_products", "online_products", online_products_reference),
     "products-release": ("online_products", "Stanford_Online_Products", online_products_release),
     "products-info": ("online_products", "online_products", online_products_info_files),
     "in-shop-img": ("in-shop", "in-shop", in_shop_img),
     "in-shop-img-img": ("in-shop", "in-shop", in_shop_img_img),
-    "vehicle_id": ("vehicle_id", "vehicle_id", vehicle_id_lists),
     "in-shop-highres": ("in-shop", "in-shop", in_shop_highres),
+    "vehicle_id": ("vehicle_id", "vehicle_id", vehicle_id_lists),
     "tiny_imagenet": ("tiny_imagenet", "tiny_imagenet", tiny_imagenet_named),
     "tiny_imagenet-release": ("tiny_imagenet", "tiny-imagenet-200", tiny_imagenet_release),
     "folder-halves": ("folder", "", folder_halves),
@@ -407,20 +408,20 @@ def test_what_is_no_image_of_a_class_is_left_out_and_counted(dataset, folder, so
                       (".JPG", ".Png", ".jpeg", ".webp", ".jfif", ".ppm", ".pgm")]
         for path in made[name][:4]:
             write_image(root / path)
-    write_image(root / BIRDS[0] / ".hidden.jpg")
         Image.new("RGB", (6, 6)).save(root / made[name][4], "JPEG")
         Image.new("RGB", (6, 6)).save(root / made[name][5], "PPM")
         Image.new("L", (6, 6)).save(root / made[name][6], "PPM")
     write_image(root / BIRDS[1] / "deeper/image.jpg")
     made[BIRDS[1]].append(f"{BIRDS[1]}/deeper/image.jpg")
+    write_image(root / BIRDS[0] / ".hidden.jpg")
     write_image(root / "outside.jpg")
     write_image(root / ".thumbnails/small.jpg")
     write_image(root / BIRDS[1] / "deeper/still/image.jpg")
     (root / BIRDS[2] / "notes.txt").write_text("no image")
     (root / BIRDS[2] / "Thumbs.db").write_bytes(b"\0\1")
     (root / BIRDS[3] / "jpg").write_text("no suffix")
-    found = read(dataset, source)
     (root / BIRDS[3] / "more.TXT").write_text("no image")
+    found = read(dataset, source)
     prefix = f"{folder}/" if folder else ""
     expected = expect_halves(prefix, made)
     assert {s: sorted(items) for s, items in contents(found, source).items()} == {
@@ -1028,7 +1029,6 @@ def test_images_of_any_shape_give_items(shape, tmp_path):
         assert (image == torch.tensor([200, 60, 20]).view(3, 1, 1)).all()
 
 
-def test_test_items_are_the_same_each_time(photographs):
 @pytest.mark.parametrize("shape", [(32, 32), (32, 32, 3)])
 def test_a_split_may_be_an_array_of_images(shape):
     images = np.random.default_rng(0).integers(0, 256, (6, *shape), dtype=np.uint8)
@@ -1041,6 +1041,7 @@ def test_a_split_may_be_an_array_of_images(shape):
     assert train[3][0].shape == (3, 28, 28) and train[3][1] == 1
 
 
+def test_test_items_are_the_same_each_time(photographs):
     dataset = datasets.ImageDataset(photographs, datasets.transforms("folder", 16)[1])
     assert len(dataset) == 6 and [label for _, label in dataset] == photographs.labels
     first = [dataset[i][0] for i in range(6)]
@@ -1233,7 +1234,6 @@ def test_images_of_every_mode_become_rgb(name, tmp_path):
         assert (item.int() - torch.tensor(colour).view(3, 1, 1)).abs().max() <= 2
 
 
-def break_image(path, kind):
 @pytest.mark.parametrize("value, dtype", [(-1, np.float32), (np.nan, np.float32),
                                           (np.inf, np.float32), (-5, np.int32)])
 def test_values_that_have_no_black_are_refused(value, dtype, tmp_path):
@@ -1255,6 +1255,7 @@ def test_images_are_read_up_to_the_size_that_pil_refuses(tmp_path, monkeypatch):
         datasets.read_image(str(tmp_path / "15.png"))
 
 
+def break_image(path, kind):
     """An image file that cannot be read."""
     noise(path.with_suffix(".good.jpg"))
     whole = path.with_suffix(".good.jpg").read_bytes()
@@ -2016,3 +2017,36 @@ def test_check_prints_names_that_the_output_cannot_show(encoding, source, monkey
 def test_check_of_glyphs(capsys):
     code, output = checked(capsys, "glyphs", "nowhere")
     assert code == 0 and "published" not in output and "subset" not in output
+
+
+RAW = "\x1b[31mred\n\x07"  # a name that would colour, break and ring
+SHOWN = "\\x1b[31mred\\n\\x07"
+
+
+def test_names_never_reach_the_terminal_raw(source, capsys):
+    write_classes(source, [RAW, "b", "c", f"{RAW}z"])
+    (source / f"{RAW}empty").mkdir()
+    (source / RAW / f"broken{RAW}.jpg").write_text("no image")
+    (source / RAW / f"text.{RAW}").write_text("no image")
+    code, output = checked(capsys, "folder", source)
+    assert code == 1 and "\x1b" not in output and "\x07" not in output
+    lines = output.splitlines()
+    assert sum("smallest class" in line and SHOWN in line for line in lines) == 1
+    for words in (f"broken{SHOWN}.jpg: not an image", f"e.g. {SHOWN}empty", f"1 .{SHOWN}"):
+        assert sum(words in line for line in lines) == 1
+    given = str(source / f"{RAW}empty")
+    code, output = checked(capsys, "folder", given)
+    assert code == 1 and "\x1b" not in output and SHOWN in output.splitlines()[0]
+    code = datasets.main(["--dataset", "cars196", "--source_path", given, "--download"])
+    output = capsys.readouterr().out
+    assert "\x1b" not in output and SHOWN in output
+
+
+def test_the_source_path_is_expanded(source, capsys, monkeypatch):
+    write_classes(source / "data", BIRDS)
+    monkeypatch.setenv("HOME", str(source))
+    assert datasets.main(["--dataset", "folder", "--source_path=~/data"]) == 0
+    assert f"class folders in {source}/data" in capsys.readouterr().out
+    parser = argparse.ArgumentParser()
+    datasets.add_arguments(parser)
+    assert parser.parse_args(["--source_path=~/data"]).source_path == f"{source}/data"

@@ -1124,6 +1124,25 @@ def test_test_classes_of_one_image_leave_nothing_to_retrieve(small, tmp_path, ca
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("name", ["d\udcff\udcfe", "\x1b[31mred\n"])
+def test_a_path_that_is_no_text_works_to_the_end(name, small, tree, tmp_path, capsys):
+    data = tmp_path / name
+    try:
+        shutil.copytree(tree, data)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    (data / "class_0" / f"left{name}.x").touch()
+    options = [*small, "--source_path", str(data), "--save_path", str(tmp_path / f"runs{name}"),
+               "--plot_embeddings", "pca", "--save_embeddings"]
+    folder = main.main(options)
+    assert main.main([*options, "--resume", "--n_epochs", "2"]) == folder
+    assert len(rows(folder, "log_train_Base.csv")) == 2
+    lines = [line for line in capsys.readouterr().out.splitlines()
+             if line.startswith(("data ", "         note"))]
+    shown = repr(name)[1:-1]
+    assert len(lines) == 4 and all(shown in line and "\x1b" not in line for line in lines)
+
+
 def test_fewer_than_two_classes(small, tmp_path, capsys):
     one = make_tree(tmp_path / "one", classes=3)
     assert "two or more" in error_of([*small, "--source_path", str(one)], capsys)
