@@ -53,10 +53,10 @@ def add_arguments(parser):
                             "others are. Default %(default)s, as in the reference runs")
     group.add_argument("--form", choices=samplers.FORMS, default="paper",
                        help="which of its two forms a loss or a sampling has: reference is what "
-                            "the code of Roth et al. 2020 computes, for arcface, angular, "
-                            "histogram, lifted, npair, quadruplet, softtriple and random "
-                            "sampling; the docstrings say what differs. All others have one form. "
-                            "Default %(default)s; recipes of the reference runs set it")
+                            "the code of Roth et al. 2020 computes, for angular, arcface, "
+                            "histogram, lifted, marginloss, multisimilarity, npair, quadruplet, "
+                            "softtriple and random sampling; the docstrings say what differs. All "
+                            "others have one form. Default %(default)s; the rev- recipes set it")
     group.add_argument("--margin", type=float, default=0.2, metavar="M",
                        help="triplet: margin between squared distances; marginloss: half-width "
                             "around beta in plain distance, both on the unit sphere (distances 0 "
@@ -537,8 +537,10 @@ class MarginLoss(Loss):
     distance and beta that of the anchor's class, plus nu times the sum of the tuples' betas, all
     divided by the number of terms above zero, as in the authors' code; 0 without one.
     num_classes: how many betas; beta: their first value; beta_constant: they are not learned.
-    embeddings [B, D] unit-norm rows, labels [B] below num_classes. Departs from the paper: beta
-    has a part for the class alone, neither a global nor an image's own, as in the reference code.
+    embeddings [B, D] unit-norm rows, labels [B] below num_classes. form reference: divided by the
+    number of triplets with a term above zero, as in the code of Roth et al. 2020. Departs from the
+    paper: beta has a part for the class alone, neither a global nor an image's own, as in the
+    reference code.
     """
 
     unit_norm = True
@@ -546,14 +548,15 @@ class MarginLoss(Loss):
     min_samples_per_class, max_samples_per_class = 2, sys.maxsize
 
     def __init__(self, num_classes, margin=0.2, beta=1.2, beta_constant=False, nu=0.0,
-                 sampling="distance", **sampling_options):
+                 sampling="distance", form="paper", **sampling_options):
         super().__init__()
         check_range(least=0, margin=margin, nu=nu, beta=beta)
+        self.form = check_form(form)
         self.num_classes = num_classes
         self.margin = margin
         self.nu = nu
         self.sampler = make_sampler(self, sampling, margin=margin, squared=False,
-                                    **sampling_options)
+                                    form=form, **sampling_options)
         betas = torch.full((num_classes,), float(beta))
         if beta_constant:
             self.register_buffer("beta", betas)
@@ -576,7 +579,8 @@ class MarginLoss(Loss):
         loss = terms.sum()
         if self.nu:
             loss = loss + self.nu * (beta * (valid & (active > 0))).sum()
-        return loss / active.clamp_min(1)
+        number = active if self.form == "paper" else (terms > 0).any(0).sum()
+        return loss / number.clamp_min(1)
 
 
 class NPairLoss(Loss):
@@ -803,7 +807,8 @@ class MultiSimilarityLoss(Loss):
     2019, eq. 15: the mean over all images of the batch, s cosine similarities, sums over the pairs
     that the sampling multisimilarity (eq. 7 and 8) leaves. multisimilarity_alpha: a,
     multisimilarity_beta: b, multisimilarity_lambda: l, a cosine. sampling none takes all pairs.
-    embeddings [B, D] (normalised here), labels [B].
+    embeddings [B, D] (normalised here), labels [B]. form reference: the mean over the images with
+    pairs left, as in the code of Roth et al. 2020.
     """
 
     unit_norm = True
@@ -812,7 +817,8 @@ class MultiSimilarityLoss(Loss):
     min_samples_per_class, max_samples_per_class = 2, sys.maxsize
 
     def __init__(self, multisimilarity_alpha=2.0, multisimilarity_beta=50.0,
-                 multisimilarity_lambda=1.0, sampling="multisimilarity", **sampling_options):
+                 multisimilarity_lambda=1.0, sampling="multisimilarity", form="paper",
+                 **sampling_options):
         super().__init__()
         check_range(above=0, multisimilarity_alpha=multisimilarity_alpha,
                     multisimilarity_beta=multisimilarity_beta)
@@ -820,7 +826,8 @@ class MultiSimilarityLoss(Loss):
         self.alpha = multisimilarity_alpha
         self.beta = multisimilarity_beta
         self.threshold = multisimilarity_lambda
-        self.sampler = make_sampler(self, sampling, **sampling_options)
+        self.form = check_form(form)
+        self.sampler = make_sampler(self, sampling, form=form, **sampling_options)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
@@ -828,6 +835,8 @@ class MultiSimilarityLoss(Loss):
         beyond = cosine_matrix(embeddings) - self.threshold                      # [B, B]
         losses = (log1p_sum_exp(-self.alpha * beyond, positive) / self.alpha
                   + log1p_sum_exp(self.beta * beyond, negative) / self.beta)     # [B]
+        if self.form == "reference":
+            return mean_where(losses, (positive | negative).any(1))
         return losses.sum() / max(1, len(losses))
 
 

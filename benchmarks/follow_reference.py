@@ -239,7 +239,7 @@ class Theirs:
     """Their run of a recipe, from the weights of ours."""
 
     def __init__(self, repository, opt, ours):
-        self.remark = ""
+        self.remark, opt = "", argparse.Namespace(**vars(opt))
         try:
             self.network, self.criterion, groups = repository.build(opt)
         except AttributeError as error:  # an option that their parser does not give

@@ -62,7 +62,7 @@ def triplet_oracle(loss, embeddings, labels, tuples):
 def margin_oracle(loss, embeddings, labels, tuples):
     """(sum [|a - p| - beta + margin]+ + [beta - |a - n| + margin]+ + nu beta) / (terms > 0)
 
-    0 where no term is above 0.
+    0 where no term is above 0. The reference divides by the rows with a term > 0.
     """
     terms, betas = [], []
     for a, p, n in tuples:
@@ -71,6 +71,9 @@ def margin_oracle(loss, embeddings, labels, tuples):
         terms.append((beta - (embeddings[a] - embeddings[n]).norm() + loss.margin).clamp(min=0))
         betas.append(beta)
     active = sum(term.item() > 0 for term in terms)
+    if loss.given["form"] == "reference":
+        active = sum(first.item() > 0 or second.item() > 0
+                     for first, second in zip(terms[::2], terms[1::2]))
     return (sum(terms) + loss.nu * sum(betas) * (active > 0)) / max(active, 1)
 
 
@@ -194,11 +197,16 @@ def lifted_oracle(loss, embeddings, labels, tuples=None):
 
 
 def multisimilarity_oracle(loss, embeddings, labels, tuples=None):
-    """1/B sum log(1 + sum_p e^(-a (s - l))) / a + log(1 + sum_n e^(b (s - l))) / b"""
+    """1/B sum log(1 + sum_p e^(-a (s - l))) / a + log(1 + sum_n e^(b (s - l))) / b
+
+    The reference's mean is over the images that have a pair.
+    """
     alpha, beta, threshold = (loss.given["multisimilarity_" + name]
                               for name in ("alpha", "beta", "lambda"))
     terms = []
     for a, (positives, negatives) in enumerate(pair_sets(labels, tuples)):
+        if loss.given["form"] == "reference" and not positives and not negatives:
+            continue
         pull = sum(torch.exp(-alpha * (cosine(embeddings[a], embeddings[p]) - threshold))
                    for p in positives)
         push = sum(torch.exp(beta * (cosine(embeddings[a], embeddings[n]) - threshold))
@@ -525,6 +533,7 @@ VARIANTS = {
     "triplet-cutoff": (TripletLoss, {"distance_cutoff": 1.2}),
     "triplet-multisimilarity": (TripletLoss, {"sampling": "multisimilarity"}),
     "margin": (MarginLoss, {}),
+    "margin-reference": (MarginLoss, {"beta": 0.9, "margin": 0.4, "form": "reference"}),
     "margin-nu": (MarginLoss, {"nu": 0.3, "beta": 0.9, "margin": 0.4}),
     "margin-constant": (MarginLoss, {"beta_constant": True, "nu": 0.1, "sampling": "random"}),
     "margin-facenet": (MarginLoss, {"sampling": "facenet", "beta": 1.0}),
@@ -555,6 +564,8 @@ VARIANTS = {
     "lifted-softhard": (LiftedLoss, {"sampling": "softhard"}),
     "lifted-reference": (LiftedLoss, {"lifted_l2": 0.05, "form": "reference"}),
     "multisimilarity": (MultiSimilarityLoss, {}),
+    "multisimilarity-reference": (MultiSimilarityLoss, {
+        "mining_epsilon": 0.0, "form": "reference"}),
     "multisimilarity-none": (MultiSimilarityLoss, {
         "multisimilarity_alpha": 5.0, "multisimilarity_beta": 9.0, "multisimilarity_lambda": 0.4,
         "sampling": "none"}),
