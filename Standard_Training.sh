@@ -44,17 +44,17 @@ python main.py --recipe vehicle_id/npair
 python main.py --recipe tiny_imagenet/triplet-multisimilarity
 python main.py --recipe tiny_imagenet/arcface-multisimilarity
 
-# ---- GoogLeNet, 512 dimensions, the same schedules: no reference
+# ---- GoogLeNet, 512 dimensions: no published results
 python main.py --recipe cub200/googlenet-margin-distance
-python main.py --recipe cub200/googlenet-triplet-softhard
+python main.py --recipe cub200/googlenet-triplet-semihard
 python main.py --recipe cub200/googlenet-npair
 python main.py --recipe cub200/googlenet-proxynca
 python main.py --recipe cars196/googlenet-margin-distance
-python main.py --recipe cars196/googlenet-triplet-softhard
+python main.py --recipe cars196/googlenet-triplet-semihard
 python main.py --recipe cars196/googlenet-npair
 python main.py --recipe cars196/googlenet-proxynca
 python main.py --recipe online_products/googlenet-margin-distance
-python main.py --recipe online_products/googlenet-triplet-softhard
+python main.py --recipe online_products/googlenet-triplet-semihard
 python main.py --recipe online_products/googlenet-npair
 python main.py --recipe in-shop/googlenet-margin-distance
 python main.py --recipe in-shop/googlenet-triplet-semihard

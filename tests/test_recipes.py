@@ -153,6 +153,56 @@ def test_the_table_has_the_references_rows():
     assert {"online_products/proxynca", "in-shop/proxynca"} <= set(NAMES) - published
 
 
+# Epochs, tau, of the reference's script for GoogLeNet.
+GOOGLENET = """
+cub200/googlenet-margin-distance 60 10 20 30 40 50
+cub200/googlenet-triplet-semihard 70 15 40 60
+cub200/googlenet-npair 150 100
+cub200/googlenet-proxynca 25 7 17
+cars196/googlenet-margin-distance 70 30 50
+cars196/googlenet-triplet-semihard 70 30 50
+cars196/googlenet-npair 85 40 65
+cars196/googlenet-proxynca 40 20 30
+online_products/googlenet-margin-distance 20 2 6
+online_products/googlenet-triplet-semihard 40 10
+online_products/googlenet-npair 20 2 6
+"""
+
+
+def test_googlenets_recipes_are_the_lines_of_the_references_script():
+    lines = {name: [int(number) for number in numbers] for name, *numbers in (
+        line.split() for line in GOOGLENET.strip().splitlines())}
+    lines |= {f"{dataset}/googlenet-{loss}": [40, 25] for dataset in ("in-shop", "vehicle_id")
+              for loss in ("margin-distance", "triplet-semihard", "npair")}
+    assert set(lines) == {name for name in NAMES if "googlenet" in name}
+    for name, (n_epochs, *tau) in lines.items():
+        opt = main.parse_options(["--recipe", name])
+        assert (opt.n_epochs, opt.tau, opt.lr, opt.embed_dim) == (n_epochs, tau, 1e-4, 512)
+
+
+def test_sources_name_a_file_of_the_authors_for_each_option_and_assume_nothing():
+    for name, recipe in auxiliaries.read_recipes().items():
+        opt = main.parse_options(["--recipe", name])
+        dataset, _, run = name.partition("/")
+        assert "assumed" not in recipe.source, name
+        if dataset in ("glyphs", "tiny_imagenet"):
+            continue
+        later = run.startswith("rev-")
+        repository, rest = (("Revisiting_Deep_Metric_Learning_PyTorch", "parameters.py") if later
+                            else ("Deep-Metric-Learning-Baselines", "Standard_Training.py"))
+        files = recipe.source.split(f"Confusezius/{repository}: ")[1].split(". Differs: ")[0]
+        *files, others = files.split("; ")
+        assert others == f"the rest {rest}"
+        named = [word for part in files for word in part.split() if word.startswith("--")]
+        assert set(named) <= set(recipe.options) and len(named) == len(set(named)), name
+        assert all(re.search(r" \S+\.(py|sh|md|txt)", part) for part in files), name
+        assert {"--loss", "--n_epochs", "--image_size", "--batchnorm"} <= set(named)
+        assert ("--form" in named) == (opt.form == "reference")
+        assert opt.batch_draw == ("replacement" if later else "distinct" if opt.loss == "proxynca"
+                                  else "spaced_replacement")
+        assert opt.samples_per_class == (2 if later else 1 if opt.loss == "proxynca" else 4)
+
+
 def test_the_check_without_data_is_the_programs_defaults_written_out():
     for name, flags in (("margin", []), ("crossentropy", ["--loss", "crossentropy"])):
         recipe = main.parse_options(["--recipe", f"glyphs/{name}"])
