@@ -92,9 +92,11 @@ def add_arguments(parser):
                             "%(default)s (paper)")
     group.add_argument("--loss_lr", type=float, default=None, metavar="LR",
                        help="learning rate of a loss's own weights, classifier or proxies, where "
-                            "no flag above names it. Default --lr, as in the reference code; 100 "
-                            "times that for proxyanchor, proxynca++ and softtriple, as in their "
-                            "authors' code; glyphs 1e-2")
+                            "no flag above names it; too low and they stay at random places; "
+                            "useful 1 to 1000 times --lr. Default --lr for crossentropy (Roth and "
+                            "Brattoli 2019), 50 times that for arcface (Roth et al. 2020), "
+                            "cosface, sphereface and normsoftmax, 100 times for proxyanchor and "
+                            "softtriple (their authors' code) and proxynca++; glyphs 1e-2")
     number("contrastive_margin", 1.0, "contrastive: distance that pairs of two classes keep; "
            "unit-norm rows lie 0 to 2 apart; useful 0.3 to 1.4. Default %(default)s (Rev. "
            "Training Strategies)")
@@ -454,9 +456,14 @@ def mean_where(values, mask):
     return torch.where(mask, values, 0).sum() / mask.sum().clamp_min(1)
 
 
-def xavier_weights(num_classes, embed_dim):
-    """Class weights [C, D] as the authors of ArcFace start them."""
-    return torch.nn.Parameter(torch.nn.init.xavier_uniform_(torch.empty(num_classes, embed_dim)))
+def class_weights(num_classes, embed_dim, length=3 ** -0.5):
+    """Class weights [C, D], uniform around 0, of this length in the root mean square.
+
+    What is learned is their direction, which a step of Adam turns by about lr sqrt(D) / length. By
+    default they start as torch.nn.Linear's, as in the code of Zhai and Wu and of Roth et al. 2020.
+    """
+    bound = length * (3 / embed_dim) ** 0.5
+    return torch.nn.Parameter(torch.empty(num_classes, embed_dim).uniform_(-bound, bound))
 
 
 def unit_weights(weights, embeddings):
@@ -688,6 +695,7 @@ class ArcFaceLoss(Loss):
     unit_norm = True
     samplings = ("none", *TRIPLET_SAMPLINGS)
     min_samples_per_class, max_samples_per_class = 1, sys.maxsize
+    lr_factor = 50  # Roth et al. 2020, 5e-4 beside 1e-5
 
     def __init__(self, num_classes, embed_dim, arcface_scale=64.0, arcface_margin=0.5,
                  sampling="none", form="paper", **sampling_options):
@@ -699,7 +707,7 @@ class ArcFaceLoss(Loss):
         self.margin = arcface_margin
         self.form = check_form(form)
         self.sampler = make_sampler(self, sampling, form=form, **sampling_options)
-        self.weight = xavier_weights(num_classes, embed_dim)
+        self.weight = class_weights(num_classes, embed_dim)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
@@ -1346,13 +1354,14 @@ class NormSoftmaxLoss(Loss):
     unit_norm = True
     samplings = ()
     min_samples_per_class, max_samples_per_class = 1, sys.maxsize
+    lr_factor = 50  # Roth et al. 2020 have 1 on CUB and Cars, 200 on Online Products
 
     def __init__(self, num_classes, embed_dim, normsoftmax_temperature=0.05):
         super().__init__()
         check_range(above=0, normsoftmax_temperature=normsoftmax_temperature)
         self.num_classes = num_classes
         self.temperature = normsoftmax_temperature
-        self.weight = xavier_weights(num_classes, embed_dim)
+        self.weight = class_weights(num_classes, embed_dim)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
@@ -1373,6 +1382,7 @@ class CosFaceLoss(Loss):
     unit_norm = True
     samplings = ()
     min_samples_per_class, max_samples_per_class = 1, sys.maxsize
+    lr_factor = 50  # as ArcFace's
 
     def __init__(self, num_classes, embed_dim, cosface_scale=64.0, cosface_margin=0.35):
         super().__init__()
@@ -1381,7 +1391,7 @@ class CosFaceLoss(Loss):
         self.num_classes = num_classes
         self.scale = cosface_scale
         self.margin = cosface_margin
-        self.weight = xavier_weights(num_classes, embed_dim)
+        self.weight = class_weights(num_classes, embed_dim)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
@@ -1408,6 +1418,7 @@ class SphereFaceLoss(Loss):
     unit_norm = True
     samplings = ()
     min_samples_per_class, max_samples_per_class = 1, sys.maxsize
+    lr_factor = 50  # as ArcFace's
 
     def __init__(self, num_classes, embed_dim, sphereface_margin=4, sphereface_lambda=5.0,
                  sphereface_scale=64.0):
@@ -1421,7 +1432,7 @@ class SphereFaceLoss(Loss):
         self.margin = int(sphereface_margin)
         self.least = sphereface_lambda
         self.scale = sphereface_scale
-        self.weight = xavier_weights(num_classes, embed_dim)
+        self.weight = class_weights(num_classes, embed_dim, length=1)  # authors' code
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     @full_precision
@@ -1478,7 +1489,8 @@ class SoftTripleLoss(Loss):
         self.tau = softtriple_tau
         self.form = check_form(form)
         self.centers = torch.nn.Parameter(torch.empty(num_classes, softtriple_centers, embed_dim))
-        torch.nn.init.kaiming_uniform_(self.centers.view(-1, embed_dim), a=math.sqrt(5))
+        bound = (num_classes * softtriple_centers) ** -0.5  # authors' code
+        torch.nn.init.uniform_(self.centers, -bound, bound)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):

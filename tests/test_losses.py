@@ -2397,7 +2397,21 @@ def test_which_losses_want_raw_embeddings_or_faster_weights():
     assert raw == {"npair", "lifted", "angular"}
     fast = {name: loss_class.lr_factor for name, (loss_class, _) in LOSSES.items()
             if hasattr(loss_class, "lr_factor")}
-    assert fast == {"proxyanchor": 100, "proxynca++": 100, "softtriple": 100}
+    assert fast == {"proxyanchor": 100, "proxynca++": 100, "softtriple": 100, "arcface": 50,
+                    "cosface": 50, "sphereface": 50, "normsoftmax": 50}
+
+
+@pytest.mark.parametrize("name, length", [("arcface", 3 ** -0.5), ("cosface", 3 ** -0.5),
+                                          ("normsoftmax", 3 ** -0.5), ("sphereface", 1),
+                                          ("softtriple", (128 / 3000) ** 0.5)])
+def test_own_weights_start_at_the_lengths_of_the_authors_code(name, length):
+    """In the root mean square, 100 classes in 128 dimensions: from -b to b it is b sqrt(D / 3).
+
+    b is 1 / sqrt(D) of torch.nn.Linear; sqrt(3 / D) of Caffe's xavier, which SphereFace has; and
+    1 / sqrt(C K) for SoftTriple's ten centres.
+    """
+    weight, = make(LOSSES[name][0], 100, 128).parameters()
+    assert weight.square().sum(-1).mean().sqrt().item() == pytest.approx(length, rel=0.02)
 
 
 def test_samplers_get_the_margin_and_the_distance_of_the_loss():

@@ -918,6 +918,12 @@ def test_defaults_are_those_of_the_reference():
     assert opt.batchnorm == "frozen" and not opt.not_pretrained
 
 
+def test_class_weights_learn_at_a_rate_of_the_literature_by_default():
+    """ArcFace's of Roth et al. 2020: fifty times the network's 1e-5, which hardly turns them."""
+    assert main.parse_options(["--dataset", "cub200", "--loss", "arcface"]).loss_lr == 5e-4
+    assert main.parse_options(["--loss", "crossentropy"]).loss_lr == 1e-5
+
+
 @pytest.mark.parametrize("options,expected", [
     (["--arch", "googlenet"], dict(embed_dim=512, image_size=227)),
     (["--arch", "googlenet", "--embed_dim", "64"], dict(embed_dim=64)),
