@@ -33,7 +33,7 @@ import losses
 
 # These get all sizes and dimensions. Of ours: the options that are not the default.
 MAIN = ("marginloss", "triplet", "npair", "proxynca", "multisimilarity", "proxyanchor")
-OURS = {"triplet": {"sampling": "semihard"}, "contrastive": {"contrastive_linear": True}}
+OURS = {"triplet": {"sampling": "facenet"}, "contrastive": {"contrastive_linear": True}}
 PAIR, MOST_SECONDS = ("ours", "theirs"), 10
 # Of pytorch-metric-learning: the names that differ, and the options that are not its default.
 NAMES = {"triplet": "TripletMarginLoss", "npair": "NPairsLoss", "proxynca++": "ProxyNCALoss",
