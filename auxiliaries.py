@@ -12,7 +12,9 @@ import contextlib
 import csv
 import datetime
 import difflib
+import errno
 import itertools
+import linecache
 import os
 import pickle
 import platform
@@ -25,9 +27,14 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import typing
 import zipfile
 from xml.sax import saxutils
+
+if __name__ == "__main__":  # Ctrl-C while torch is being loaded, which bears no exception
+    signal.signal(signal.SIGINT, lambda *_: os._exit(
+        print("auxiliaries.py: stopped by SIGINT", file=sys.stderr) or 130))
 
 import numpy as np
 import torch
@@ -89,6 +96,105 @@ def add_arguments(parser):
     group.add_argument("--deterministic", action="store_true",
                        help="on a GPU: only algorithms that give the same bits each time, some of "
                             "them slower. On the CPU a seed gives the same bits anyway")
+
+
+# ---- command lines and their errors
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes whole names of flags only; ends on a mistyped one with a line that has the nearest."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, allow_abbrev=False, **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:  # a subcommand's parser knows the nearest of its flags
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
+
+    def error(self, message):
+        near = []
+        wrong = re.match("(?:argument (\\S+): invalid choice|unrecognized arguments): "
+                         "'?([^\\s'=]+)", message)
+        if wrong:
+            names = [name for action in self._actions for name in (
+                action.option_strings if not wrong[1] else map(str, action.choices or ())
+                if wrong[1] in (*action.option_strings, action.dest) else ())]
+            near = difflib.get_close_matches(wrong[2], names, n=1)
+        self.exit(2, f"{self.prog}: error: {message}; "
+                     + "".join(f"did you mean {name}? " for name in near) + "--help lists all\n")
+
+
+@contextlib.contextmanager
+def one_message(program):
+    """Ends a program with one line on stderr where it raises an error on purpose or is stopped.
+
+    Any other error keeps its traceback; one of a loading process shows that process's. Nothing is
+    said where the reader of the output has gone, as in `| head`.
+    """
+    if hasattr(sys.stdout, "reconfigure"):  # paths need not be valid text
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        traceback.clear_frames(stopped.__traceback__)  # loading processes end with their loaders
+        number = signal.Signals(stopped.args[0] if stopped.args else signal.SIGINT)
+        print(f"{program}: stopped by {number.name}{getattr(stopped, 'advice', '')}",
+              file=sys.stderr)
+        raise SystemExit(128 + number) from None
+    except Exception as error:
+        sentence, original = sentence_of(error), of_another_process(error)
+        if isinstance(error, BrokenPipeError) and not original:
+            raise SystemExit(128 + 13) from None  # as SIGPIPE, which Windows has not
+        if sentence:
+            raise SystemExit(f"{program}: error: {printable(sentence)}") from error
+        if original:
+            raise SystemExit(f"{program}: error in another process\n{original}") from error
+        raise
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # Python would try again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def of_another_process(error):
+    """The traceback and message of an error that another process hands over as text; or ""."""
+    text = re.match(r"Caught \w+ in [\w ]+\.\nOriginal (.*)", str(error), re.DOTALL)
+    return text[1].rstrip() if text else ""
+
+
+def raised_on_purpose(error):
+    """Whether a raise statement of one of the files in this file's folder raised the error."""
+    frames = (re.findall(r'^  File "(.+)", line (\d+), in ', of_another_process(error), re.M)
+              or [frame[:2] for frame in traceback.extract_tb(error.__traceback__)])
+    path, line = frames[-1]
+    return (os.path.realpath(os.path.dirname(path)) == os.path.dirname(os.path.realpath(__file__))
+            and linecache.getline(path, int(line)).split()[:1] == ["raise"])
+
+
+def sentence_of(error):
+    """What to say of an error that is no slip in the code, with what helps; None of any other."""
+    text = str(error) or type(error).__name__
+    if raised_on_purpose(error):
+        original = of_another_process(error)
+        if original:  # the first line behind the last frame, and on: "ValueError: ..."
+            text = re.search(r"\n(\S.*)", original[original.rindex("\n  File "):], re.DOTALL)[1]
+            text = text.partition(": ")[2] or text
+        return text
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS,
+                                                      errno.ENOSPC, errno.EIO):
+        return text
+    remedy = ("try a smaller --bs" if isinstance(error, torch.OutOfMemoryError) else
+              "leave out --compile, or give it the compiler that it needs"
+              if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")) else
+              "leave out --deterministic, or take another --arch or --loss"
+              if re.match(r"[\w:.]+ does not have a deterministic implementation", text) else
+              "often memory, or shared memory, is short: fewer --kernels need less"
+              if re.match(r"DataLoader worker \(pid", text) else "")
+    return (f"{one_line(text, 1000)}: {remedy}" if remedy and isinstance(error, RuntimeError) else
+            None)
 
 
 # ---- files
@@ -783,15 +889,18 @@ def from_first(function):
     """
     if num_ranks() == 1:
         return function()
-    box = [None, None]
+    box, failed = [None, None], None
     if rank() == 0:
         try:
             box[0] = function()
         except Exception as error:
-            box[1] = error
+            failed = error
+            box[1] = error if raised_on_purpose(error) else RuntimeError(
+                f"Caught {type(error).__name__} in the first process.\n"
+                f"Original {traceback.format_exc()}")  # as loading processes say it
     torch.distributed.broadcast_object_list(box, src=0)
     if box[1] is not None:
-        raise box[1]
+        raise failed or box[1]
     return box[0]
 
 
@@ -1132,17 +1241,9 @@ def one_line(value, most=200):
     return text if len(text) <= most else f"{text[:most]}..."
 
 
-def last_line(error):
-    """An error's message in one line; a loading process wraps ours in its own traceback."""
-    text = str(error).strip()
-    if "Original Traceback" in text:
-        text = re.sub(r"^[\w.]*(Error|Exception): ", "", text.splitlines()[-1])
-    return printable(text) or type(error).__name__
-
-
 def main(argv=None):
     """python auxiliaries.py: tables of finished runs, and curves of several in one picture."""
-    parser = argparse.ArgumentParser(description="Looks back on runs.")
+    parser = Parser(prog="auxiliaries.py", description="Looks back on runs.")
     commands = parser.add_subparsers(dest="command", required=True)
     table = commands.add_parser("table", help="tables of all runs below a folder, one a dataset, "
                                               "with published values beside the measured ones")
@@ -1154,19 +1255,16 @@ def main(argv=None):
                                                  "options in which they differ")
     curves.add_argument("runs", nargs="+", help="run folders")
     curves.add_argument("--out", default="compare.svg", help="default %(default)s")
-    args = parser.parse_args(argv)
-    if hasattr(sys.stdout, "reconfigure"):  # paths need not be valid text
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
+    with one_message("auxiliaries.py"):
+        args = parser.parse_args(argv)
         if args.command == "table":
             print_tables(args.root, args.format)
             return
         for name, values in compare(args.runs, args.out).items():
             print(f"{name}: {' | '.join(values)}")
         print(f"curves in {args.out}")
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"auxiliaries.py: error: {error}") from error
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

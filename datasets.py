@@ -8,7 +8,6 @@ where there are any, its published counts and where it is had from (ARCHIVES or 
 batches are composed: samplers.py.
 """
 
-import argparse
 import collections
 import concurrent.futures
 import contextlib
@@ -23,6 +22,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import stat
 import struct
 import sys
@@ -35,6 +35,10 @@ import warnings
 import zipfile
 import zlib
 from typing import NamedTuple
+
+if __name__ == "__main__":  # Ctrl-C while torch is being loaded, which bears no exception
+    signal.signal(signal.SIGINT, lambda *_: os._exit(
+        print("datasets.py: stopped by SIGINT", file=sys.stderr) or 130))
 
 import numpy as np
 import torch
@@ -1443,6 +1447,8 @@ def download(dataset, source):
         print(f"{dataset} is there already: nothing is downloaded (move it away to get it anew)")
         return
     except (ValueError, OSError) as error:
+        if not auxiliaries.raised_on_purpose(error):
+            raise
         missing = error
     target = os.path.join(source, dataset)
     if dataset not in ARCHIVES:
@@ -1613,7 +1619,8 @@ def members(path):
 
 def main(argv=None):
     """python datasets.py: download and check; exits with 0 only when the data is usable."""
-    parser = argparse.ArgumentParser(
+    parser = auxiliaries.Parser(
+        prog="datasets.py",
         description="Says what a dataset folder holds, beside the published counts, and what is "
                     "missing or odd. Exit status 0 only when the data can be trained on.")
     parser.add_argument("--dataset", choices=READERS, default="cub200", help="which reader to use")
@@ -1627,18 +1634,13 @@ def main(argv=None):
                              f"{', '.join(ARCHIVES)}; for the others it says where to ask. A "
                              "download that was stopped goes on, and an archive that lies in "
                              "--source_path is used")
-    args = parser.parse_args(argv)
-    if hasattr(sys.stdout, "reconfigure"):  # file names need not be valid text
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
+    with auxiliaries.one_message("datasets.py"):
+        args = parser.parse_args(argv)
         if args.download:
             download(args.dataset, args.source_path)
-        usable = check(args.dataset, args.source_path, args.quick)
-    except (ValueError, OSError) as error:
-        print(auxiliaries.printable(f"not usable: {error}"))
-        usable = False
-    return 0 if usable else 1
+        return 0 if check(args.dataset, args.source_path, args.quick) else 1
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -7,14 +7,19 @@ python evaluate.py embeddings.npz. A new metric is a function, a name in METRICS
 evaluate_embeddings. Choosing the best epoch, saving and plotting its course is the caller's.
 """
 
-import argparse
 import concurrent.futures
 import contextlib
 import functools
 import json
 import math
+import os
+import signal
 import sys
 import threading
+
+if __name__ == "__main__":  # Ctrl-C while torch is being loaded, which bears no exception
+    signal.signal(signal.SIGINT, lambda *_: os._exit(
+        print("evaluate.py: stopped by SIGINT", file=sys.stderr) or 130))
 
 import numpy as np
 import torch
@@ -1267,6 +1272,8 @@ def score_files(args):
     check_embeddings(rows[0], labels[0], *gallery)
     (seed,), (average,), (protocol,) = (setting("seed", 1), setting("nmi_average", "arithmetic"),
                                         setting("vehicle_protocol", "all_vs_all"))
+    if not 0 <= seed < 2 ** 32:
+        raise ValueError(f"--seed {seed}: a seed is from 0 to {2 ** 32 - 1}")
     metrics = METRICS if "all" in setting("metrics") else setting("metrics", *DEFAULT_METRICS)
     random = protocol == "random_gallery"
     if random and args.gallery:
@@ -1314,7 +1321,8 @@ def memory_bytes(gib, device):
 
 def main(argv=None):
     """Scores files of embeddings [N, D]; prints a table, or JSON; one message on bad input."""
-    parser = argparse.ArgumentParser(
+    parser = auxiliaries.Parser(
+        prog="evaluate.py",
         description="Scores embeddings from any model, saved as arrays embeddings [N, D] and "
                     "labels [N] (numbers or strings) in an npz file. What is not given is as in "
                     "the run that saved the file; where none did, as the defaults below say.")
@@ -1332,20 +1340,27 @@ def main(argv=None):
                         help="CUDA device, -1 for the CPU. Default: as the run that saved the "
                              "file, else the CPU")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    args = parser.parse_args(argv)
-    try:
-        with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
-            scores, about = score_files(args)
-    except (ValueError, OSError) as error:
-        message = auxiliaries.last_line(error)
-        files = [path for path in (args.embeddings, args.gallery) if path]
-        if not any(path in message for path in files):
-            message = f"{' and '.join(files)}: {message}"
-        raise SystemExit(f"evaluate.py: error: {message}") from error
-    if args.json:
+    with auxiliaries.one_message("evaluate.py"):
+        args = parser.parse_args(argv)
+        try:
+            with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+                scores, about = score_files(args)
+        except ValueError as error:
+            files = [path for path in (args.embeddings, args.gallery) if path]
+            if (not auxiliaries.raised_on_purpose(error)
+                    or any(path in str(error) for path in files)):
+                raise
+            raise ValueError(f"{' and '.join(files)}: {error}") from error
+        print_scores(scores, about, args.json)
+    return scores
+
+
+def print_scores(scores, about, as_json):
+    """Prints what score_files gives as a table, or as JSON."""
+    if as_json:
         print(json.dumps({name: value if math.isfinite(value) else None
                           for name, value in scores.items()} | about))
-        return scores
+        return
     print("{queries:,} queries of {classes:,} classes, {compared_with}; {without_match:,} without "
           "a true match are left out; seed {seed}".format(**about)
           + f", NMI with the {about['nmi_average']} mean" * ("nmi" in scores)
@@ -1357,8 +1372,8 @@ def main(argv=None):
         print(f"note: the run compared these with {about['not_given']}, which --gallery takes")
     for name, value in {"metric": "value", **scores}.items():
         print(f"{name:12} {value}")
-    return scores
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

@@ -17,7 +17,10 @@ import os
 import signal
 import sys
 import time
-import traceback
+
+if __name__ == "__main__":  # Ctrl-C while torch is being loaded, which bears no exception
+    signal.signal(signal.SIGINT, lambda *_: os._exit(
+        print("main.py: stopped by SIGINT", file=sys.stderr) or 130))
 
 import torch
 from torch.optim import lr_scheduler
@@ -41,10 +44,10 @@ TWO_VIEWS = ("UnsupervisedEmbeddingsUsingAugmentations", "TwoStreamMetricLoss")
 
 def build_parser():
     """The parser with every file's flags, in the order data, batch, network, ... run."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0] + " Options without a fixed default are filled in "
-        "from --dataset, --arch and --loss; all stand in Parameter_Info.txt. Distances are "
-        "Euclidean; unit-norm embeddings lie 0 to 2 apart.")
+    parser = auxiliaries.Parser(
+        prog="main.py", description=__doc__.split("\n\n")[0] + " Options without a fixed "
+        "default are filled in from --dataset, --arch and --loss; all stand in Parameter_Info.txt. "
+        "Distances are Euclidean; unit-norm embeddings lie 0 to 2 apart.")
     for module in (datasets, samplers, netlib, losses, trainers, evaluate, auxiliaries):
         module.add_arguments(parser)
     return parser
@@ -53,17 +56,14 @@ def build_parser():
 def parse_options(argv=None):
     """The final options: what the user gave, and the defaults that depend on it filled in once.
 
-    With --recipe, what it gives comes before. given lists the names of what is no default. Ends
-    the program with argparse's message where values contradict each other or make no sense.
+    With --recipe, what it gives comes before. given lists the names of what is no default.
+    ValueError where values contradict each other or make no sense.
     """
     parser = build_parser()
     argv = sys.argv[1:] if argv is None else list(argv)
     opt = parser.parse_args(argv)
     opt.departures = []
-    try:
-        recipe = auxiliaries.find_recipe(opt.recipe) if opt.recipe is not None else None
-    except ValueError as error:
-        parser.error(str(error))
+    recipe = auxiliaries.find_recipe(opt.recipe) if opt.recipe is not None else None
     argv = recipe.options + argv if recipe else argv
     opt = parser.parse_args(argv)
     given = vars(opt).copy()
@@ -75,7 +75,7 @@ def parse_options(argv=None):
         fill_defaults(opt)
         message = wrong_value(opt)
     if message:
-        parser.error(message)
+        raise ValueError(message)
     opt.departures = []
     if recipe:
         opt.departures = departures(parser.parse_args(recipe.options), given, opt)
@@ -201,7 +201,8 @@ def fill_defaults(opt):
 
 def wrong_value(opt):
     """Which of the final options is outside of what makes sense, as a sentence; or None."""
-    for name, value in vars(opt).items():
+    for name in (*opt.given, *vars(opt)):  # of what follows from another flag, that flag first
+        value = getattr(opt, name)
         numbers = value if isinstance(value, list) else [value]
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             return f"--{name} {value}: a finite number is needed"
@@ -249,10 +250,7 @@ def wrong_value(opt):
     if fewest > 1 and opt.bs == opt.samples_per_class:
         return (f"--bs {opt.bs} with --samples_per_class {opt.samples_per_class} is one class a "
                 f"batch: --loss {opt.loss} would find no negatives; take a larger --bs")
-    try:  # before the data is read
-        losses.loss_select(opt.loss, opt, [], num_classes=2)
-    except ValueError as error:
-        return str(error)
+    losses.loss_select(opt.loss, opt, [], num_classes=2)  # before the data is read
     if opt.trainer == "CascadedEmbeddings" and (sum(opt.embedding_sizes) != opt.embed_dim
                                                 or min(opt.embedding_sizes) < 1):
         return (f"--embedding_sizes {' '.join(map(str, opt.embedding_sizes))} must be above 0 and "
@@ -740,7 +738,10 @@ def train(opt, signals):
     """One run with final options -> its folder; signals: auxiliaries.StopSignals."""
     run, trainer, found = build(opt, signals)
     with auxiliaries.lock_folder(run.folder) if run.writes else contextlib.nullcontext():
-        run.carry_out(trainer, found)
+        try:
+            run.carry_out(trainer, found)
+        finally:
+            run.progress.write("")  # what ends the run is said on a line of its own
     print(f"files in {run.folder}")
     return run.folder
 
@@ -861,55 +862,29 @@ def print_plan(opt):
             print(f"departs from the recipe: {'; '.join(opt.departures)}")
 
 
-def remedy_for(error):
-    """What helps against an error of torch that an option or the machine causes; else None."""
-    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return "leave out --compile, or give it the compiler that it needs"
-    if "deterministic" in str(error):
-        return "leave out --deterministic, or take another --arch or --loss"
-    if "DataLoader worker" in str(error):
-        return "often memory, or shared memory, is short: fewer --kernels need less"
-    return None
-
-
 def main(argv=None):
     """Parses the command line and runs it -> the run's folder; one message on bad input.
 
     With --seeds the list of the runs' folders, with --recipes or --dry_run None.
     """
-    if hasattr(sys.stdout, "reconfigure"):  # paths need not be valid text
-        sys.stdout.reconfigure(errors="backslashreplace")
-    opt = None
-    try:
-        with auxiliaries.StopSignals() as signals, auxiliaries.join_processes():
-            opt = auxiliaries.from_first(lambda: parse_options(argv))
-            if opt.recipes or opt.dry_run:
-                print_recipes() if opt.recipes else print_plan(opt)
-                return None
+    with (auxiliaries.one_message("main.py"), auxiliaries.StopSignals() as signals,
+          auxiliaries.join_processes()):
+        opt = auxiliaries.from_first(lambda: parse_options(argv))
+        if opt.recipes or opt.dry_run:
+            return print_recipes() if opt.recipes else print_plan(opt)
+        try:
             folders = train_seeds(opt, signals) if opt.seeds else [train(opt, signals)]
-            if opt.recipe:
-                print_verdict(opt, folders)
-            return folders if opt.seeds else folders[0]
-    except (ValueError, OSError, FloatingPointError) as error:
-        raise SystemExit(f"main.py: error: {auxiliaries.last_line(error)}") from error
-    except torch.OutOfMemoryError as error:
-        raise SystemExit(f"main.py: error: the device is out of memory ({error}): try a smaller "
-                         "--bs") from error
-    except RuntimeError as error:
-        remedy = remedy_for(error)
-        if not remedy:
+        except KeyboardInterrupt as stopped:
+            if any(os.path.isdir(os.path.join(opt.save_path, opt.dataset, name))
+                   for name in run_names(opt).values()):
+                stopped.advice = (f". The same command with --savename {opt.savename} --resume "
+                                  "goes on from the last checkpoint")
             raise
-        raise SystemExit(f"main.py: error: {auxiliaries.one_line(error)}: {remedy}") from error
-    except KeyboardInterrupt as stopped:
-        traceback.clear_frames(stopped.__traceback__)  # loading processes end with their loaders
-        number = signal.Signals(stopped.args[0] if stopped.args else signal.SIGINT)
-        begun = opt and any(os.path.isdir(os.path.join(opt.save_path, opt.dataset, name))
-                            for name in run_names(opt).values())
-        print(f"main.py: stopped by {number.name}" + (
-            f". The same command with --savename {opt.savename} --resume goes on from the last "
-            "checkpoint" if begun else " before the run had begun"), file=sys.stderr)
-        raise SystemExit(128 + number) from None
+        if opt.recipe:
+            print_verdict(opt, folders)
+        return folders if opt.seeds else folders[0]
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

@@ -295,7 +295,9 @@ class BaseTrainer:
             zero = torch.zeros((), device=self.data_device)
             self.losses = {name: zero for name in (*self.loss_weights, "total_loss")}
             return
-        except FloatingPointError as error:  # embeddings that are not finite
+        except FloatingPointError as error:
+            if not auxiliaries.raised_on_purpose(error):  # of embeddings that are not finite
+                raise
             self.check_losses()  # one before may be the cause
             raise NonFiniteLoss(f"epoch {self.epoch}, iteration {self.iteration + 1}: {error}",
                                 self.epoch, self.iteration) from error
@@ -1012,13 +1014,7 @@ class DeepAdversarialMetricLearning(BaseTrainer):
     def generate(self, triplets):
         """Features of real triplets [T, 3 F] -> synthetic negatives [T, F]."""
         size = triplets.shape[1] // 3
-        try:
-            synthetic = self.models["generator"](triplets)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise ValueError(f"the generator must take [T, {3 * size}], three times the trunk's "
-                             f"features: {error}") from error
+        synthetic = self.models["generator"](triplets)
         if synthetic.shape != (len(triplets), size):
             raise ValueError(f"the generator gives {list(synthetic.shape)}; it must give "
                              f"{[len(triplets), size]}, the trunk's features")

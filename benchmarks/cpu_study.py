@@ -338,11 +338,8 @@ def compare(args, rest):
 
 def main(argv=None):
     """Parses the command line and runs the study -> its measurements; one message on bad input."""
-    args, rest = build_parser().parse_known_args(argv)
-    try:
-        return compare(args, rest)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"cpu_study.py: error: {auxiliaries.last_line(error)}") from error
+    with auxiliaries.one_message("cpu_study.py"):
+        return compare(*build_parser().parse_known_args(argv))
 
 
 if __name__ == "__main__":

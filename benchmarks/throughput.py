@@ -226,12 +226,8 @@ def benchmark(argv=None):
         parser.error(f"--iterations {args.iterations} --repeats {args.repeats}: both are 1 or "
                      "more")
     small = [] if torch.cuda.is_available() else ["--bs", str(CPU_BATCH)]
-    opt = main.parse_options(small + others)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            measure(opt, args.iterations, args.repeats, folder)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"throughput.py: error: {auxiliaries.last_line(error)}")
+    with auxiliaries.one_message("throughput.py"), tempfile.TemporaryDirectory() as folder:
+        measure(main.parse_options(small + others), args.iterations, args.repeats, folder)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import os
 import pickle
 import random
 import re
+import signal
+import sys
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -17,6 +19,9 @@ from PIL import Image
 from torch._utils import ExceptionWrapper
 
 import auxiliaries
+import datasets
+import evaluate
+import main
 
 # ---- files
 
@@ -733,26 +738,168 @@ def test_rows_of_different_lengths_stand_below_each_other(tmp_path):
 # ---- messages
 
 
-@pytest.mark.parametrize("kind", [ValueError, FileNotFoundError, OSError, RuntimeError])
-def test_the_message_of_a_loading_process_is_found(kind):
+def from_loading_process(function):
+    """The error that the program meets where function() raises one in a loading process."""
     try:
-        raise kind("birds/a: b.jpg: not an image, or a broken one (Error: why)")
-    except kind:
+        function()
+    except Exception:
         wrapped = ExceptionWrapper(where="in DataLoader worker process 0")  # as the process does
-    with pytest.raises(kind) as caught:
+    with pytest.raises(Exception) as caught:
         wrapped.reraise()
-    assert "\n" in str(caught.value)
-    message = auxiliaries.last_line(caught.value)
-    assert message == "birds/a: b.jpg: not an image, or a broken one (Error: why)"
+    return caught.value
 
 
-@pytest.mark.parametrize("error, message", [
-    (ValueError("--bs 5 is not a multiple"), "--bs 5 is not a multiple"),
-    (ValueError(""), "ValueError"), (OSError(2, "No such file", "a.jpg"),
-                                     "[Errno 2] No such file: 'a.jpg'"),
-    (FloatingPointError("  the loss is nan\n"), "the loss is nan")])
-def test_other_messages_stay_as_they_are(error, message):
-    assert auxiliaries.last_line(error) == message
+def fail(error):
+    raise error
+
+
+def unpack():
+    first, second, third = 1, 2
+
+
+def missing_image():
+    datasets.read_image("birds/a: b.jpg")
+
+
+def ended_by(error):
+    """How one_message ends where an error is raised in it; the error itself where it passes."""
+    with pytest.raises(BaseException) as caught, auxiliaries.one_message("main.py"):
+        fail(error) if isinstance(error, BaseException) else error()
+    return caught.value.code if isinstance(caught.value, SystemExit) else caught.value
+
+
+@pytest.mark.parametrize("loading", [False, True])
+def test_an_error_on_purpose_is_one_sentence(loading):
+    error = from_loading_process(missing_image) if loading else missing_image
+    assert ended_by(error) == "main.py: error: birds/a: b.jpg: the image is not there"
+
+
+def test_escapes_of_a_name_never_reach_the_terminal():
+    said = ended_by(lambda: datasets.read_image("a\x1b[2J\n\udcff.jpg"))
+    assert said == r"main.py: error: a\x1b[2J\n\udcff.jpg: the image is not there"
+
+
+@pytest.mark.parametrize("slip", [unpack, lambda: open("/nowhere/at all"),
+                                  lambda: fail(FloatingPointError("of one's own")),
+                                  lambda: np.zeros(3).reshape(2)])
+def test_any_other_error_keeps_its_traceback(slip):
+    assert not isinstance(ended_by(slip), (str, int))
+    said = ended_by(from_loading_process(slip))
+    assert said.startswith("main.py: error in another process\nTraceback (most recent call last):")
+    assert __file__ in said and "Caught" not in said
+
+
+@pytest.mark.parametrize("text", [
+    "deterministic_x/a.jpg", "DataLoader worker", "/data/DataLoader worker (pid 3)/x"])
+def test_words_in_a_text_choose_no_advice(text):
+    assert ended_by(RuntimeError(text)).args == (text,)
+    said = ended_by(from_loading_process(lambda: fail(RuntimeError(text))))
+    assert said.endswith(f"RuntimeError: {text}")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC])
+def test_what_the_machine_refuses_is_one_sentence(number):
+    said = ended_by(OSError(number, os.strerror(number), "/a/file"))
+    assert said == f"main.py: error: [Errno {number}] {os.strerror(number)}: '/a/file'"
+
+
+def test_ctrl_c_is_one_line(capsys):
+    assert ended_by(KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == "main.py: stopped by SIGINT\n"
+    assert ended_by(auxiliaries.Stopped(signal.SIGTERM)) == 143
+    assert capsys.readouterr().err == "main.py: stopped by SIGTERM\n"
+
+
+class TwoProcesses:
+    """In place of torch.distributed: what the first process sends, the second receives."""
+
+    sent = None
+
+    def __init__(self, number, monkeypatch):
+        monkeypatch.setattr(auxiliaries, "num_ranks", lambda: 2)
+        monkeypatch.setattr(auxiliaries, "rank", lambda: number)
+        monkeypatch.setattr(torch.distributed, "broadcast_object_list", self.broadcast)
+
+    def broadcast(self, box, src):
+        if auxiliaries.rank() == 0:
+            TwoProcesses.sent = pickle.dumps(box)
+        else:
+            box[:] = pickle.loads(TwoProcesses.sent)
+
+
+def test_all_processes_say_of_the_firsts_error_what_it_says(monkeypatch):
+    for function in (missing_image, unpack):
+        said = []
+        for number in (0, 1):
+            TwoProcesses(number, monkeypatch)
+            said.append(ended_by(lambda: auxiliaries.from_first(function)))
+        if function is missing_image:
+            assert said[0] == said[1] == "main.py: error: birds/a: b.jpg: the image is not there"
+        else:
+            assert isinstance(said[0], ValueError)
+            assert said[1].startswith("main.py: error in another process\nTraceback")
+            assert "in unpack\n" in said[1] and said[1].endswith("(expected 3, got 2)")
+
+
+# ---- command lines
+
+PROGRAMS = {"main.py": main.main, "datasets.py": datasets.main, "evaluate.py": evaluate.main,
+            "auxiliaries.py": auxiliaries.main}
+
+
+def mistyped(program, arguments, capsys):
+    """What a program says of a command line that it ends on."""
+    with pytest.raises(SystemExit) as stop:
+        PROGRAMS[program](arguments)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program, arguments, said", [
+    ("main.py", "--datset glyphs", "unrecognized arguments: --datset glyphs; did you mean "
+                                   "--dataset?"),
+    ("main.py", "--n_epoch 3", "unrecognized arguments: --n_epoch 3; did you mean --n_epochs?"),
+    ("main.py", "--dataset=glyph", "argument --dataset: invalid choice: 'glyph' (choose from "
+                                   ".*); did you mean glyphs?"),
+    ("main.py", "--loss tripelt", "argument --loss: invalid choice: .*; did you mean triplet?"),
+    ("main.py", "--lr fast", "argument --lr: invalid float value: 'fast';"),
+    ("main.py", "glyphs", "unrecognized arguments: glyphs;"),
+    ("main.py", "--tau", "argument --tau: expected at least one argument;"),
+    ("datasets.py", "--downlaod", "unrecognized arguments: --downlaod; did you mean --download?"),
+    ("evaluate.py", "a.npz --galery b.npz", "unrecognized arguments: --galery b.npz; did you mean "
+                                            "--gallery?"),
+    ("auxiliaries.py", "tabel", "argument command: invalid choice: 'tabel' .*; did you mean "
+                                "table?")])
+def test_a_mistyped_command_line_is_one_line_with_the_nearest(program, arguments, said, capsys):
+    message = mistyped(program, arguments.split(), capsys)
+    assert re.fullmatch(re.escape(f"{program}: error: {said} --help lists all\n").replace(
+        r"\.\*", ".*"), message)
+
+
+def test_the_flags_of_a_subcommand_are_near_too(capsys):
+    assert mistyped("auxiliaries.py", ["table", "--fromat", "csv"], capsys) == (
+        "auxiliaries.py table: error: unrecognized arguments: --fromat; did you mean --format? "
+        "--help lists all\n")
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_reader_that_goes_ends_a_program_quietly(program, monkeypatch, capsys):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        with pytest.raises(SystemExit) as stop:
+            PROGRAMS[program](["--help"])
+    assert stop.value.code in (0, 141) and capsys.readouterr().err == ""
+
+
+def test_a_reader_that_goes_while_a_program_prints(monkeypatch, capsys):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        assert ended_by(lambda: print("x" * 10 ** 5, flush=True)) == 141
+    assert capsys.readouterr().err == ""
 
 
 def test_names_that_xml_or_utf8_do_not_know_are_written(tmp_path):

@@ -104,8 +104,11 @@ def offer(site, monkeypatch, tmp_path):
 def run(tmp_path, capsys):
     """run() is python datasets.py --download -> (exit status, what it printed)."""
     def download(dataset="cub200", *flags):
-        code = datasets.main(["--dataset", dataset, "--source_path", str(tmp_path / "Datasets"),
-                              "--download", *flags])
+        try:
+            code = datasets.main(["--dataset", dataset, "--source_path",
+                                  str(tmp_path / "Datasets"), "--download", *flags])
+        except SystemExit as stop:
+            return 1, capsys.readouterr().out + stop.code
         return code, capsys.readouterr().out
     return download
 

@@ -10,6 +10,7 @@ import pickle
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -1203,6 +1204,80 @@ def test_a_missing_compiler_is_one_message_with_the_option(small, monkeypatch):
     monkeypatch.setattr(netlib.Trunk, "compile", without_compiler)
     with pytest.raises(SystemExit, match="main.py: error: .*no compiler.*leave out --compile"):
         main.main([*small, "--compile"])
+
+
+SLIP = "a, b, c = 1, 2"
+SLIPS = {  # what becomes what, and the function that the traceback must name
+    "losses.py": ("        valid, anchors, positives, negatives = triplets_for(self.sampler, "
+                  "embeddings, labels,\n", f"        {SLIP}\n", "forward"),
+    "datasets.py": ("    if dataset == \"glyphs\":\n        fit = T.Compose([",
+                    f"    def slip(image):\n        {SLIP}\n\n", "slip"),
+    "evaluate.py": ("    clusters, classes, cells = (entropy(sizes)", f"    {SLIP}\n", "nmi"),
+}
+
+
+def test_a_slip_in_ones_own_code_shows_its_file_and_line(tmp_path):
+    """In a loss, in a transform that runs in loading processes, and in a metric; takes seconds."""
+    started = {}
+    for name, (before, slip, function) in SLIPS.items():
+        copy = tmp_path / name.removesuffix(".py")
+        copy.mkdir()
+        for path in (*ROOT.glob("*.py"), ROOT / "recipes.csv"):
+            shutil.copy(path, copy)
+        text = (copy / name).read_text()
+        assert before in text
+        place = text.index(before)
+        number = text[:place].count("\n") + slip.count("\n", 0, slip.index(SLIP)) + 1
+        changed = before.replace("([", "([slip, ")
+        (copy / name).write_text(text[:place] + slip + changed + text[place + len(before):])
+        started[copy / name, number, function] = subprocess.Popen(
+            [sys.executable, "main.py", *"--dataset glyphs --gpu -1 --kernels 2 --image_size 16 "
+             "--loss triplet --metrics recall nmi".split()], cwd=copy, text=True,
+            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    for (path, number, function), process in started.items():
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == 1
+        assert f'File "{path}", line {number}, in {function}\n    {SLIP}\n' in said
+        assert said.rstrip().endswith("not enough values to unpack (expected 3, got 2)")
+        assert "shared memory" not in said
+
+
+def test_a_constructor_that_slips_shows_it(small, monkeypatch):
+    monkeypatch.setattr(losses.MarginLoss, "__init__", lambda *_, **__: int("x"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        main.main(small)
+
+
+def test_ctrl_c_in_an_evaluation_ends_the_progress_line_first(small, monkeypatch):
+    """The message stands on a line of its own on the terminal."""
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    def measure(run, trainer):
+        raise KeyboardInterrupt
+
+    terminal = Terminal()
+    monkeypatch.setattr(main.Run, "measure", measure)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with pytest.raises(SystemExit):
+        main.main(small)
+    shown, said = terminal.getvalue().rsplit("\r", 1)
+    assert said.startswith("main.py: stopped by SIGINT. The same command with --savename run")
+    assert said.count("\n") == 1 and re.search(r"\repoch 0: evaluating *\r *$", shown)
+
+
+@pytest.mark.parametrize("program", ["main.py", "datasets.py", "evaluate.py", "auxiliaries.py"])
+def test_ctrl_c_while_torch_is_loaded_is_one_line(program, tmp_path):
+    (tmp_path / "torch.py").write_text("print('loading', flush=True)\nimport time\ntime.sleep(60)")
+    process = subprocess.Popen([sys.executable, ROOT / program], text=True, cwd=tmp_path,
+                               env={**os.environ, "PYTHONPATH": str(tmp_path)},
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == "loading\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == f"{program}: stopped by SIGINT\n"
+    assert process.returncode == 130
 
 
 def test_another_runtime_error_keeps_its_traceback(small, monkeypatch):
