@@ -79,7 +79,8 @@ def add_arguments(parser):
                        help="the run's folder is SAVE_PATH/DATASET/NAME; default is the start "
                             "time, with _2 behind it where another run has that. A folder that "
                             "exists is never written over")
-    group.add_argument("--save_path", default="./Training_Results", metavar="DIR",
+    group.add_argument("--save_path", type=os.path.expanduser, default="./Training_Results",
+                       metavar="DIR",
                        help="where run folders go. Default %(default)s")
     group.add_argument("--tensorboard", action="store_true",
                        help="also write losses, learning rates and metrics for TensorBoard into "
@@ -1231,7 +1232,7 @@ def save_image_grid(path, rows, size=112, title=""):
 
 
 def printable(text):
-    """A text for the terminal: escapes, line ends and what is not UTF-8 shown as such, as \\x1b."""
+    """A text for the terminal; escapes, line ends and what is not UTF-8 show as \\x1b, \\n."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 

@@ -149,7 +149,8 @@ def add_arguments(parser):
                             "same; training crops are cut from the reduced image, so numbers "
                             "differ a little. 256 x 341 pixels are 256 KiB. Default %(default)s: "
                             "read files in each epoch")
-    group.add_argument("--cache_path", default="./Image_Cache", metavar="DIR",
+    group.add_argument("--cache_path", type=os.path.expanduser, default="./Image_Cache",
+                       metavar="DIR",
                        help="where --cache disk keeps its files; a later run uses them again. "
                             "Default %(default)s")
 

@@ -7,6 +7,7 @@ network of your own is a class beside ConvNet and a line in network_select.
 
 import argparse
 import collections
+import os
 import re
 import sys
 
@@ -33,7 +34,7 @@ def add_arguments(parser):
     group.add_argument("--not_pretrained", action="store_true",
                        help="start from random weights instead of torchvision's IMAGENET1K_V1, "
                             "which are downloaded once. Always so for convnet, which has none")
-    group.add_argument("--weights", default=None, metavar="FILE",
+    group.add_argument("--weights", type=os.path.expanduser, default=None, metavar="FILE",
                        help="start the trunk from this local state dict instead of a download, "
                             "e.g. torchvision's resnet50-0676ba61.pth; its classifier is ignored")
     group.add_argument("--batchnorm", choices=("frozen", "trained"), default=None,

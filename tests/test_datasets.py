@@ -1,6 +1,5 @@
 """The datasets: readers on tiny generated trees, whole and damaged; items; the dataset check."""
 
-import argparse
 import io
 import os
 import pickle
@@ -2050,6 +2049,3 @@ def test_the_source_path_is_expanded(source, capsys, monkeypatch):
     monkeypatch.setenv("HOME", str(source))
     assert datasets.main(["--dataset", "folder", "--source_path=~/data"]) == 0
     assert f"class folders in {source}/data" in capsys.readouterr().out
-    parser = argparse.ArgumentParser()
-    datasets.add_arguments(parser)
-    assert parser.parse_args(["--source_path=~/data"]).source_path == f"{source}/data"

@@ -1131,6 +1131,13 @@ def test_test_classes_of_one_image_leave_nothing_to_retrieve(small, tmp_path, ca
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_users_own_folder_is_expanded_in_paths(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    flags = ("source_path", "save_path", "cache_path", "weights")
+    opt = main.parse_options(["--dataset", "glyphs", *(f"--{name}=~/{name}" for name in flags)])
+    assert all(getattr(opt, name) == f"/home/me/{name}" for name in flags)
+
+
 @pytest.mark.parametrize("name", ["d\udcff\udcfe", "\x1b[31mred\n"])
 def test_a_path_that_is_no_text_works_to_the_end(name, small, tree, tmp_path, capsys):
     data = tmp_path / name
