@@ -2134,6 +2134,14 @@ def test_the_least_spread_is_drawn(scattered, rows):
     assert np.isfinite(scattered[0].points).all()
 
 
+def test_embedding_says_how_far_it_is():
+    said = []
+    dataset = torch.utils.data.TensorDataset(unit_rows(10, 3), torch.arange(10) % 2)
+    evaluate.evaluate_sets(lambda rows: rows, [("", dataset, None)], "cpu", [1], batch_size=4,
+                           progress=lambda *numbers: said.append(numbers))
+    assert said == [(4, 10), (8, 10), (10, 10)]
+
+
 def test_sets_may_come_from_a_generator():
     first, second = unit_rows(6, 3), unit_rows(6, 4)[:, :3]
     labels = torch.arange(6) % 2
