@@ -259,7 +259,7 @@ def probe(trunk, arch, image_size):
     training = trunk.training
     try:
         trunk.eval()(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8))
-    except (RuntimeError, AssertionError, ValueError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--arch {arch} cannot take images of --image_size {image_size}: "
                          f"{first_line(error)}") from error
     finally:
