@@ -22,6 +22,7 @@ import shlex
 import sys
 import types
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import scipy.stats
@@ -57,25 +58,18 @@ CHANGES = {
 # ---- stand-ins, and what is read of the clones
 
 
-class SmallTrunk(torch.nn.Module):
+def small_trunk():
     """A ResNet50 in small, with its layers' names: images [B, 3, H, W] -> [B, 1000]."""
+    def layer(before, after):
+        return torch.nn.Sequential(torch.nn.Conv2d(before, after, 3, padding=1),
+                                   torch.nn.BatchNorm2d(after), torch.nn.ReLU())
 
-    def __init__(self):
-        super().__init__()
-        widths = (8, 16, 32, 64, 64)
-        self.conv1, self.bn1 = torch.nn.Conv2d(3, widths[0], 3, padding=1), torch.nn.BatchNorm2d(8)
-        self.relu, self.maxpool = torch.nn.ReLU(), torch.nn.MaxPool2d(2)
-        for i, (before, after) in enumerate(zip(widths, widths[1:]), 1):
-            setattr(self, f"layer{i}", torch.nn.Sequential(
-                torch.nn.Conv2d(before, after, 3, padding=1), torch.nn.BatchNorm2d(after),
-                torch.nn.ReLU()))
-        self.avgpool = torch.nn.AdaptiveAvgPool2d(1)
-        self.last_linear = torch.nn.Linear(widths[-1], 1000)
-
-    def forward(self, x):
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.last_linear(self.avgpool(x).flatten(1))
+    first, norm, relu = layer(3, 8)
+    return torch.nn.Sequential(collections.OrderedDict(
+        conv1=first, bn1=norm, relu=relu, maxpool=torch.nn.MaxPool2d(2), layer1=layer(8, 16),
+        layer2=layer(16, 32), layer3=layer(32, 64), layer4=layer(64, 64),
+        avgpool=torch.nn.AdaptiveAvgPool2d(1), flatten=torch.nn.Flatten(),
+        last_linear=torch.nn.Linear(64, 1000)))
 
 
 class Index:
@@ -112,7 +106,7 @@ def stand_ins():
     parts = {
         "faiss": {"IndexFlatL2": Index, "Clustering": Clustering, "omp_set_num_threads": int,
                   "vector_float_to_array": np.ravel},
-        "pretrainedmodels": {"resnet50": lambda **_: SmallTrunk(), "__path__": []},
+        "pretrainedmodels": {"resnet50": lambda **_: small_trunk(), "__path__": []},
         "pretrainedmodels.utils": {}, "pandas": {}, "graphviz": {}, "skimage": {},
         "matplotlib": {"__path__": [], "use": str}, "matplotlib.pyplot": {},
         "tqdm": {"tqdm": lambda rows, **_: rows}}
@@ -151,8 +145,7 @@ class Baselines:
             words = shlex.split(line.lstrip("# "))
             # The last two lines ask for measures, one by a flag that there is not.
             if words[1:2] == ["Standard_Training.py"] and not words[-1].endswith("_measure"):
-                opt, _ = scope["parser"].parse_known_args(words[2:])
-                self.add(opt)
+                self.add(scope["parser"].parse_args(words[2:]))
 
     def add(self, opt):
         """Keeps a line's options under our recipe's name."""
@@ -199,10 +192,10 @@ class Revisiting:
             words = shlex.split(line) if line.startswith("python main.py") else []
             if "--group" in words:  # the others are trials
                 opt, _ = parser.parse_known_args(words[2:])
-                self.options[self.name(opt, words)] = opt
+                self.options[self.name(opt)] = opt
 
     @staticmethod
-    def name(opt, words):
+    def name(opt):
         """Our recipe's name for a line's options."""
         regularised = "r-" * (opt.batch_mining == "rho_distance")
         mining = f"-{opt.batch_mining.removeprefix('rho_')}" * (opt.loss in (
@@ -268,11 +261,8 @@ class Theirs:
             drawn.append(choice(*options, **more))
             return drawn[-1]
 
-        np.random.choice = recorded
-        try:
+        with mock.patch.object(np.random, "choice", recorded):
             loss = self.criterion(embeddings, labels)
-        finally:
-            np.random.choice = choice
         self.optimizer.zero_grad()
         loss.backward()
         gradients = [weight.grad.clone() for weight in self.weights]
@@ -346,7 +336,7 @@ def rates(theirs, ours, epochs=120):
     """The largest difference of rates and decays of the three parts, relative to theirs."""
     worst = 0
     for _ in range(epochs):
-        for i, (name, optimizer) in enumerate(ours.optimizers.items()):
+        for i, optimizer in enumerate(ours.optimizers.values()):
             first, = optimizer.param_groups
             other = theirs.optimizer.param_groups[max(0, i - 1)]  # trunk, embedder, own weights
             worst = max(worst, *(abs(first[key] - other[key]) / max(other[key], 1e-12)
@@ -367,14 +357,19 @@ def batches(opt, images, number, distinct):
         yield images[torch.from_numpy(places)], torch.from_numpy(labels)
 
 
-def follow(name, repository, images, steps, distinct=False):
-    """Both runs of a recipe, side by side: the cells of its row."""
+def both(name, repository, images):
+    """A recipe's final options and its two runs -> (opt, Theirs, Ours)."""
     torch.manual_seed(0)
     np.random.seed(0)
     opt = program.parse_options(["--recipe", name, "--gpu", "-1", "--not_pretrained"])
     with contextlib.redirect_stdout(io.StringIO()):
         ours = Ours(opt, images)
-        theirs = Theirs(repository, repository.options[name], ours)
+        return opt, Theirs(repository, repository.options[name], ours), ours
+
+
+def follow(name, repository, images, steps, distinct=False):
+    """Both runs of a recipe, side by side: the cells of its row."""
+    opt, theirs, ours = both(name, repository, images)
     worst_loss = worst_gradient = 0
     for pixels, labels in batches(opt, images, steps, distinct):
         try:
@@ -400,7 +395,8 @@ def follow(name, repository, images, steps, distinct=False):
     return [name, *(f"{number:.1e}" for number in numbers), lengths, theirs.remark]
 
 
-def steps_table(repositories, names, number):
+def steps_table(names, repository_of, number):
+    """Prints what differs, at most, over so many steps of each recipe."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(CLASSES, 3, PIXELS, PIXELS, generator=generator)
     images = centres.repeat_interleave(IMAGES, 0)
@@ -409,35 +405,27 @@ def steps_table(repositories, names, number):
           "rates, 120 epochs | length of own weights, theirs / ours | remark |\n"
           "|---|---|---|---|---|---|---|")
     for name in names:
-        repository = next(part for part in repositories if name in part.options)
-        print(f"| {' | '.join(follow(name, repository, images, number))} |", flush=True)
+        print(f"| {' | '.join(follow(name, repository_of[name], images, number))} |", flush=True)
 
 
-def lines_table(repositories):
+def compare_lines(repository_of):
     """Prints whether all recipes with a line in the authors' scripts have its sizes and rates."""
-    images, differing, number = torch.zeros(2, 3, PIXELS, PIXELS), [], 0
-    for name in auxiliaries.read_recipes():
-        line = next((part.options[name] for part in repositories if name in part.options), None)
-        if line is None:
-            continue
-        number += 1
-        opt = program.parse_options(["--recipe", name, "--gpu", "-1", "--not_pretrained"])
-        with contextlib.redirect_stdout(io.StringIO()):
-            ours = Ours(opt, images)
-            repository = next(part for part in repositories if name in part.options)
-            worst = rates(Theirs(repository, line, ours), ours)
+    images, differing = torch.zeros(2, 3, PIXELS, PIXELS), []
+    names = [name for name in auxiliaries.read_recipes() if name in repository_of]
+    for name in names:
+        opt, theirs, ours = both(name, repository_of[name], images)
+        line, worst = repository_of[name].options[name], rates(theirs, ours)
         differing += [f"{name} {flag}" for flag in SIZES if vars(opt)[flag] != vars(line)[flag]]
         differing += [f"{name} rates ({worst:.1e})"] * (worst > 1e-12)
-    print(f"\n{number} recipes have a line in the authors' scripts; {', '.join(SIZES)}, decay and "
-          f"rates over 120 epochs differ in: {', '.join(differing) or 'none'}")
+    print(f"\n{len(names)} recipes have a line in the authors' scripts; {', '.join(SIZES)}, decay "
+          f"and rates over 120 epochs differ in: {', '.join(differing) or 'none'}")
 
 
-def googlenet_difference(baselines):
-    """The largest difference of embeddings by their GoogLeNet and ours, of the same weights.
-
-    Relative to the largest difference between two images.
-    """
+def compare_googlenet(baselines):
+    """Prints the difference of embeddings by their GoogLeNet and ours, of the same weights."""
     name = "cub200/googlenet-npair"
+    torch.manual_seed(0)
+    np.random.seed(0)
     opt = program.parse_options(["--recipe", name, "--gpu", "-1", "--not_pretrained"])
     theirs = baselines.netlib.GoogLeNet(argparse.Namespace(
         **{**vars(baselines.options[name]), "not_pretrained": True})).eval()
@@ -446,9 +434,14 @@ def googlenet_difference(baselines):
     trunk.backbone.load_state_dict({key: state[key] for key in trunk.backbone.state_dict()})
     embedder.linear.load_state_dict(theirs.model.last_linear.state_dict())
     images = torch.randn(2, 3, opt.image_size, opt.image_size)
+    found = {}
     with torch.no_grad():
-        first, second = theirs(images), embedder(trunk(images))
-    return largest([(first, second)]) / largest([first])
+        first, second = theirs(images)
+        for trunk.backbone.transform_input in (True, False):
+            found[trunk.backbone.transform_input] = largest(
+                zip((first, second), embedder(trunk(images)))) / largest([(first, second)])
+    print(f"their GoogLeNet's embeddings differ from ours by {found[True]:.1e} times what two "
+          f"images' differ by, and by {found[False]:.1e} without transform_input")
 
 
 # ---- the metrics
@@ -617,13 +610,14 @@ def main():
     torch.set_num_threads(1)
     with stand_ins():
         repositories = Baselines(args.baselines), Revisiting(args.revisiting)
-    print(f"GoogLeNet's embeddings differ by {googlenet_difference(repositories[0]):.1e}")
-    netlib.torchvision_network = lambda *_: SmallTrunk()
-    lines_table(repositories)
+    compare_googlenet(repositories[0])
+    netlib.torchvision_network = lambda *_: small_trunk()
+    repository_of = {name: part for part in repositories for name in part.options}
+    compare_lines(repository_of)
     names = args.recipes or [
         *(f"cub200/{name}" for name in CUB_LOSSES), "in-shop/triplet-semihard",
         *(name for name in auxiliaries.read_recipes() if name.startswith("cub200/rev-"))]
-    steps_table(repositories, names, args.steps)
+    steps_table(names, repository_of, args.steps)
     metrics_table(*repositories)
     frequencies_table(*repositories, args.draws)
 
