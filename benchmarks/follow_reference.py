@@ -616,6 +616,7 @@ def main():
     compare_lines(repository_of)
     names = args.recipes or [
         *(f"cub200/{name}" for name in CUB_LOSSES), "in-shop/triplet-semihard",
+        "online_products/rev-histogram", "online_products/rev-softmax",  # other flags
         *(name for name in auxiliaries.read_recipes() if name.startswith("cub200/rev-"))]
     steps_table(names, repository_of, args.steps)
     metrics_table(*repositories)
