@@ -1462,7 +1462,10 @@ def download(dataset, source):
         except OSError:
             raise FileExistsError(f"{target} is there, but no usable {dataset} ({missing}): move "
                                   "it away for --download to put the dataset there") from None
-    os.makedirs(source, exist_ok=True)
+    try:
+        os.makedirs(source, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--source_path {source}: no folder can be made there ({error})") from error
     url, md5 = ARCHIVES[dataset]
     path = os.path.join(source, url.rsplit("/", 1)[1])
     if not os.path.exists(path):

@@ -121,6 +121,13 @@ def left(path):
 # ---- what arrives
 
 
+def test_a_source_path_that_is_a_file_is_one_sentence(tmp_path, run):
+    (tmp_path / "Datasets").write_text("")
+    code, output = run()
+    assert code == 1 and output.startswith("datasets.py: error: --source_path")
+    assert "no folder can be made there" in output and len(output.splitlines()) == 1
+
+
 def test_a_whole_download_is_unpacked_and_checked(site, offer, bird_archive, run):
     path = offer(bird_archive)
     code, output = run()
