@@ -393,9 +393,9 @@ def conversation():
     for rows in (1, 2, 5, 6, 7):
         share = auxiliaries.share_of(rows)
         shares[rows] = (share, auxiliaries.gather_shares(torch.tensor(share) * 10, rows).tolist())
-    with pytest.raises(FileNotFoundError, match="^only the first looks$"):
-        auxiliaries.from_first(lambda: (_ for _ in ()).throw(
-            FileNotFoundError("only the first looks") if rank == 0 else AssertionError))
+    with pytest.raises(FileNotFoundError, match="^only the first looks: the image is not there$"):
+        auxiliaries.from_first(lambda: rank and 1 / 0 or datasets.read_image(
+            "only the first looks"))
     return {"rank": rank, "number": number, "shares": shares,
             "rows": auxiliaries.gather_rows(torch.full((2, 1), rank)).tolist(),
             "flags": auxiliaries.gather_rows(torch.tensor([rank == 1])).tolist(),
