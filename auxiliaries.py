@@ -830,7 +830,9 @@ def join_processes(hours=1):
         yield
         return
     store, number, count = next(torch.distributed.rendezvous("env://"))
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if not hasattr(torch.distributed.Backend, "GLOO_IN_ORDER"):
+        torch.distributed.Backend.register_backend("gloo_in_order", gloo_in_order, devices=["cpu"])
+    backend = "cpu:gloo_in_order" + ",cuda:nccl" * torch.cuda.is_available()
     torch.distributed.init_process_group(backend, store=store, rank=number, world_size=count,
                                          timeout=datetime.timedelta(hours=hours))
     with open(os.devnull, "w") as nowhere:
@@ -856,7 +858,25 @@ def join_processes(hours=1):
             raise
     # Not after an error: NCCL waits here for collectives that the others will never join, but
     # gives them up when the program ends.
+    last = torch.zeros(1)
+    torch.distributed.all_reduce(last)  # after it gloo's thread holds no tensor but this one
     torch.distributed.destroy_process_group()
+    del last  # not earlier
+
+
+def gloo_in_order(store, number, count, timeout):
+    """torch's gloo group with one thread, which carries out one operation after the other.
+
+    A thread of gloo lets go of an operation's tensors a moment after the operation has ended. If
+    nothing in Python knows them any more, it needs Python's lock for that: while the group is
+    destroyed, which holds the lock and waits for the thread (torch 2.6), that is a wait for ever,
+    and while Python ends it is an abort. Of several threads none would know that the others are
+    done.
+    """
+    options = torch.distributed.ProcessGroupGloo._Options()
+    options._devices = [torch.distributed.ProcessGroupGloo.create_default_device()]
+    options._threads, options._timeout = 1, timeout
+    return torch.distributed.ProcessGroupGloo(store, number, count, options)
 
 
 def gather_rows(rows):

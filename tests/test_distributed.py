@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 import types
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -414,6 +415,19 @@ def test_helpers_give_every_process_the_same(tmp_path):
             assert gathered == [10 * i for i in range(rows)]
     alone = joined(conversation)()
     assert alone["rank"] == 0 and alone["shares"][5] == ([0, 1, 2, 3, 4], [0, 10, 20, 30, 40])
+
+
+def test_no_tensor_of_an_operation_outlives_the_next():
+    """Else a thread of gloo may want Python's lock while the group, or Python, comes to its end."""
+    def let_go():
+        for _ in range(200):
+            rows = torch.ones(1)
+            known = weakref.ref(rows)
+            torch.distributed.all_reduce(rows)
+            del rows
+            torch.distributed.all_reduce(torch.ones(1))
+            assert known() is None
+    results(together(joined(let_go)))
 
 
 def test_shares_of_a_batch_are_the_batch(tree):
