@@ -15,6 +15,7 @@ import difflib
 import errno
 import itertools
 import linecache
+import multiprocessing
 import os
 import pickle
 import platform
@@ -261,22 +262,27 @@ def make_run_folder(save_path, dataset, savename=None, resume=False):
 def lock_folder(folder):
     """Keeps other runs out of a run folder -> the lock file, which is open as long as it counts.
 
-    The lock goes with the process, however it ends. What a killed run left half written is
-    removed. ValueError where another run has the lock.
+    The lock goes with the process, however it ends. Where the file system has no locks, a process
+    of this host that is named in the file and lives has it. What a killed run left half written
+    is removed. ValueError where another run has the lock.
     """
     file = open(os.path.join(folder, ".lock"), "a+")
+    file.seek(0)
+    owner = file.read().strip()
     try:
         import fcntl  # not on Windows, where nothing is locked
         # Unlike flock's, not inherited by loading processes, which outlive a killed run.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        taken = False
     except (BlockingIOError, PermissionError):
-        file.seek(0)
-        owner = file.read().strip()
+        taken = True
+    except (ImportError, OSError):  # a file system without locks
+        number, _, host = owner.removeprefix("process ").partition(" on ")
+        taken = host == platform.node() and int(number) != os.getpid() and lives(int(number))
+    if taken:
         file.close()
         raise ValueError(f"another run is writing to {folder} ({owner}): wait for it, or choose "
-                         "another --savename") from None
-    except (ImportError, OSError):  # a file system without locks
-        pass
+                         "another --savename")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()
@@ -284,6 +290,19 @@ def lock_folder(folder):
         if re.search(r"\.tmp\d+$", entry):
             os.remove(os.path.join(folder, entry))
     return file
+
+
+def lives(process):
+    """Whether a process of this host, by its id, has not ended; never on Windows."""
+    if os.name != "posix":  # where os.kill would end it
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        pass
+    return True
 
 
 def previous(path):
@@ -971,18 +990,23 @@ class StopSignals:
 
 
 def heed_parent_alone(_):
-    """worker_init_fn of a DataLoader: SIGTERM ends the process if its parent sends it.
+    """worker_init_fn of a DataLoader: what ends its processes.
 
-    A job scheduler's goes to all processes of a run, and is for the run to handle. Does nothing
-    where the system does not say who sends a signal (macOS, Windows).
+    SIGTERM ends the process if its parent, the run, sends it: a job scheduler's goes to all
+    processes of a run, and is for the run to handle. Where the run has been killed, the process
+    ends within seconds, or at any SIGTERM. Does nothing where the system does not say who sends a
+    signal (macOS, Windows).
     """
-    if not hasattr(signal, "sigwaitinfo"):
+    if not hasattr(signal, "sigtimedwait"):
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # for all threads from here on
+    parent = multiprocessing.parent_process().pid  # as of before the fork
 
     def wait():
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
+        while os.getppid() == parent:
+            heard = signal.sigtimedwait({signal.SIGTERM}, 2)
+            if heard and heard.si_pid == parent:
+                break
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -1,5 +1,6 @@
 """What a run leaves behind and says: whole files, checkpoints, plots, progress, messages."""
 
+import contextlib
 import csv
 import errno
 import io
@@ -8,7 +9,10 @@ import pickle
 import random
 import re
 import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -919,3 +923,63 @@ def test_a_pause_that_does_not_count_is_not_expected_again(monkeypatch):
         now[0] += seconds
         progress.restart()
     assert progress.pause_seconds == 50
+
+
+def test_a_folder_is_locked_where_the_file_system_has_no_locks(tmp_path, monkeypatch):
+    """By the process that .lock names, while it lives on this host."""
+    import fcntl
+    monkeypatch.setattr(fcntl, "lockf", lambda *_: (_ for _ in ()).throw(OSError(37, "no locks")))
+    owner, host = tmp_path / ".lock", auxiliaries.platform.node()
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for text in ("", f"process {ended.pid} on {host}", f"process {os.getppid()} on elsewhere"):
+        owner.write_text(text)
+        auxiliaries.lock_folder(str(tmp_path)).close()
+        assert owner.read_text() == f"process {os.getpid()} on {host}"
+    owner.write_text(f"process {os.getppid()} on {host}")
+    with pytest.raises(ValueError, match=f"another run .*process {os.getppid()} on"):
+        auxiliaries.lock_folder(str(tmp_path))
+    assert owner.read_text() == f"process {os.getppid()} on {host}"
+
+
+LOADING = """
+import os, sys, time, torch
+sys.path.insert(0, sys.argv[1])
+import auxiliaries
+class Items(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+    def __getitem__(self, i):
+        if i:
+            print(os.getpid(), flush=True)
+            time.sleep(60)
+        return 0
+for _ in torch.utils.data.DataLoader(Items(), num_workers=1,
+                                     worker_init_fn=auxiliaries.heed_parent_alone):
+    pass
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("terminate", [False, True])
+def test_a_loading_process_ends_with_its_run(terminate):
+    """Of itself within seconds of the run's SIGKILL, at once by SIGTERM, which it heeds not before."""
+    root = os.path.dirname(auxiliaries.__file__)
+    with subprocess.Popen([sys.executable, "-c", LOADING, root], stdout=subprocess.PIPE) as run:
+        loading = int(run.stdout.readline())
+        os.kill(loading, signal.SIGTERM)  # a scheduler's
+        time.sleep(0.2)
+        os.kill(loading, 0)
+        run.kill()
+        run.wait()
+        if terminate:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(loading, signal.SIGTERM)
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            state = Path(f"/proc/{loading}/stat")
+            if not state.exists() or state.read_text().split()[2] == "Z":
+                return
+            time.sleep(0.05)
+        os.kill(loading, signal.SIGKILL)
+        pytest.fail("it outlives its run")
