@@ -210,18 +210,37 @@ def in_full_precision(function):
     """Runs a function without gradients, and its products of matrices in float32 whatever is set.
 
     Shapes as the function's. Elsewhere products may be in TF32 or bfloat16: autocast, or
-    torch.set_float32_matmul_precision.
+    torch.set_float32_matmul_precision or torch.backends.cuda.matmul.fp32_precision.
     """
     @functools.wraps(function)
     def wrapped(embeddings, *args, **kwargs):
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            with torch.no_grad(), torch.autocast(embeddings.device.type, enabled=False):
-                return function(embeddings, *args, **kwargs)
-        finally:
-            torch.set_float32_matmul_precision(precision)
+        with full_precision(), torch.no_grad(), torch.autocast(embeddings.device.type,
+                                                               enabled=False):
+            return function(embeddings, *args, **kwargs)
     return wrapped
+
+
+@contextlib.contextmanager
+def full_precision():
+    """Within it products of matrices of float32 are in float32; what was set comes back after."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # somebody has used the newer names, beside which torch refuses this one
+        settings = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+        before = [setting.fp32_precision for setting in settings]
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            for setting, precision in zip(settings, before):
+                setting.fp32_precision = precision
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @in_full_precision
@@ -994,10 +1013,8 @@ def random_gallery(rows, labels, k_vals=(1, 5), metrics=("recall", "map@r"), see
     means = {}
     for _ in range(repeats):
         shuffled = torch.randperm(len(labels), generator=generator).to(labels.device)
-        classes = labels[shuffled].unique(return_inverse=True)[1]
-        first = torch.full((int(classes.max()) + 1,), len(labels), device=labels.device)
-        places = torch.arange(len(labels), device=labels.device)
-        first.scatter_reduce_(0, classes, places, "amin")
+        classes, order = labels[shuffled].sort(stable=True)
+        first = order[classes.diff(prepend=classes[:1] - 1) != 0]
         in_gallery = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
         in_gallery[shuffled[first]] = True
         if in_gallery.all():
@@ -1316,7 +1333,10 @@ def memory_bytes(gib, device):
         if not 0 < gib < math.inf:
             raise ValueError(f"--eval_memory {gib}: some memory, in GiB, is needed")
         return int(gib * 2 ** 30)
-    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2 ** 30
+    if device.type != "cuda":
+        return 2 ** 30
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch
+    return (torch.cuda.mem_get_info(device)[0] + held) // 4
 
 
 def main(argv=None):

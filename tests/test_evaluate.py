@@ -2599,3 +2599,27 @@ def test_save_embeddings_to_a_place_that_cannot_be_written(tmp_path):
     with pytest.raises(OSError, match="could not be written"):
         evaluate.save_embeddings(tmp_path / "none" / "e.npz", torch.eye(3), [0, 1, 2])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_full_precision_whichever_names_somebody_has_used():
+    """torch refuses to read the older setting after the newer one."""
+    settings = getattr(torch.backends.cuda.matmul, "fp32_precision", None) and (
+        torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    if not settings:
+        pytest.skip("torch has one name for it")
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        settings[0].fp32_precision = "tf32"
+        during = evaluate.in_full_precision(
+            lambda _: [setting.fp32_precision for setting in settings])(torch.ones(1))
+        assert during == ["ieee", "ieee"] and settings[0].fp32_precision == "tf32"
+    finally:
+        for setting, value in zip(settings, before):
+            setting.fp32_precision = value
+
+
+def test_memory_that_torch_holds_free_counts(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 ** 20, 2 ** 34))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5 * 2 ** 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 ** 30)
+    assert evaluate.memory_bytes(None, torch.device("cuda", 0)) == 2 ** 30 + 2 ** 18
