@@ -322,6 +322,7 @@ class BaseTrainer:
         if self.grad_scaler.is_enabled():
             for optimizer in learning:
                 self.grad_scaler.unscale_(optimizer)
+            self.share_overflow(learning)
         for clip in self.gradient_clippers.values():
             clip()
         try:
@@ -334,6 +335,17 @@ class BaseTrainer:
             self.refuse("the step is not finite in", self.iteration)
         if self.grad_scaler.is_enabled() and learning:
             self.grad_scaler.update()
+
+    def share_overflow(self, learning):
+        """Under fp16 all optimizers rest where the gradient of one has overflowed, without a wait.
+
+        Each would look at the weights of its own alone.
+        """
+        found = [flag for optimizer in learning for flag in
+                 self.grad_scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+                 .values()]
+        for flag in found:
+            flag.copy_(torch.stack(found).amax(0))
 
     def learning_optimizers(self):
         """The optimizers of what is neither frozen nor at rest."""

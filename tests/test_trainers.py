@@ -1182,6 +1182,28 @@ def test_a_grad_scaler_may_leave_out_steps_until_its_scale_is_below_one():
     assert same(before, weights(trainer.models["trunk"]))
 
 
+def test_under_fp16_all_step_or_none():
+    """Though the trunk's gradient alone overflows, the others rest with it; once only."""
+    overflows = [True, False]
+
+    def spoil(trainer):
+        def hook(gradient):
+            return gradient * float("inf") if overflows and overflows.pop(0) else gradient
+        next(trainer.models["trunk"].parameters()).register_hook(hook)
+
+    seen = []
+    trainer = all_parts(
+        grad_scaler=torch.amp.GradScaler("cpu", init_scale=4., growth_interval=1000),
+        end_of_iteration_hook=lambda trainer: seen.append(
+            {name: weights(part) for name, part in trainer.parts()}))
+    start = {name: weights(part) for name, part in trainer.parts()}
+    spoil(trainer)
+    trainer.train()
+    assert all(same(start[name], seen[0][name]) for name in start)
+    assert not any(same(start[name], seen[1][name]) for name in start if start[name])
+    assert trainer.grad_scaler.get_scale() == 2
+
+
 def test_a_base_trainer_has_no_loss_of_its_own():
     with pytest.raises(NotImplementedError):
         make_trainer(BaseTrainer).train()
