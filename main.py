@@ -9,6 +9,7 @@ sampling. python main.py --dataset glyphs needs no data and no GPU.
 
 import argparse
 import contextlib
+import gc
 import inspect
 import itertools
 import math
@@ -39,6 +40,7 @@ MAY_CHANGE = {"resume", "n_epochs", "patience", "gpu", "kernels", "source_path",
               "savename", "tensorboard", "plot_embeddings", "save_embeddings", "checkpoint_every",
               "deterministic", "eval_memory", "cache_path", "seeds", "recipe", "departures",
               "dry_run", "recipes", "given"}
+FOLLOW_DEVICE = {"amp", "channels_last"}  # unless they are given; --gpu may change
 TWO_VIEWS = ("UnsupervisedEmbeddingsUsingAugmentations", "TwoStreamMetricLoss")
 
 
@@ -643,9 +645,11 @@ class Run:
         """
         try:
             options = state["options"]
+            may_change = MAY_CHANGE.union(FOLLOW_DEVICE.difference(self.opt.given,
+                                                                   options.get("given", ())))
             changed = [f"--{name} (was {auxiliaries.one_line(options.get(name))}, is {value})"
                        for name, value in vars(self.opt).items()
-                       if name not in MAY_CHANGE and options.get(name) != value]
+                       if name not in may_change and options.get(name) != value]
             if not changed and state["data"] == self.data:
                 trainer.load_state_dict(state)
                 auxiliaries.restore_random_state(state["random_state"])
@@ -821,6 +825,7 @@ def train_seeds(opt, signals):
         one = argparse.Namespace(**{**vars(opt), "seed": seed, "savename": name,
                                     "resume": seed in there})
         print(f"seed {seed}", flush=True)
+        gc.collect()  # Run and its Validation know each other: with them the data's cache goes
         folders.append(train(one, signals))
     return folders
 

@@ -8,6 +8,7 @@ import io
 import os
 import re
 import shlex
+import weakref
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -307,6 +308,21 @@ def test_the_list_has_every_recipe_with_its_values(capsys):
 
 
 # ---- runs and verdicts
+
+
+def test_a_seed_leaves_nothing_behind_when_the_next_begins(tiny, monkeypatch):
+    """Neither run nor data, whose cache may fill the memory."""
+    known, build = [], main.build
+
+    def watched(*args):
+        assert not any(reference() for reference in known)
+        built = build(*args)
+        known.extend(weakref.ref(part) for part in (built[0], built[1].dataset))
+        return built
+
+    monkeypatch.setattr(main, "build", watched)
+    main.main([*tiny, "--seeds", "0", "1"])
+    assert len(known) == 4
 
 
 def test_two_seeds_end_with_a_verdict_that_the_csv_files_bear_out(tiny, tmp_path, capsys):

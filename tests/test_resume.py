@@ -25,6 +25,7 @@ import datasets
 import evaluate
 import losses
 import main
+import netlib
 import trainers
 
 ROOT = Path(main.__file__).resolve().parent
@@ -844,3 +845,14 @@ def test_every_loss_has_all_of_its_state_in_its_state_dict(name, options):
             torch.manual_seed(2)
             values.append(loss(rows, labels).item())
         assert values[0] == values[1]
+
+
+def test_a_run_goes_on_on_another_device(broken, capsys):
+    """Whose defaults of --amp and --channels_last are others; those that are given stay."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(netlib, "default_precision", lambda *_: ("none", True))
+        main.main([*broken, "--n_epochs", "1"])
+    resumed = [*broken, "--n_epochs", "2", "--resume"]
+    assert "--amp (was none, is bf16)" in error_of([*resumed, "--amp", "bf16"], capsys)
+    main.main(resumed)
+    assert "resumed after epoch 1" in capsys.readouterr().out
