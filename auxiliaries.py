@@ -13,6 +13,7 @@ import csv
 import datetime
 import difflib
 import errno
+import gc
 import itertools
 import linecache
 import multiprocessing
@@ -877,6 +878,7 @@ def join_processes(hours=1):
             raise
     # Not after an error: NCCL waits here for collectives that the others will never join, but
     # gives them up when the program ends.
+    gc.collect()  # what knows the group, such as a run's network, would keep its threads
     last = torch.zeros(1)
     torch.distributed.all_reduce(last)  # after it gloo's thread holds no tensor but this one
     torch.distributed.destroy_process_group()
@@ -889,7 +891,7 @@ def gloo_in_order(store, number, count, timeout):
     A thread of gloo lets go of an operation's tensors a moment after the operation has ended. If
     nothing in Python knows them any more, it needs Python's lock for that: while the group is
     destroyed, which holds the lock and waits for the thread (torch 2.6), that is a wait for ever,
-    and while Python ends it is an abort. Of several threads none would know that the others are
+    and while Python ends, where something still knows the group, an abort. Of several threads none would know that the others are
     done.
     """
     options = torch.distributed.ProcessGroupGloo._Options()

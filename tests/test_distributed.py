@@ -1,5 +1,6 @@
 """Runs in several processes, which must do what one does; they are forked here, on gloo."""
 
+import gc
 import importlib
 import os
 import pickle
@@ -428,6 +429,22 @@ def test_no_tensor_of_an_operation_outlives_the_next():
             torch.distributed.all_reduce(torch.ones(1))
             assert known() is None
     results(together(joined(let_go)))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux")
+def test_a_group_ends_with_its_threads_though_a_cycle_knows_it():
+    def cycle():
+        known = types.SimpleNamespace(group=torch.distributed.group.WORLD)
+        known.itself = known
+        assert auxiliaries.from_first(lambda: 3) == 3
+
+    def threads_left():
+        gc.disable()
+        before = set(os.listdir("/proc/self/task"))
+        joined(cycle)()
+        return len(set(os.listdir("/proc/self/task")) - before)
+
+    assert results(together(threads_left)) == [0, 0]
 
 
 def test_shares_of_a_batch_are_the_batch(tree):
