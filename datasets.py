@@ -1154,7 +1154,7 @@ def split_folders(root):
     """{"train", "test" or "val": the folder of that name, in any case, also as training}."""
     found = {}
     for path in listing(root)[1]:
-        split = re.sub("ing$|idation$", "", os.path.basename(path).lower())
+        split = re.sub("ing$|id$|idation$", "", os.path.basename(path).lower())
         if split in ("train", "test", "val"):
             found.setdefault(split, path)
     return found
@@ -1164,7 +1164,7 @@ def class_folders(root):
     """({class folder's name: [paths of its images]}, [remarks on what is left out]), sorted.
 
     A class's images lie in its folder, or one folder deeper. ValueError for folders of class
-    folders: none has images of its own, and what lies deeper is named differently in each.
+    folders: none has images of its own, and most names of what lies deeper come but once.
     """
     def look(folder):
         try:
@@ -1175,7 +1175,7 @@ def class_folders(root):
 
     left, odd, classes, direct, names, several = collections.Counter(), [], {}, False, [], None
     beside, folders = listing(root, left)
-    left.update(os.path.splitext(path)[1].lower() for path in beside)
+    left["images beside the class folders"] = len(beside)
     for folder in folders:
         images, deeper = look(folder)
         direct |= bool(images)
@@ -1188,7 +1188,7 @@ def class_folders(root):
         names += filled
         several = several or (folder if len(filled) > 1 else None)
         classes[os.path.basename(folder)] = images
-    if several and not direct and len(set(names)) == len(names):
+    if several and not direct and 2 * len(set(names)) > len(names):
         raise ValueError(f"{root} holds super-classes and not classes: {several} has no images, "
                          f"but {names[0]} and others in it have. Give {several} as --source_path, "
                          "or move or link the class folders of all into one folder")

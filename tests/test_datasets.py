@@ -429,7 +429,8 @@ def test_what_is_no_image_of_a_class_is_left_out_and_counted(dataset, folder, so
     where, counts = remark.rsplit(": ", 1)
     assert where == f"left out in {os.path.join(source, folder)}".rstrip("/")
     assert sorted(counts.split(", ")) == [
-        "1 .db", "1 .jpg", "1 folders too deep", "1 without a suffix", "2 .txt", "2 hidden"]
+        "1 .db", "1 folders too deep", "1 images beside the class folders", "1 without a suffix",
+        "2 .txt", "2 hidden"]
     assert use(dataset, source) is None
 
 
@@ -909,7 +910,8 @@ def test_both_resolutions_of_in_shop(source):
 
 
 @pytest.mark.parametrize("train, test", [("train", "val"), ("Training", "Testing"),
-                                         ("TRAIN", "validation"), ("train", "Test")])
+                                         ("TRAIN", "validation"), ("train", "Test"),
+                                         ("train", "valid")])
 def test_names_of_the_folders_that_train_and_test(train, test, source):
     expected = folder_train_test(source, train, test)
     found = read("folder", source)
@@ -927,7 +929,7 @@ def test_folders_beside_train_and_test_are_noted(source):
 
 @pytest.mark.parametrize("below", ["", "train"])
 def test_a_tree_of_super_classes_is_named_as_such(below, source):
-    for name, inner in (("birds", ["crow", "duck"]), ("cats", ["lion"])):
+    for name, inner in (("birds", ["crow", "duck", "other"]), ("cats", ["lion", "other"])):
         write_classes(source / below / name, inner)
     if below:
         write_classes(source / "test", BIRDS)
