@@ -45,7 +45,7 @@ def add_arguments(parser):
                        help="recall at k is the share of queries with a true match among their k "
                             "nearest; at most the number of images compared with. Default 1 2 4 "
                             "8; online_products 1 10 100 1000; in-shop 1 10 20 30 50; vehicle_id "
-                            "1 5 (the literature's)")
+                            "1 5 (the literature's), as far as there are so many images")
     add_metric_arguments(group)
     group.add_argument("--cluster_every", type=int, default=1, metavar="N",
                        help="measure nmi, ami and f1 in every N-th evaluated epoch only, and "

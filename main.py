@@ -702,10 +702,12 @@ def build(opt, signals):
     share = auxiliaries.rank(), auxiliaries.num_ranks()
     train_set, evaluation_sets, found = datasets.dataset_select(opt, views, share, device)
     for name, queries, gallery in evaluation_sets:
+        available = (len(set(queries.labels)) if opt.vehicle_protocol == "random_gallery" else
+                     evaluate.number_compared(queries, gallery))
+        if "k_vals" not in opt.given:
+            opt.k_vals = evaluate.allowed_k_vals(opt.k_vals, available)
         try:
-            evaluate.check_k_vals(opt.k_vals, len(set(queries.labels))
-                                  if opt.vehicle_protocol == "random_gallery"
-                                  else evaluate.number_compared(queries, gallery))
+            evaluate.check_k_vals(opt.k_vals, available)
         except ValueError as error:
             held = f" (of the classes held out by --val_split {opt.val_split})" * (name == "val")
             raise ValueError(f"{error}{held}") from error

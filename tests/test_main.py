@@ -987,6 +987,20 @@ def test_a_part_of_a_published_dataset_is_named_in_header_and_table(small, tmp_p
     assert not any("do not apply" in line for line in header(small, capsys)[1])
 
 
+def test_the_default_k_are_those_that_a_small_test_set_has(small, tmp_path, capsys):
+    """A run goes on from where it stopped with the k that it had."""
+    make_tree(tmp_path / "few", classes=4, images=3)
+    options = [*small, "--source_path", str(tmp_path / "few"), "--bs", "4",
+               "--samples_per_class", "2"]
+    place = options.index("--k_vals")
+    del options[place:place + 3]
+    shown, lines = header(options, capsys)
+    assert shown["k_vals"] == "1 2 4"
+    assert "note: no recall at 8, as each query has 5 images to be compared with" in lines
+    main.main([*options, "--n_epochs", "2", "--resume"])
+    assert "recall@4" in rows(tmp_path / "runs/folder/run", "log_val_Base.csv")[-1]
+
+
 def test_help_is_grouped_and_says_where_defaults_come_from():
     parser = main.build_parser()
     titles = [group.title for group in parser._action_groups if group._group_actions]
