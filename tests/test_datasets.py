@@ -1387,6 +1387,13 @@ def test_damaged_jpegs_are_the_same_to_both_decoders(tmp_path):
     assert 30 < refused < 120
 
 
+def test_a_slip_in_the_reader_is_no_broken_image(tmp_path, monkeypatch):
+    Image.new("I;16", (4, 4)).save(tmp_path / "bird.png")
+    monkeypatch.delattr(datasets, "math")
+    with pytest.raises(NameError, match="math"):
+        datasets.read_image(str(tmp_path / "bird.png"))
+
+
 @pytest.mark.parametrize("kind", ["truncated", "text", "empty", "header only", "png header only"])
 def test_pixels_of_a_broken_image_name_it(kind, tmp_path):
     break_image(tmp_path / "bird.jpg", kind)
