@@ -8,8 +8,8 @@ of tuples, or a tuple of index vectors, (a, p, n) or (a1, p, a2, n), as the mine
 libraries return them.
 
 unit_norm says whether the loss wants embeddings of length one, samplings which --sampling it takes
-(the default first), and the two samples_per_class bounds how many images of a class a batch should
-hold (default_samples_per_class: unless the user says, without it 4). A loss in which tuples can be
+(the default first), min_samples_per_class how many images of a class a batch should hold at least
+(default_samples_per_class: unless the user says, without it 4). A loss in which tuples can be
 satisfied sets self.active in forward, the share of tuples that were not, a 0-dimensional tensor
 for the log. lr_factor: how much faster than the network its own weights learn by default.
 stops_gradients = True and rotation_invariant = False say what --check cannot expect of it. To add
@@ -35,7 +35,7 @@ from samplers import Sampler, check_form, draw_columns, pairwise_sq_distances
 TRIPLET_SAMPLINGS = ("distance", "semihard", "facenet", "softhard", "random", "hard",
                      "multisimilarity", "all", "rho")
 # none: all pairs of the batch. Without rho, some of whose anchors have a negative alone.
-PAIR_SAMPLINGS = ("none", *TRIPLET_SAMPLINGS[:-1])
+PAIR_SAMPLINGS = ("none", *(name for name in TRIPLET_SAMPLINGS if name != "rho"))
 
 
 def add_arguments(parser):
@@ -247,7 +247,12 @@ def make_sampler(loss, sampling, **options):
 
 
 class Loss(torch.nn.Module):
-    """Base of the losses: repr shows the hyper-parameters, and the sampler if there is one."""
+    """Base of the losses, forward(embeddings [B, D], labels [B], indices_tuple=None) -> scalar.
+
+    repr shows the hyper-parameters, and the sampler if there is one.
+    """
+
+    min_samples_per_class = 2
 
     def extra_repr(self):
         return ", ".join(f"{name}={value!r}" for name, value in vars(self).items()
@@ -516,7 +521,6 @@ class TripletLoss(Loss):
 
     unit_norm = True
     samplings = TRIPLET_SAMPLINGS
-    min_samples_per_class, max_samples_per_class = 2, sys.maxsize
 
     def __init__(self, margin=0.2, sampling="distance", **sampling_options):
         super().__init__()
@@ -552,7 +556,6 @@ class MarginLoss(Loss):
 
     unit_norm = True
     samplings = TRIPLET_SAMPLINGS
-    min_samples_per_class, max_samples_per_class = 2, sys.maxsize
 
     def __init__(self, num_classes, margin=0.2, beta=1.2, beta_constant=False, nu=0.0,
                  sampling="distance", form="paper", **sampling_options):
@@ -603,7 +606,6 @@ class NPairLoss(Loss):
 
     unit_norm = False
     samplings = ("npair",)
-    min_samples_per_class, max_samples_per_class = 2, sys.maxsize
 
     def __init__(self, l2npair=0.02, form="paper"):
         super().__init__()
@@ -631,7 +633,7 @@ class ProxyNCALoss(Loss):
 
     unit_norm = True
     samplings = ()
-    min_samples_per_class, max_samples_per_class = 1, sys.maxsize
+    min_samples_per_class = 1
     default_samples_per_class = 1  # reference runs
     scale = 3.0
 
@@ -666,7 +668,7 @@ class CrossEntropyLoss(Loss):
 
     unit_norm = True
     samplings = ()
-    min_samples_per_class, max_samples_per_class = 1, sys.maxsize
+    min_samples_per_class = 1
 
     def __init__(self, num_classes, embed_dim):
         super().__init__()
@@ -694,7 +696,7 @@ class ArcFaceLoss(Loss):
 
     unit_norm = True
     samplings = ("none", *TRIPLET_SAMPLINGS)
-    min_samples_per_class, max_samples_per_class = 1, sys.maxsize
+    min_samples_per_class = 1
     lr_factor = 50  # Roth et al. 2020, 5e-4 beside 1e-5
 
     def __init__(self, num_classes, embed_dim, arcface_scale=64.0, arcface_margin=0.5,
@@ -737,8 +739,7 @@ class ContrastiveLoss(Loss):
     """
 
     unit_norm = True
-    samplings = (*PAIR_SAMPLINGS, "rho")
-    min_samples_per_class, max_samples_per_class = 2, sys.maxsize
+    samplings = ("none", *TRIPLET_SAMPLINGS)
 
     def __init__(self, contrastive_margin=1.0, contrastive_linear=False, sampling="none",
                  **sampling_options):
@@ -784,7 +785,6 @@ class LiftedLoss(Loss):
     unit_norm = False
     # That by distance is for unit-norm rows.
     samplings = tuple(name for name in PAIR_SAMPLINGS if name != "distance")
-    min_samples_per_class, max_samples_per_class = 2, sys.maxsize
 
     def __init__(self, lifted_margin=1.0, lifted_l2=0.005, sampling="none", form="paper",
                  **sampling_options):
@@ -822,7 +822,6 @@ class MultiSimilarityLoss(Loss):
     unit_norm = True
     samplings = ("multisimilarity", *(name for name in PAIR_SAMPLINGS
                                       if name != "multisimilarity"), "rho")
-    min_samples_per_class, max_samples_per_class = 2, sys.maxsize
 
     def __init__(self, multisimilarity_alpha=2.0, multisimilarity_beta=50.0,
                  multisimilarity_lambda=1.0, sampling="multisimilarity", form="paper",
@@ -860,7 +859,6 @@ class CircleLoss(Loss):
 
     unit_norm = True
     samplings = PAIR_SAMPLINGS
-    min_samples_per_class, max_samples_per_class = 2, sys.maxsize
     stops_gradients = True  # so the numbers' slope is not the gradient
 
     def __init__(self, circle_margin=0.4, circle_gamma=80.0, sampling="none", **sampling_options):
@@ -896,7 +894,6 @@ class NTXentLoss(Loss):
 
     unit_norm = True
     samplings = PAIR_SAMPLINGS
-    min_samples_per_class, max_samples_per_class = 2, sys.maxsize
 
     def __init__(self, ntxent_temperature=0.1, sampling="none", **sampling_options):
         super().__init__()
@@ -924,7 +921,6 @@ class SupConLoss(Loss):
 
     unit_norm = True
     samplings = PAIR_SAMPLINGS
-    min_samples_per_class, max_samples_per_class = 2, sys.maxsize
 
     def __init__(self, supcon_temperature=0.1, sampling="none", **sampling_options):
         super().__init__()
@@ -956,7 +952,6 @@ class AngularLoss(Loss):
 
     unit_norm = False
     samplings = ("npair",)
-    min_samples_per_class, max_samples_per_class = 2, sys.maxsize
 
     def __init__(self, angular_alpha=45.0, angular_weight=2.0, l2npair=0.02, form="paper"):
         super().__init__()
@@ -994,7 +989,6 @@ class HistogramLoss(Loss):
 
     unit_norm = True
     samplings = ()
-    min_samples_per_class, max_samples_per_class = 2, sys.maxsize
 
     def __init__(self, histogram_bins=100, form="paper"):
         super().__init__()
@@ -1043,7 +1037,6 @@ class FastAPLoss(Loss):
 
     unit_norm = True
     samplings = ()
-    min_samples_per_class, max_samples_per_class = 2, sys.maxsize
 
     def __init__(self, fastap_bins=10):
         super().__init__()
@@ -1076,7 +1069,6 @@ class SmoothAPLoss(Loss):
 
     unit_norm = True
     samplings = ()
-    min_samples_per_class, max_samples_per_class = 2, sys.maxsize
 
     def __init__(self, smoothap_temperature=0.01):
         super().__init__()
@@ -1132,7 +1124,6 @@ class RecallAtKLoss(Loss):
 
     unit_norm = True
     samplings = ()
-    min_samples_per_class, max_samples_per_class = 2, sys.maxsize
 
     def __init__(self, recallatk_k=(1, 2, 4, 8, 16), recallatk_tau1=1.0, recallatk_tau2=0.01):
         super().__init__()
@@ -1166,7 +1157,6 @@ class SNRLoss(Loss):
 
     unit_norm = True
     samplings = TRIPLET_SAMPLINGS
-    min_samples_per_class, max_samples_per_class = 2, sys.maxsize
     rotation_invariant = False  # a variance depends on the axes
 
     def __init__(self, snr_margin=0.2, snr_lambda=0.005, sampling="distance", **sampling_options):
@@ -1207,7 +1197,6 @@ class QuadrupletLoss(Loss):
 
     unit_norm = True
     samplings = TRIPLET_SAMPLINGS
-    min_samples_per_class, max_samples_per_class = 2, sys.maxsize
 
     def __init__(self, quadruplet_margin1=0.2, quadruplet_margin2=0.2, sampling="distance",
                  form="paper", **sampling_options):
@@ -1279,7 +1268,7 @@ class ProxyAnchorLoss(Loss):
 
     unit_norm = True
     samplings = ()
-    min_samples_per_class, max_samples_per_class = 1, sys.maxsize
+    min_samples_per_class = 1
     lr_factor = 100  # authors' code
 
     def __init__(self, num_classes, embed_dim, proxyanchor_alpha=32.0, proxyanchor_delta=0.1):
@@ -1324,7 +1313,7 @@ class ProxyNCAPlusPlusLoss(Loss):
 
     unit_norm = True
     samplings = ()
-    min_samples_per_class, max_samples_per_class = 1, sys.maxsize
+    min_samples_per_class = 1
     lr_factor = 100  # the authors' is 1e5, with that epsilon
 
     def __init__(self, num_classes, embed_dim, proxyncapp_temperature=1 / 9):
@@ -1353,7 +1342,7 @@ class NormSoftmaxLoss(Loss):
 
     unit_norm = True
     samplings = ()
-    min_samples_per_class, max_samples_per_class = 1, sys.maxsize
+    min_samples_per_class = 1
     lr_factor = 50  # Roth et al. 2020 have 1 on CUB and Cars, 200 on Online Products
 
     def __init__(self, num_classes, embed_dim, normsoftmax_temperature=0.05):
@@ -1381,7 +1370,7 @@ class CosFaceLoss(Loss):
 
     unit_norm = True
     samplings = ()
-    min_samples_per_class, max_samples_per_class = 1, sys.maxsize
+    min_samples_per_class = 1
     lr_factor = 50  # as ArcFace's
 
     def __init__(self, num_classes, embed_dim, cosface_scale=64.0, cosface_margin=0.35):
@@ -1417,7 +1406,7 @@ class SphereFaceLoss(Loss):
 
     unit_norm = True
     samplings = ()
-    min_samples_per_class, max_samples_per_class = 1, sys.maxsize
+    min_samples_per_class = 1
     lr_factor = 50  # as ArcFace's
 
     def __init__(self, num_classes, embed_dim, sphereface_margin=4, sphereface_lambda=5.0,
@@ -1472,7 +1461,7 @@ class SoftTripleLoss(Loss):
 
     unit_norm = True
     samplings = ()
-    min_samples_per_class, max_samples_per_class = 1, sys.maxsize
+    min_samples_per_class = 1
     lr_factor = 100  # authors' code
 
     def __init__(self, num_classes, embed_dim, softtriple_centers=10, softtriple_lambda=20.0,
@@ -1644,8 +1633,7 @@ class LossCheck:
     def check_contract(self):
         """attributes missing, or a value that is no scalar: see the head of losses.py"""
         loss_class = LOSSES[self.name][0]
-        for attribute in ("unit_norm", "samplings", "min_samples_per_class",
-                          "max_samples_per_class"):
+        for attribute in ("unit_norm", "samplings", "min_samples_per_class"):
             assert hasattr(loss_class, attribute), f"the class has no {attribute}"
         rows, labels = self.rows(16), self.labels(16)
         value = self.value(self.build(), rows, labels)

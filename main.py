@@ -109,8 +109,7 @@ def samples_per_class_bounds(opt):
     loss_class = losses.LOSSES[opt.loss][0]
     positives = (opt.trainer == "DeepAdversarialMetricLearning"
                  or opt.sampling not in (None, "none"))  # both draw positives from the batch
-    return (max(loss_class.min_samples_per_class, 2 if positives else 1),
-            loss_class.max_samples_per_class)
+    return max(loss_class.min_samples_per_class, 2 if positives else 1), math.inf
 
 
 def contradiction(opt):

@@ -2432,7 +2432,7 @@ def test_every_loss_declares_what_it_wants(name):
     parser = flags()
     assert isinstance(loss_class.unit_norm, bool)
     assert set(loss_class.samplings) <= {*samplers.METHODS, "none"}
-    assert 1 <= loss_class.min_samples_per_class <= loss_class.max_samples_per_class
+    assert loss_class.min_samples_per_class in (1, 2)
     defaults = vars(parser.parse_args([]))
     assert lr_option is None or lr_option in defaults
     parameters = inspect.signature(loss_class).parameters
@@ -2499,7 +2499,7 @@ class SoundLoss(torch.nn.Module):
 
     unit_norm = True
     samplings = ()
-    min_samples_per_class, max_samples_per_class = 2, sys.maxsize
+    min_samples_per_class = 2
 
     def __init__(self):
         super().__init__()
@@ -2594,7 +2594,7 @@ class WeightsByColumn(torch.nn.Module):
     """A normalised softmax whose weights are [D, C]: sound, too."""
 
     unit_norm, samplings = True, ()
-    min_samples_per_class, max_samples_per_class = 1, sys.maxsize
+    min_samples_per_class = 1
 
     def __init__(self, num_classes, embed_dim):
         super().__init__()
@@ -2610,7 +2610,7 @@ class WeightsByColumn(torch.nn.Module):
 
 
 class NoAttribute(torch.nn.Module):
-    unit_norm, samplings, min_samples_per_class = True, (), 2
+    unit_norm, samplings = True, ()
     forward, value = SoundLoss.forward, SoundLoss.value
 
     def __init__(self):
@@ -2644,7 +2644,7 @@ class ValuePerImage(SoundLoss):
     (AxesMatter, {"rotation"}, "a rotation of the embedding space changes the loss"),
     (WrongSign, {"learning"}, "negatives were"),
     (AllTriplets, {"memory"}, "a tensor of 262,144 elements"),
-    (NoAttribute, {"contract"}, "the class has no max_samples_per_class"),
+    (NoAttribute, {"contract"}, "the class has no min_samples_per_class"),
     (EvenBatches, {"types and sizes"}, "IndexError: half a pair")])
 def test_broken_losses_fail_the_check_that_is_about_it(monkeypatch, capsys, broken, fails, says):
     """That check alone, its line says what is wrong, and the list names the loss."""
@@ -2795,7 +2795,7 @@ def test_a_loss_without_a_constructor_can_be_selected(monkeypatch):
     """A new loss without hyper-parameters need not write an empty __init__."""
     class Bare(torch.nn.Module):
         unit_norm, samplings = True, ()
-        min_samples_per_class, max_samples_per_class = 2, sys.maxsize
+        min_samples_per_class = 2
         forward, value = SoundLoss.forward, SoundLoss.value
 
     monkeypatch.setitem(LOSSES, "bare", (Bare, None))
