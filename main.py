@@ -147,6 +147,9 @@ def contradiction(opt):
     if opt.trainer == "TwoStreamMetricLoss" and opt.sampling == "rho":
         return (f"--trainer {opt.trainer} cannot use --sampling rho, whose anchors are positives: "
                 "its two streams share no image")
+    if opt.trainer == "UnsupervisedEmbeddingsUsingAugmentations" and opt.batch_draw != "distinct":
+        return (f"--trainer {opt.trainer} with --batch_draw {opt.batch_draw}: an image that comes "
+                "twice in a batch would be its own negative; leave it out")
     if opt.trainer == "DeepAdversarialMetricLearning" and not loss_class.unit_norm:
         return (f"--trainer {opt.trainer} needs unit-norm embeddings for its triplet losses; "
                 f"--loss {opt.loss} wants raw ones")
@@ -251,6 +254,9 @@ def wrong_value(opt):
     if fewest > 1 and opt.bs == opt.samples_per_class:
         return (f"--bs {opt.bs} with --samples_per_class {opt.samples_per_class} is one class a "
                 f"batch: --loss {opt.loss} would find no negatives; take a larger --bs")
+    if opt.positives == "all" and opt.sampling not in samplers.DRAW_NEGATIVES:
+        return (f"--positives all with --sampling {opt.sampling}: it is for --sampling "
+                f"{', '.join(samplers.DRAW_NEGATIVES)}")
     losses.loss_select(opt.loss, opt, [], num_classes=2)  # before the data is read
     if opt.trainer == "CascadedEmbeddings" and (sum(opt.embedding_sizes) != opt.embed_dim
                                                 or min(opt.embedding_sizes) < 1):
