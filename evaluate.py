@@ -222,7 +222,7 @@ def in_full_precision(function):
 
 @contextlib.contextmanager
 def full_precision():
-    """Within it products of matrices of float32 are in float32; what was set comes back after."""
+    """Within it float32 products [N, D] x [D, M] are in float32; what was set comes back after."""
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:  # somebody has used the newer names, beside which torch refuses this one
@@ -663,7 +663,7 @@ def shared_rank_scores(queries, query_labels, gallery, gallery_labels, own, *opt
 
 
 def allowed_k_vals(k_vals, available):
-    """Of default k_vals those that the number of available neighbours allows; says which not."""
+    """Of default k_vals those that available, the number of neighbours, a scalar, allows."""
     kept = [k for k in k_vals if k <= available]
     if 0 < len(kept) < len(k_vals):
         print(f"note: no recall at {' '.join(str(k) for k in k_vals if k not in kept)}, as each "
@@ -1376,7 +1376,7 @@ def main(argv=None):
 
 
 def print_scores(scores, about, as_json):
-    """Prints what score_files gives as a table, or as JSON."""
+    """Prints the dicts of scalars that score_files gives as a table, or as JSON."""
     if as_json:
         print(json.dumps({name: value if math.isfinite(value) else None
                           for name, value in scores.items()} | about))

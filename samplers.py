@@ -113,14 +113,14 @@ def draw_columns(weights, number=None):
 
 
 def check_form(form):
-    """A name of FORMS as it is; ValueError for any other."""
+    """form, a scalar of FORMS, as it is; ValueError for any other."""
     if form not in FORMS:
         raise ValueError(f"--form {form}: it takes {' or '.join(FORMS)}")
     return form
 
 
 class Sampler(torch.nn.Module):
-    """Chooses index tuples inside a batch of embeddings; one method per name in METHODS.
+    """Chooses index tuples inside a batch of embeddings [B, D]; a method for each of METHODS.
 
     method: a name of METHODS. margin: the loss's margin, in the loss's own distance (facenet
     only). squared: whether that distance is the squared Euclidean one. lower_cutoff: distance
@@ -128,8 +128,8 @@ class Sampler(torch.nn.Module):
     drops negatives that far or farther (1.4 in the paper; None keeps all). mining_epsilon:
     multisimilarity's margin, a difference of cosine similarities. rho_probability: the share of
     tuples that rho replaces. positives: "one" positive of each anchor, at random, or "all" that
-    the method may draw, each with a negative of its own (DRAW_NEGATIVES only). form: random and
-    npair have two, see there.
+    the method may draw, each with a negative of its own (DRAW_NEGATIVES only), so that their [B,
+    3] is longer. form: random and npair have two, see there.
 
     Everything is drawn from torch's global generator of the embeddings' device.
     """
@@ -552,13 +552,14 @@ class ClassBalancedBatchSampler(torch.utils.data.BatchSampler):
 class ReplacementBatchSampler(ClassBalancedBatchSampler):
     """Batches of groups of samples_per_class images, each group of a class drawn anew.
 
+    Iterating gives lists of indices, shape [batch_size]; length, seed, epoch and skip as above.
     Every class is equally likely, whatever its size, and so is every image of it: a class may come
     several times in a batch, an image several times in a group. spacing: a group is of none of the
     classes of so many groups before it in the batch. Roth et al., "Revisiting Training Strategies
     and Generalization Performance in Deep Metric Learning", ICML 2020, have 0 in their code, Roth
-    and Brattoli's reference code, 2019, has 2 (and carries them from batch to batch). Length,
-    seed, epoch and skip as above. Departs from their code: an image that comes in two batches
-    of an epoch is cropped alike, since datasets.ImageDataset draws by seed, epoch and image.
+    and Brattoli's reference code, 2019, has 2 (and carries them from batch to batch). Departs from
+    their code: an image that comes in two batches of an epoch is cropped alike, since
+    datasets.ImageDataset draws by seed, epoch and image.
     """
 
     distinct = False
