@@ -230,8 +230,16 @@ class BaseTrainer:
         self.loader = self.make_loader()
         if "subset_batch_miner" in self.mining_funcs and auxiliaries.num_ranks() > 1:
             raise ValueError("a subset_batch_miner works in one process only, not under torchrun")
+        self.find_lengths()
+        self.batches, self.goes_on = None, False
+        self.place = {"pass": 0, "taken": 0, "seeds": []}  # see state_dict
+        self.shared_trunk = self.share_trunk()
+
+    def find_lengths(self):
+        """Sets pass_length, in batches, None if it is not known, and iterations_per_epoch."""
         if (self.iterations_per_epoch or 0) < 0:
-            raise ValueError(f"iterations_per_epoch {iterations_per_epoch}: the least value is 1")
+            raise ValueError(f"iterations_per_epoch {self.iterations_per_epoch}: the least value "
+                             "is 1")
         try:
             self.pass_length = len(self.loader)
         except TypeError as error:
@@ -239,14 +247,10 @@ class BaseTrainer:
             if self.iterations_per_epoch is None:
                 raise ValueError("the sampler or dataset has no length; iterations_per_epoch says "
                                  f"how long an epoch is ({error})") from error
-        if self.iterations_per_epoch is None:
-            self.iterations_per_epoch = self.pass_length
-            if not self.iterations_per_epoch:
-                raise ValueError(f"there is no whole batch: a batch of {batch_size} from a "
-                                 f"dataset of {len(dataset)}, or from a sampler that gives less")
-        self.batches, self.goes_on = None, False
-        self.place = {"pass": 0, "taken": 0, "seeds": []}  # see state_dict
-        self.shared_trunk = self.share_trunk()
+        self.iterations_per_epoch = self.iterations_per_epoch or self.pass_length
+        if not self.iterations_per_epoch:
+            raise ValueError(f"there is no whole batch: a batch of {self.batch_size} from a "
+                             f"dataset of {len(self.dataset)}, or from a sampler that gives less")
 
     # The loop
 
