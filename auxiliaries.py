@@ -347,7 +347,8 @@ def load_last_checkpoint(path, keys):
         state = load_checkpoint(previous(path), keys)
         if rank() == 0 and os.path.exists(path):
             os.replace(path, re.sub(r"(\.pth\.tar)?$", r"_damaged\1", path, count=1))
-        print(f"warning: {error}; going on from the one before, {previous(path)}", flush=True)
+        print(printable(f"warning: {error}; going on from the one before, {previous(path)}"),
+              flush=True)
         return state
 
 
@@ -1310,8 +1311,8 @@ def main(argv=None):
             print_tables(args.root, args.format)
             return
         for name, values in compare(args.runs, args.out).items():
-            print(f"{name}: {' | '.join(values)}")
-        print(f"curves in {args.out}")
+            print(printable(f"{name}: {' | '.join(values)}"))
+        print(printable(f"curves in {args.out}"))
 
 
 if __name__ == "__main__":

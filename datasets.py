@@ -1481,7 +1481,7 @@ def download(dataset, source):
         raise ValueError(f"{path} does not have the MD5 checksum {md5}: it is cut, or another "
                          "file. Move it away for --download to fetch it")
     unpack(path, target)
-    print(f"unpacked in {target}; {path} is not needed any more")
+    print(auxiliaries.printable(f"unpacked in {target}; {path} is not needed any more"))
 
 
 def fetch(url, md5, path):
@@ -1492,7 +1492,8 @@ def fetch(url, md5, path):
     part = f"{path}.part"
     longest = os.path.getsize(part) if os.path.exists(part) else 0
     resumed, pauses = longest > 0, []  # a server that sends nothing at first is not asked again
-    print(f"downloading {url} to {path}" + f", going on from {longest:,} bytes" * resumed)
+    print(f"downloading {url} to {auxiliaries.printable(path)}"
+          + f", going on from {longest:,} bytes" * resumed)
     while reason := receive(url, part):
         size = os.path.getsize(part) if os.path.exists(part) else 0
         if size > longest:
@@ -1582,7 +1583,7 @@ def unpack(path, target):
     and one that has more than plain files and folders below the place of unpacking; OSError for
     one larger than the free space of the disk. Nothing is left of either.
     """
-    print(f"unpacking {path}")
+    print(f"unpacking {auxiliaries.printable(path)}")
     place = tempfile.mkdtemp(prefix=f"{os.path.basename(target)}.unpacking.",
                              dir=os.path.dirname(target))
     try:

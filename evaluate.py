@@ -1389,7 +1389,8 @@ def print_scores(scores, about, as_json):
         print(f"note: {about['queries_in_gallery']:,} queries are rows of the gallery, at "
               "distance 0")
     if about["not_given"]:
-        print(f"note: the run compared these with {about['not_given']}, which --gallery takes")
+        print(f"note: the run compared these with {auxiliaries.printable(about['not_given'])}, "
+              "which --gallery takes")
     for name, value in {"metric": "value", **scores}.items():
         print(f"{name:12} {value}")
 

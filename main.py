@@ -753,7 +753,7 @@ def train(opt, signals):
             run.carry_out(trainer, found)
         finally:
             run.progress.write("")  # what ends the run is said on a line of its own
-    print(f"files in {run.folder}")
+    print(auxiliaries.printable(f"files in {run.folder}"))
     return run.folder
 
 
@@ -864,7 +864,8 @@ def print_plan(opt):
     """Prints what would run: all options, the folders, and a recipe's published values."""
     print_options(opt, vars(opt))
     for seed, name in run_names(opt).items():
-        print(f"run      seed {seed} in {os.path.join(opt.save_path, opt.dataset, name)}")
+        folder = auxiliaries.printable(os.path.join(opt.save_path, opt.dataset, name))
+        print(f"run      seed {seed} in {folder}")
     if opt.recipe:
         recipe = auxiliaries.find_recipe(opt.recipe)
         print(f"source   {recipe.source}")

@@ -138,6 +138,13 @@ def test_a_whole_download_is_unpacked_and_checked(site, offer, bird_archive, run
     assert mode & 0o500 == 0o500 and not (path.parent / "attributes.txt").exists()
 
 
+def test_a_source_path_with_an_escape_is_shown_as_such(offer, bird_archive, tmp_path, capsys):
+    offer(bird_archive)
+    assert datasets.main(["--download", "--source_path", str(tmp_path / "\x1b[31m")]) == 0
+    output = capsys.readouterr().out
+    assert "\x1b" not in output and output.count(r"\x1b[31m/CUB_200_2011.tgz") == 3
+
+
 def test_a_zip_is_unpacked_where_tiny_imagenet_is_read(offer, run, tmp_path):
     root = tmp_path / "tiny-imagenet-200"
     rows = []

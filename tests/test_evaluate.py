@@ -2367,8 +2367,8 @@ def test_a_file_is_scored_as_its_run_was(tmp_path, capsys):
                         "--metrics", "nmi", "--nmi_average", "arithmetic")
     assert scores == evaluate.evaluate_embeddings(rows, labels, seed=5, metrics=["nmi"])
     evaluate.save_embeddings(tmp_path / "q.npz", rows, labels, **{
-        **settings, "vehicle_protocol": "all_vs_all", "gallery_file": "gallery.npz"})
-    assert "compared these with gallery.npz" in printed(capsys, tmp_path / "q.npz")[0][1]
+        **settings, "vehicle_protocol": "all_vs_all", "gallery_file": "\x1bgallery.npz"})
+    assert r"compared these with \x1bgallery.npz" in printed(capsys, tmp_path / "q.npz")[0][1]
     with pytest.raises(SystemExit, match="draws its own gallery"):
         evaluate.main([str(tmp_path / "e.npz"), "--gallery", str(tmp_path / "q.npz")])
 

@@ -1168,10 +1168,10 @@ def test_a_path_that_is_no_text_works_to_the_end(name, small, tree, tmp_path, ca
     folder = main.main(options)
     assert main.main([*options, "--resume", "--n_epochs", "2"]) == folder
     assert len(rows(folder, "log_train_Base.csv")) == 2
-    lines = [line for line in capsys.readouterr().out.splitlines()
-             if line.startswith(("data ", "         note"))]
-    shown = repr(name)[1:-1]
-    assert len(lines) == 4 and all(shown in line and "\x1b" not in line for line in lines)
+    output, shown = capsys.readouterr().out, repr(name)[1:-1]
+    lines = [line for line in output.splitlines() if line.startswith(("data ", "         note"))]
+    assert len(lines) == 4 and all(shown in line for line in lines)
+    assert "\x1b" not in output and f"files in {auxiliaries.printable(folder)}" in output
 
 
 def test_fewer_than_two_classes(small, tmp_path, capsys):
