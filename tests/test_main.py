@@ -962,7 +962,8 @@ def test_the_header_has_what_was_given_and_the_losss_and_trainers_own(small, cap
     options = ["--loss", "arcface", "--seed", "1", "--trainer", "TrainWithClassifier"]
     shown, lines = header([*small, *options], capsys)
     given = {option.removeprefix("--") for option in small + options if option[:2] == "--"}
-    own = {"arcface_scale", "arcface_margin", "loss_lr", "classifier_weight", "classifier_lr"}
+    own = {"form", "arcface_scale", "arcface_margin", "loss_lr", "classifier_weight",
+           "classifier_lr"}
     follows = {"amp", "batchnorm", "channels_last", "eval_bs", "not_pretrained", "sampling"}
     assert given | own <= set(shown) <= given | own | follows
     assert (shown["seed"], shown["k_vals"], shown["arcface_scale"]) == ("1", "1 2", "64.0")
