@@ -892,8 +892,8 @@ def gloo_in_order(store, number, count, timeout):
     A thread of gloo lets go of an operation's tensors a moment after the operation has ended. If
     nothing in Python knows them any more, it needs Python's lock for that: while the group is
     destroyed, which holds the lock and waits for the thread (torch 2.6), that is a wait for ever,
-    and while Python ends, where something still knows the group, an abort. Of several threads none would know that the others are
-    done.
+    and while Python ends, where something still knows the group, an abort. Of several threads none
+    would know that the others are done.
     """
     options = torch.distributed.ProcessGroupGloo._Options()
     options._devices = [torch.distributed.ProcessGroupGloo.create_default_device()]
