@@ -23,6 +23,7 @@ import inspect
 import math
 import sys
 import time
+import traceback
 
 import torch
 import torch.nn.functional as F
@@ -1800,7 +1801,10 @@ class LossCheck:
             except AssertionError as error:
                 message, good = f"FAIL  {error} ({method.__doc__})", False
             except Exception as error:  # a new loss may raise anything
-                message, good = f"FAIL  {type(error).__name__}: {error} ({method.__doc__})", False
+                place = [frame for frame in traceback.extract_tb(error.__traceback__)
+                         if "site-packages" not in frame.filename][-1]
+                message, good = (f"FAIL  {type(error).__name__}: {error}, {place.filename} line "
+                                 f"{place.lineno} ({method.__doc__})"), False
             name = ("a step, B 112" if check == "milliseconds" else
                     check.removeprefix("check_").replace("_", " "))
             print(f"{self.name:16} {name:18} {message}", flush=True)
@@ -1822,4 +1826,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(bool(main()))
+    import auxiliaries  # here, so that the losses can be lifted without it
+
+    with auxiliaries.one_message("losses.py"):
+        sys.exit(bool(main()))

@@ -2645,7 +2645,7 @@ class ValuePerImage(SoundLoss):
     (WrongSign, {"learning"}, "negatives were"),
     (AllTriplets, {"memory"}, "a tensor of 262,144 elements"),
     (NoAttribute, {"contract"}, "the class has no min_samples_per_class"),
-    (EvenBatches, {"types and sizes"}, "IndexError: half a pair")])
+    (EvenBatches, {"types and sizes"}, f"IndexError: half a pair, {__file__} line ")])
 def test_broken_losses_fail_the_check_that_is_about_it(monkeypatch, capsys, broken, fails, says):
     """That check alone, its line says what is wrong, and the list names the loss."""
     monkeypatch.setitem(LOSSES, "broken", (broken, None))
