@@ -16,6 +16,7 @@ import errno
 import gc
 import itertools
 import linecache
+import math
 import multiprocessing
 import os
 import pickle
@@ -127,6 +128,27 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(wrong[2], names, n=1)
         self.exit(2, f"{self.prog}: error: {message}; "
                      + "".join(f"did you mean {name}? " for name in near) + "--help lists all\n")
+
+
+def number(kind, least=None, above=None, most=None, below=None):
+    """An argparse type: a finite number of a kind, int or float, within bounds."""
+    bounds = [f"{words} {bound}" for words, bound in (
+        ("at least", least), ("above", above), ("at most", most), ("below", below))
+        if bound is not None]
+    wanted = " ".join(["a whole number" if kind is int else "a finite number", *(
+        [" and ".join(bounds)] if bounds else [])])
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and (least is None or value >= least)
+                and (above is None or value > above) and (most is None or value <= most)
+                and (below is None or value < below)):
+            raise argparse.ArgumentTypeError(f"{text}: it must be {wanted}")
+        return value
+    return parse
 
 
 @contextlib.contextmanager
