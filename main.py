@@ -19,9 +19,8 @@ import signal
 import sys
 import time
 
-if __name__ == "__main__":  # Ctrl-C while torch is being loaded, which bears no exception
-    signal.signal(signal.SIGINT, lambda *_: os._exit(
-        print("main.py: stopped by SIGINT", file=sys.stderr) or 130))
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is being loaded
 
 import torch
 from torch.optim import lr_scheduler
@@ -31,6 +30,7 @@ import datasets
 import evaluate
 import losses
 import netlib
+import results
 import samplers
 import trainers
 
@@ -65,7 +65,7 @@ def parse_options(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     opt = parser.parse_args(argv)
     opt.departures = []
-    recipe = auxiliaries.find_recipe(opt.recipe) if opt.recipe is not None else None
+    recipe = results.find_recipe(opt.recipe) if opt.recipe is not None else None
     argv = recipe.options + argv if recipe else argv
     opt = parser.parse_args(argv)
     given = vars(opt).copy()
@@ -91,7 +91,7 @@ def departures(plain, given, opt):
     same, final. What follows from a flag, as --g_lr from --lr, is not listed.
     """
     changed = [name for name, value in given.items()
-               if name not in auxiliaries.NOT_OF_RECIPE and vars(plain)[name] != value]
+               if name not in results.NOT_OF_RECIPE and vars(plain)[name] != value]
     fill_defaults(plain)
     return [f"--{name} {words(vars(opt)[name])} (the recipe has {words(vars(plain)[name])})"
             for name in changed if vars(plain)[name] != vars(opt)[name]]
@@ -628,7 +628,7 @@ class Run:
                 if curve and not name.startswith("length")}
         if len(losses_shown) == 2:
             losses_shown.pop("metric_loss", None)  # alone, it is the total loss
-        result = auxiliaries.Result(self.folder, vars(self.opt), val_rows)
+        result = results.Result(self.folder, vars(self.opt), val_rows)
         best = {name: result.best(name) for name in metrics
                 if any(name in row for row in val_rows[1:] or val_rows)}
         title = [f"{self.opt.dataset}, {self.opt.arch}, {self.opt.loss} / {self.opt.sampling}: "
@@ -839,12 +839,12 @@ def train_seeds(opt, signals):
 
 def print_verdict(opt, folders):
     """Prints, and writes beside the folders, what the runs of a recipe amount to."""
-    recipe = auxiliaries.find_recipe(opt.recipe)
-    results = [auxiliaries.read_result(folder) for folder in folders]
-    subset = results[0].options["subset"]
+    recipe = results.find_recipe(opt.recipe)
+    found = [results.read_result(folder) for folder in folders]
+    subset = found[0].options["subset"]
     departures = [*opt.departures, *[subset] * bool(subset)]
     lines = [f"recipe {opt.recipe}: {recipe.source}",
-             *auxiliaries.verdict(recipe, results, departures)]
+             *results.verdict(recipe, found, departures)]
     print("\n".join(lines))
     if auxiliaries.rank() == 0:
         path = os.path.join(opt.save_path, opt.dataset, f"{opt.savename}_verdict.txt")
@@ -854,8 +854,8 @@ def print_verdict(opt, folders):
 
 def print_recipes():
     """Lists the recipes: name, published values in percent, source."""
-    for name, recipe in auxiliaries.read_recipes().items():
-        values = ", ".join(f"{metric} {auxiliaries.with_std(*value)}"
+    for name, recipe in results.read_recipes().items():
+        values = ", ".join(f"{metric} {results.with_std(*value)}"
                            for metric, value in recipe.published.items())
         print(f"{name:45} {values or 'no published values'}  ({recipe.source})")
 
@@ -867,10 +867,10 @@ def print_plan(opt):
         folder = auxiliaries.printable(os.path.join(opt.save_path, opt.dataset, name))
         print(f"run      seed {seed} in {folder}")
     if opt.recipe:
-        recipe = auxiliaries.find_recipe(opt.recipe)
+        recipe = results.find_recipe(opt.recipe)
         print(f"source   {recipe.source}")
         for metric, value in recipe.published.items():
-            print(f"published {metric} {auxiliaries.with_std(*value)}")
+            print(f"published {metric} {results.with_std(*value)}")
         if opt.departures:
             print(f"departs from the recipe: {'; '.join(opt.departures)}")
 
@@ -899,5 +899,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

@@ -36,6 +36,7 @@ import auxiliaries
 import evaluate
 import main as program
 import netlib
+import results
 import samplers
 
 CLASSES, IMAGES, PIXELS = 100, 10, 16  # as many classes as CUB200-2011 trains on
@@ -411,7 +412,7 @@ def steps_table(names, repository_of, number):
 def compare_lines(repository_of):
     """Prints whether all recipes with a line in the authors' scripts have its sizes and rates."""
     images, differing = torch.zeros(2, 3, PIXELS, PIXELS), []
-    names = [name for name in auxiliaries.read_recipes() if name in repository_of]
+    names = [name for name in results.read_recipes() if name in repository_of]
     for name in names:
         opt, theirs, ours = both(name, repository_of[name], images)
         line, worst = repository_of[name].options[name], rates(theirs, ours)
@@ -617,7 +618,7 @@ def main():
     names = args.recipes or [
         *(f"cub200/{name}" for name in CUB_LOSSES), "in-shop/triplet-semihard",
         "online_products/rev-histogram", "online_products/rev-softmax",  # other flags
-        *(name for name in auxiliaries.read_recipes() if name.startswith("cub200/rev-"))]
+        *(name for name in results.read_recipes() if name.startswith("cub200/rev-"))]
     steps_table(names, repository_of, args.steps)
     metrics_table(*repositories)
     frequencies_table(*repositories, args.draws)

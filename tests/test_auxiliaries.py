@@ -26,6 +26,7 @@ import auxiliaries
 import datasets
 import evaluate
 import main
+import results
 
 # ---- files
 
@@ -848,7 +849,7 @@ def test_all_processes_say_of_the_firsts_error_what_it_says(monkeypatch):
 # ---- command lines
 
 PROGRAMS = {"main.py": main.main, "datasets.py": datasets.main, "evaluate.py": evaluate.main,
-            "auxiliaries.py": auxiliaries.main}
+            "results.py": results.main}
 
 
 def mistyped(program, arguments, capsys):
@@ -872,7 +873,7 @@ def mistyped(program, arguments, capsys):
     ("datasets.py", "--downlaod", "unrecognized arguments: --downlaod; did you mean --download?"),
     ("evaluate.py", "a.npz --galery b.npz", "unrecognized arguments: --galery b.npz; did you mean "
                                             "--gallery?"),
-    ("auxiliaries.py", "tabel", "argument command: invalid choice: 'tabel' .*; did you mean "
+    ("results.py", "tabel", "argument command: invalid choice: 'tabel' .*; did you mean "
                                 "table?")])
 def test_a_mistyped_command_line_is_one_line_with_the_nearest(program, arguments, said, capsys):
     message = mistyped(program, arguments.split(), capsys)
@@ -881,8 +882,8 @@ def test_a_mistyped_command_line_is_one_line_with_the_nearest(program, arguments
 
 
 def test_the_flags_of_a_subcommand_are_near_too(capsys):
-    assert mistyped("auxiliaries.py", ["table", "--fromat", "csv"], capsys) == (
-        "auxiliaries.py table: error: unrecognized arguments: --fromat; did you mean --format? "
+    assert mistyped("results.py", ["table", "--fromat", "csv"], capsys) == (
+        "results.py table: error: unrecognized arguments: --fromat; did you mean --format? "
         "--help lists all\n")
 
 

@@ -20,10 +20,11 @@ from PIL import Image
 import auxiliaries
 import datasets
 import main
+import results
 import trainers
 
 ROOT = Path(main.__file__).resolve().parent
-NAMES = list(auxiliaries.read_recipes())
+NAMES = list(results.read_recipes())
 # NMI, F1, recall at the k of each dataset: the tables of the reference's README.
 REFERENCE = """
 cub200/margin-distance 68.2 38.7 63.4 74.9 86.0 90.4
@@ -76,7 +77,7 @@ def write_table(monkeypatch, path, *lines):
     """Puts a table of (name, options, published, source) in the place of the tree's."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("recipe", "options", "published", "source"), *lines])
-    monkeypatch.setattr(auxiliaries, "RECIPES", str(path))
+    monkeypatch.setattr(results, "RECIPES", str(path))
 
 
 @pytest.fixture
@@ -119,7 +120,7 @@ def error_of(options, capsys):
 
 def test_every_line_of_the_table_parses_to_a_run_of_its_own():
     places = set()
-    for name, recipe in auxiliaries.read_recipes().items():
+    for name, recipe in results.read_recipes().items():
         opt = main.parse_options(["--recipe", name])
         places.add((opt.dataset, opt.savename))
         assert name == f"{opt.dataset}/{opt.savename}" and opt.departures == [] and recipe.source
@@ -138,7 +139,7 @@ def test_every_line_of_the_table_parses_to_a_run_of_its_own():
 
 
 def test_the_table_has_the_references_rows():
-    recipes = auxiliaries.read_recipes()
+    recipes = results.read_recipes()
     lines = [line.split() for line in REFERENCE.strip().splitlines()]
     for name, nmi, f1, *recalls in lines:
         keys = ["nmi", "f1", *(f"recall@{k}" for k in K_VALS[name.split("/")[0]])]
@@ -182,7 +183,7 @@ def test_googlenets_recipes_are_the_lines_of_the_references_script():
 
 
 def test_sources_name_a_file_of_the_authors_for_each_option_and_assume_nothing():
-    for name, recipe in auxiliaries.read_recipes().items():
+    for name, recipe in results.read_recipes().items():
         opt = main.parse_options(["--recipe", name])
         dataset, _, run = name.partition("/")
         assert "assumed" not in recipe.source, name
@@ -213,7 +214,7 @@ def test_the_check_without_data_is_the_programs_defaults_written_out():
 
 
 def test_the_script_and_the_readme_have_the_tables_values():
-    recipes = auxiliaries.read_recipes()
+    recipes = results.read_recipes()
     lines = [line.partition("#") for line in (ROOT / "Standard_Training.sh").read_text()
              .splitlines() if line and line[0] != "#"][2:]
     listed = {}
@@ -356,10 +357,10 @@ def test_two_seeds_end_with_a_verdict_that_the_csv_files_bear_out(tiny, tmp_path
 
 
 def result_of(*values, **more):
-    """A finished auxiliaries.Result with a recall@1 for each epoch, the first untrained."""
+    """A finished results.Result with a recall@1 for each epoch, the first untrained."""
     options = {"dataset": "d", "arch": "a", "loss": "l", "sampling": "s", "seed": "0",
                "n_epochs": str(len(values) - 1), **more}
-    return auxiliaries.Result("f", options, [{"epoch": float(epoch), "recall@1": value}
+    return results.Result("f", options, [{"epoch": float(epoch), "recall@1": value}
                                              for epoch, value in enumerate(values)])
 
 
@@ -370,13 +371,13 @@ def result_of(*values, **more):
     ((60.0, 2.0), (0.58, 0.62, 0.6), "reproduced"), (None, (0.6,), "no published value"),
 ])
 def test_inside_is_the_published_spread_or_one_point(published, values, said):
-    recipe = auxiliaries.Recipe([], {"recall@1": published} if published else {}, "source")
-    results = [result_of(0.99, value, value / 2) for value in values]
-    lines = auxiliaries.verdict(recipe, results)
+    recipe = results.Recipe([], {"recall@1": published} if published else {}, "source")
+    found = [result_of(0.99, value, value / 2) for value in values]
+    lines = results.verdict(recipe, found)
     assert lines[-1] == f"verdict: {said}"
     assert ("±" in lines[1].split()[1:3]) == (len(values) > 1)  # one seed has no spread
     assert f"{100 * np.mean(values):.2f}" in lines[1]  # measured values without a reference too
-    departed = auxiliaries.verdict(recipe, results, ["--lr 1 (the recipe has 2)"])
+    departed = results.verdict(recipe, found, ["--lr 1 (the recipe has 2)"])
     assert departed[-2:] == ["departs from the recipe: --lr 1 (the recipe has 2)",
                              f"verdict: {said} (not the recipe as it is)"]
 
@@ -427,7 +428,7 @@ def test_a_part_of_a_dataset_reproduces_nothing(tiny, small, tmp_path, capsys):
     assert "train split has 4 classes/16 images, not cub200's 100/5,864" in out
     assert out.endswith("(not the recipe as it is)\n")
     main.main([*tiny, "--savename", "whole"])
-    auxiliaries.main(["table", small[-1]])
+    results.main(["table", small[-1]])
     part, whole = capsys.readouterr().out.split("\nfolder ")
     assert "(60.00 ± 0.50, " in whole and "(60.00" not in part
 
@@ -459,7 +460,7 @@ def write_run(root, name, *measured, metrics=METRICS, **options):
 
 def table(root, capsys, style="md"):
     capsys.readouterr()
-    auxiliaries.main(["table", str(root), "--format", style])
+    results.main(["table", str(root), "--format", style])
     return capsys.readouterr().out
 
 
@@ -605,8 +606,8 @@ def test_runs_without_a_result_are_listed_and_foreign_files_passed_over(tmp_path
 ])
 def test_a_folder_without_runs_is_refused(tmp_path, make, said):
     make(tmp_path / "results")
-    with pytest.raises(SystemExit, match=f"auxiliaries.py: error: .*results {said}"):
-        auxiliaries.main(["table", str(tmp_path / "results")])
+    with pytest.raises(SystemExit, match=f"results.py: error: .*results {said}"):
+        results.main(["table", str(tmp_path / "results")])
 
 
 def test_the_header_says_which_rule_chose(tmp_path, capsys):
@@ -633,7 +634,7 @@ def test_runs_are_compared_in_one_picture_and_by_their_options(tmp_path, capsys)
     second = write_run(tmp_path, "b", 0.1, 0.4, 0.3, 0.2, lr="0.2", seed="4", extra="1",
                        metrics=METRICS[:3])
     picture = tmp_path / "x.svg"
-    auxiliaries.main(["compare", str(first), f"{second}/", "--out", str(picture)])
+    results.main(["compare", str(first), f"{second}/", "--out", str(picture)])
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["seed: 0 | 4", "lr: 0.1 | 0.2", "savename: a<& | b", "extra:  | 1",
                      f"curves in {picture}"]
@@ -645,7 +646,7 @@ def test_runs_are_compared_in_one_picture_and_by_their_options(tmp_path, capsys)
     assert [len(curve.get("points").split()) for curve in curves] == [3, 4] * 3
     assert f"1  cub200{os.sep}a<&" in texts and f"2  cub200{os.sep}b" in texts
     assert "1 0.6" in texts and "2 0.2" in texts  # legends, by number
-    auxiliaries.main(["compare", str(first), str(first), "--out", str(picture)])
+    results.main(["compare", str(first), str(first), "--out", str(picture)])
     texts = [text.text for text in ElementTree.parse(picture).getroot().iter(f"{space}text")]
     assert f"2  cub200{os.sep}a<&" in texts and "1 0.6" in texts and "2 0.6" in texts
 
@@ -663,8 +664,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
                          (good / "log_val_Base.csv", "is not the folder of a run"),
                          (bare, "is not the folder of a run with measurements"),
                          (damaged, "cannot be read"), (other, "no metric in common")):
-        with pytest.raises(SystemExit, match=f"auxiliaries.py: error: .*{said}"):
-            auxiliaries.main(["compare", str(good), str(folder), "--out", str(out)])
+        with pytest.raises(SystemExit, match=f"results.py: error: .*{said}"):
+            results.main(["compare", str(good), str(folder), "--out", str(out)])
         assert not out.exists()
 
 
@@ -838,7 +839,7 @@ def test_patience_and_the_plateau_follow_the_held_out_metric(small, scripted):
     options = [*small, "--n_epochs", "5", "--val_split", "0.4"]
     ended = main.main([*options, "--savename", "ended", "--patience", "2"])
     assert [row["epoch"] for row in rows(ended)] == [0, 1, 2, 3, 4]
-    assert auxiliaries.read_result(ended).state() == "finished"
+    assert results.read_result(ended).state() == "finished"
     lowered = main.main([*options, "--savename", "lowered", "--scheduler", "plateau",
                          "--plateau_patience", "1", "--gamma", "0.5"])
     assert np.allclose([row["next_lr"] for row in rows(lowered, "log_train_Base.csv")],
