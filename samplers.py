@@ -559,7 +559,7 @@ class ReplacementBatchSampler(ClassBalancedBatchSampler):
     and Generalization Performance in Deep Metric Learning", ICML 2020, have 0 in their code, Roth
     and Brattoli's reference code, 2019, has 2 (and carries them from batch to batch). Departs from
     their code: an image that comes in two batches of an epoch is cropped alike, since
-    datasets.ImageDataset draws by seed, epoch and image.
+    images.ImageDataset draws by seed, epoch and image.
     """
 
     distinct = False

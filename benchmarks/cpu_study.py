@@ -29,6 +29,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import auxiliaries
 import datasets
 import evaluate
+import images
 import losses
 import main as program
 import netlib
@@ -96,7 +97,7 @@ def compute_features(opt, path):
         raise ValueError(f"--dataset {opt.dataset} has a gallery or several test sets; the study "
                          "takes one whose test images are compared with each other")
     test = sets[0].queries
-    train = datasets.ImageDataset(found.splits["train"], test.transform)
+    train = images.ImageDataset(found.splits["train"], test.transform)
     trunk = netlib.network_select(opt, unit_norm=True)[0].eval().to(device)
     rows, labels = zip(*(evaluate.embed(trunk, part, device, opt.eval_bs, opt.kernels)
                          for part in (train, test)))

@@ -41,6 +41,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import auxiliaries
 import datasets
 import evaluate
+import images
 import netlib
 import test_datasets
 import trainers
@@ -329,12 +330,12 @@ def read_dataset(dataset, source):
     assert len(datasets.fingerprint(found.splits)) == 64
     problems = datasets.problems_of(found.splits)
     assert all(isinstance(problem, str) and problem for problem in problems)
-    for images, labels, names in found.splits.values():
-        assert len(images) == len(labels) and len(set(names)) == len(names)
+    for paths, labels, names in found.splits.values():
+        assert len(paths) == len(labels) and len(set(names)) == len(names)
         assert all(type(label) is int and 0 <= label < len(names) for label in labels)
-        for path in images:
+        for path in paths:
             assert os.path.normpath(path).startswith(str(source)), f"{path} lies elsewhere"
-            assert datasets.read_image(path).mode == "RGB"
+            assert images.read_image(path).mode == "RGB"
     if problems:
         raise ValueError(f"--source_path: {problems[0]}")
 
@@ -373,7 +374,7 @@ def image_target(folder):
         path.write_bytes(content)
 
         def read():
-            image = datasets.read_image(str(path))
+            image = images.read_image(str(path))
             assert image.mode == "RGB" and np.asarray(image).shape[2] == 3
             assert image.width * image.height <= 2 * Image.MAX_IMAGE_PIXELS
         return Case(read, (str(path),))

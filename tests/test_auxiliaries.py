@@ -25,6 +25,7 @@ from torch._utils import ExceptionWrapper
 import auxiliaries
 import datasets
 import evaluate
+import images
 import main
 import results
 
@@ -763,7 +764,7 @@ def unpack():
 
 
 def missing_image():
-    datasets.read_image("birds/a: b.jpg")
+    images.read_image("birds/a: b.jpg")
 
 
 def ended_by(error):
@@ -780,7 +781,7 @@ def test_an_error_on_purpose_is_one_sentence(loading):
 
 
 def test_escapes_of_a_name_never_reach_the_terminal():
-    said = ended_by(lambda: datasets.read_image("a\x1b[2J\n\udcff.jpg"))
+    said = ended_by(lambda: images.read_image("a\x1b[2J\n\udcff.jpg"))
     assert said == r"main.py: error: a\x1b[2J\n\udcff.jpg: the image is not there"
 
 

@@ -21,6 +21,7 @@ from PIL import Image
 import auxiliaries
 import datasets
 import evaluate
+import images
 import losses
 import main
 import netlib
@@ -396,7 +397,7 @@ def conversation():
         share = auxiliaries.share_of(rows)
         shares[rows] = (share, auxiliaries.gather_shares(torch.tensor(share) * 10, rows).tolist())
     with pytest.raises(FileNotFoundError, match="^only the first looks: the image is not there$"):
-        auxiliaries.from_first(lambda: rank and 1 / 0 or datasets.read_image(
+        auxiliaries.from_first(lambda: rank and 1 / 0 or images.read_image(
             "only the first looks"))
     return {"rank": rank, "number": number, "shares": shares,
             "rows": auxiliaries.gather_rows(torch.full((2, 1), rank)).tolist(),

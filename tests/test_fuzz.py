@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 import auxiliaries
-import datasets
 import evaluate
+import images
 import netlib
 
 # benchmarks/ is not on the path: its losses.py would hide the project's.
@@ -164,7 +164,7 @@ def test_a_decompression_bomb_is_refused(suffix, size, tmp_path):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with warnings.catch_warnings(), pytest.raises(ValueError, match=f"{path}.*decompression bomb"):
         warnings.simplefilter("error")
-        datasets.read_image(str(path))
+        images.read_image(str(path))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2 ** 18  # KiB
 
 
@@ -172,14 +172,14 @@ def test_a_whole_image_of_too_many_pixels_is_refused(tmp_path):
     path = str(tmp_path / "bomb.png")
     Image.new("1", (14000, 14000)).save(path)
     with pytest.raises(ValueError, match="bomb.png.*decompression bomb"):
-        datasets.read_image(path)
+        images.read_image(path)
 
 
 def test_a_format_that_needs_another_program_is_no_image(tmp_path):
     path = tmp_path / "bird.jpg"
     Image.new("RGB", (9, 9)).save(path, "EPS")
     with pytest.raises(ValueError, match="bird.jpg: not an image"):
-        datasets.read_image(str(path))
+        images.read_image(str(path))
 
 
 def test_a_tiff_that_lost_the_tag_of_its_pixels_is_refused(tmp_path):
@@ -188,7 +188,7 @@ def test_a_tiff_that_lost_the_tag_of_its_pixels_is_refused(tmp_path):
     bits = struct.pack("<HHI", 258, 3, 1)
     path.write_bytes(path.read_bytes().replace(bits, bits[:4] + struct.pack("<I", 99999)))
     with pytest.raises(ValueError, match="image.tif.*tag 258"):
-        datasets.read_image(str(path))
+        images.read_image(str(path))
 
 
 def test_metadata_that_is_cut_harms_no_photograph(tmp_path):
@@ -203,4 +203,4 @@ def test_metadata_that_is_cut_harms_no_photograph(tmp_path):
     path.write_bytes(content)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert datasets.read_image(str(path)).size == (9, 9)
+        assert images.read_image(str(path)).size == (9, 9)

@@ -1236,8 +1236,8 @@ SLIP = "a, b, c = 1, 2"
 SLIPS = {  # what becomes what, and the function that the traceback must name
     "losses.py": ("        valid, anchors, positives, negatives = triplets_for(self.sampler, "
                   "embeddings, labels,\n", f"        {SLIP}\n", "forward"),
-    "datasets.py": ("    if dataset == \"glyphs\":\n        fit = T.Compose([",
-                    f"    def slip(image):\n        {SLIP}\n\n", "slip"),
+    "images.py": ("    if dataset == \"glyphs\":\n        fit = T.Compose([",
+                  f"    def slip(image):\n        {SLIP}\n\n", "slip"),
     "evaluate.py": ("    clusters, classes, cells = (entropy(sizes)", f"    {SLIP}\n", "nmi"),
 }
 

@@ -21,12 +21,12 @@ import torch
 from PIL import Image
 
 import auxiliaries
-import datasets
 import evaluate
 import losses
 import main
 import netlib
 import trainers
+from images import ImageDataset
 
 ROOT = Path(main.__file__).resolve().parent
 EPOCHS, ITERATIONS = 3, 4  # of the runs below
@@ -596,14 +596,14 @@ def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_space(
 def batches(monkeypatch):
     """The images of each training batch that is read in this process."""
     read = []
-    original = datasets.ImageDataset.__getitems__
+    original = ImageDataset.__getitems__
 
     def getitems(dataset, indices):
         if dataset.seed is not None:  # the training set
             read.append([dataset.images[i] for i in indices])
         return original(dataset, indices)
 
-    monkeypatch.setattr(datasets.ImageDataset, "__getitems__", getitems)
+    monkeypatch.setattr(ImageDataset, "__getitems__", getitems)
     return read
 
 

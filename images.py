@@ -1,0 +1,670 @@
+"""How a picture becomes a tensor: image files, transforms, the cache, crops cut on the device.
+
+ImageDataset turns images and labels into (image, label) items, CachedDataset those that were
+decoded before. Which images a dataset has and where they lie: datasets.py. A transform of one's
+own stands beside transforms.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import sys
+import threading
+import time
+import traceback
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+import auxiliaries
+
+# What a file with such a suffix may hold; the suffix may be another's, as in ImageNet. PIL would
+# also run programs for files of other formats. The suffixes are torchvision's, .jfif and .gif.
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp",
+                  ".ppm", ".pgm"}
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """Items (image, label) of a split: image uint8 [3, H, W] in RGB, label an int.
+
+    dataset[i] is a pure function of i and the transform. A random transform is given by seed: its
+    draws then depend on (seed, epoch, i) alone, so they are the same for any number of loading
+    processes, and each repeat of an image within one batch gets draws of its own. With views = 2
+    items are (first view, second view, label), each view drawn by itself. read makes of a path
+    what the transform takes: read_image or, for a transform of tensors, the faster
+    read_pixels. Normalisation is the network's business (netlib.Trunk), so images travel as bytes.
+    share (n, of): a batch gives the n-th of so many equal parts, for training in several
+    processes. An image that cannot be read raises ValueError with its path.
+    """
+
+    def __init__(self, split, transform, seed=None, views=1, share=(0, 1), read=None):
+        self.images, self.labels, self.class_names = split
+        self.share = share
+        self.transform = transform
+        self.seed = seed
+        self.views = views
+        self.read = read or read_image
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by the workers too
+
+    def set_epoch(self, epoch):
+        """Random transforms draw anew in each epoch (any non-negative int)."""
+        self.epoch.fill_(epoch)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return self.item(i, repeat=0)
+
+    def __getitems__(self, indices):
+        """A batch's items, this process's share of them; torch's DataLoader calls this one."""
+        repeats, drawn = collections.Counter(), []
+        for i in indices:
+            drawn.append((i, repeats[i]))
+            repeats[i] += 1
+        number, processes = self.share
+        length = len(drawn) // processes
+        return [self.item(i, repeat) for i, repeat in drawn[number * length:][:length]]
+
+    def item(self, i, repeat):
+        """Item i, drawn for the repeat-th time in one batch -> (image, label)."""
+        image = self.read(self.images[i]) if isinstance(self.images, list) else self.load(i)
+        with self.draws(i, repeat):
+            return *(self.transform(image) for _ in range(self.views)), self.labels[i]
+
+    @contextlib.contextmanager
+    def draws(self, i, repeat):
+        """Inside, torch draws what belongs to item i; afterwards it goes on as if nothing was."""
+        if self.seed is None:
+            yield
+            return
+        sequence = np.random.SeedSequence([self.seed, int(self.epoch), i, repeat])
+        state = torch.get_rng_state()
+        torch.default_generator.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+        try:
+            yield
+        finally:
+            torch.set_rng_state(state)
+
+    def load(self, i):
+        """The untransformed image i -> PIL image in RGB."""
+        if isinstance(self.images, np.ndarray):
+            return Image.fromarray(self.images[i]).convert("RGB")
+        return read_image(self.images[i])
+
+
+@contextlib.contextmanager
+def open_image(path):
+    """An image file with its header read; what PIL or the file does wrong inside is ValueError.
+
+    It names the path. A slip in the lines of this file keeps its own error.
+    """
+    try:
+        with checked_open(path) as image:
+            yield image
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{auxiliaries.printable(path)}: the image is not there") from None
+    except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, others
+        if (traceback.extract_tb(error.__traceback__)[-1].filename == __file__
+                and not isinstance(error, OSError) and not auxiliaries.raised_on_purpose(error)):
+            raise
+        raise ValueError(auxiliaries.printable(f"{path}: not an image, or a broken one ({error})")
+                         ) from None
+
+
+OPENING = threading.Lock()  # Python records warnings for all threads at once
+
+
+def checked_open(path):
+    """PIL's Image.open; what it only warns of is an error where it concerns a TIFF's pixels.
+
+    PIL refuses images of more than 179 megapixels, and warns of those of more than 89.
+    """
+    with OPENING, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        image = Image.open(path, formats=IMAGE_FORMATS)
+    for warning in said:
+        # Tags of a TIFF say how its pixels are stored; those of other formats are metadata.
+        if image.format == "TIFF" and str(warning.message).startswith(("Tag data larger",
+                                                                       "Truncated File")):
+            image.close()
+            raise ValueError(str(warning.message))
+    return image
+
+
+def read_image(path):
+    """An image file -> PIL image in RGB; ValueError with the path if it is broken or no image.
+
+    Grey values that do not fit a byte are divided by what is white: 1 or 255 for floats, else the
+    least of 255, 1023, 4095, 16383 and 65535 (8 to 16 bits) that no value of the file exceeds;
+    for larger values the largest. Of colours with 16 bits PIL takes the upper eight.
+    """
+    with open_image(path) as image:
+        if image.mode.startswith("I") or image.mode == "F":
+            values = np.array(image, dtype=np.float32)
+            least, most = float(values.min()), float(values.max())
+            if not 0 <= least <= most < math.inf:
+                raise ValueError(f"its values run from {least:g} to {most:g}; 0 should be black")
+            whites = [1] * (image.mode == "F") + [2 ** bits - 1 for bits in (8, 10, 12, 14, 16)]
+            values *= 255 / next((white for white in whites if most <= white), most)
+            image = Image.fromarray(np.rint(values, out=values).astype(np.uint8))
+        return image.convert("RGB")
+
+
+def read_pixels(path):
+    """An image file as read_image reads it -> uint8 [3, H, W]; grey and RGB JPEGs by torchvision.
+
+    Its decoder gives the pixels of PIL's in two thirds of the time. What it refuses is left to
+    PIL, and so is everything once torchvision drops it, as version 0.29 announces.
+    """
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg
+    except ImportError:
+        decode_jpeg = None
+    with open_image(path) as image:
+        if image.format == "JPEG" and image.mode in ("L", "RGB") and decode_jpeg:
+            image.fp.seek(0)
+            data = torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
+            with contextlib.suppress(RuntimeError):
+                return decode_jpeg(data, mode=ImageReadMode.RGB)
+    return torch.from_numpy(np.array(read_image(path))).permute(2, 0, 1)
+
+
+def transforms(dataset, image_size, views=1):
+    """(training transform, test transform) from a PIL image to uint8 [3, image_size, image_size].
+
+    The training transform of photographs takes uint8 [3, H, W] too; there torch resizes, faster
+    than PIL and like it but for rounding: of a hundred values one or two are a level off, of ten
+    million one is two levels off. Glyphs are drawn at random places and sizes already, and a
+    mirrored b is a d: no crop, no flip. Where two views of one glyph are wanted they are turned,
+    moved, scaled and sheared a little more.
+    """
+    from torchvision import transforms as T  # here, so that --help need not wait for it
+    from torchvision.transforms import v2
+
+    if dataset == "glyphs":
+        fit = T.Compose([T.Resize((image_size, image_size)), T.PILToTensor()])
+        moved = T.RandomAffine(15, translate=(0.1, 0.1), scale=(0.8, 1.2), shear=15,
+                               interpolation=T.InterpolationMode.BILINEAR)
+        return (fit if views == 1 else T.Compose([moved, fit])), fit
+    return (v2.Compose([v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip(),
+                        v2.PILToTensor()]),
+            T.Compose([central_band, T.Resize(shorter_side(image_size)), T.CenterCrop(image_size),
+                       T.PILToTensor()]))
+
+
+def shorter_side(image_size):
+    """The shorter side, in pixels, that test images have before their centre is cut out."""
+    return 256 if image_size in (224, 227) else round(image_size * 8 / 7)
+
+
+def central_band(image, ratio=8):
+    """A PIL image cut to its middle where one side is over `ratio` times the other.
+
+    The centre crop looks at no more than that, and resizing the whole would take gigabytes.
+    """
+    width, height = image.size
+    new_width, new_height = band_size(width, height, ratio)
+    if (new_width, new_height) == (width, height):
+        return image
+    left, top = (width - new_width) // 2, (height - new_height) // 2
+    return image.crop((left, top, left + new_width, top + new_height))
+
+
+def band_size(width, height, ratio=8):
+    """What central_band leaves of an image of this size -> (width, height)."""
+    short = min(width, height)
+    return min(width, ratio * short), min(height, ratio * short)
+
+
+# ---- the cache: images decoded once
+
+
+class Stored(NamedTuple):
+    """The images of a split, reduced to one shorter side, in RGB.
+
+    pixels: uint8 [P, 3], image after image and row by row, a tensor or np.memmap; sizes: int64
+    [N, 2], height and width of each image, an array; starts: int64 [N], where each begins.
+    """
+
+    pixels: object
+    sizes: np.ndarray
+    starts: np.ndarray
+
+
+class CachedDataset(ImageDataset):
+    """Items of a split whose images are Stored: where to cut, and the label; collate cuts.
+
+    dataset[i] is (place, label), place the seven integers of Crops. With a seed the box and the
+    flip are those that RandomResizedCrop and RandomHorizontalFlip draw for (seed, epoch, i), in
+    the stored image instead of the one in the file, so the training pictures differ a little from
+    those without a cache; without a seed it is the centre, and the picture exactly the same.
+    Batches need collate, which every DataLoader takes as collate_fn. on_device: the pixels lie
+    where the batches go, which then carry none.
+    """
+
+    def __init__(self, split, stored, image_size, seed=None, on_device=False, share=(0, 1)):
+        super().__init__(split, None, seed, share=share)
+        self.stored = stored
+        self.image_size = image_size
+        self.on_device = on_device
+
+    def item(self, i, repeat):
+        height, width = self.stored.sizes[i].tolist()
+        if self.seed is None:
+            side = self.image_size
+            box, flip = (round((height - side) / 2), round((width - side) / 2), side, side), 0
+        else:
+            with self.draws(i, repeat):
+                box, flip = draw_crop(height, width)
+        return (int(self.stored.starts[i]), width, *box, flip), self.labels[i]
+
+    def collate(self, items):
+        """Items -> (Crops, labels int64 [B])."""
+        places, labels = (torch.tensor(part) for part in zip(*items))
+        if not self.on_device:
+            return Crops(*cut_out(self.stored.pixels, places), self.image_size), labels
+        if torch.utils.data.get_worker_info():
+            raise ValueError("--cache device loads without processes: --kernels 0")
+        return Crops(self.stored.pixels, places, self.image_size), labels
+
+    def load(self, i):
+        """The stored image i -> PIL image in RGB."""
+        pixels, sizes, starts = self.stored
+        pixels = pixels[int(starts[i]):int(starts[i] + sizes[i].prod())]
+        pixels = pixels.cpu().numpy() if torch.is_tensor(pixels) else pixels
+        return Image.fromarray(pixels.reshape(*sizes[i], 3))
+
+    def __getstate__(self):
+        """For a process that is started afresh; a file is opened there again, not sent."""
+        pixels = self.stored.pixels
+        if isinstance(pixels, np.memmap):
+            return self.__dict__ | {"stored": self.stored._replace(pixels=pixels.filename)}
+        return self.__dict__
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        if not torch.is_tensor(self.stored.pixels):
+            self.stored = self.stored._replace(pixels=map_pixels(self.stored.pixels))
+
+
+def draw_crop(height, width):
+    """torchvision's RandomResizedCrop and RandomHorizontalFlip for an image of this size.
+
+    Draws what they draw -> ((top, left, height, width), flip), flip 1 for a mirrored crop.
+    """
+    from torchvision import transforms as T
+
+    image = torch.empty(1).expand(1, height, width)  # its size is all that is looked at
+    box = T.RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))  # its defaults
+    return box, int(torch.rand(1) < 0.5)
+
+
+def cut_out(pixels, places):
+    """The boxes alone, one after another: pixels [P, 3], places [B, 7] -> the same of the copy.
+
+    pixels: a tensor or an array; the copy is a tensor, in shared memory in a loading process.
+    """
+    areas = places[:, 4] * places[:, 5]
+    boxes = torch.empty(int(areas.sum()), 3, dtype=torch.uint8)
+    if torch.utils.data.get_worker_info():
+        boxes.share_memory_()
+    source, target = np.asarray(pixels), boxes.numpy()
+    places = places.clone()
+    starts = areas.cumsum(0) - areas
+    for start, (first, stride, top, left, height, width, _) in zip(starts.tolist(),
+                                                                   places.tolist()):
+        rows = source[first + top * stride:first + (top + height) * stride]
+        target[start:start + height * width].reshape(height, width, 3)[:] = (
+            rows.reshape(height, stride, 3)[:, left:left + width])
+    places[:, 0], places[:, 1], places[:, 2:4] = starts, places[:, 5], 0
+    return boxes, places
+
+
+class Crops:
+    """A batch of pictures that are cut out and resized where they are wanted, by to.
+
+    pixels: uint8 [P, 3], images row by row; places: int64 [B, 7], for each picture where its image
+    begins in pixels, the image's width, the box's top, left, height and width, and 1 to mirror it;
+    size: height and width of the pictures.
+    """
+
+    def __init__(self, pixels, places, size):
+        self.pixels = pixels
+        self.places = places
+        self.size = size
+
+    def __len__(self):
+        return len(self.places)
+
+    def pin_memory(self):
+        """A copy from which a GPU reads by itself; pixels that are there already stay."""
+        pixels = self.pixels.pin_memory() if self.pixels.device.type == "cpu" else self.pixels
+        return Crops(pixels, self.places.pin_memory(), self.size)
+
+    def to(self, device, dtype=None, non_blocking=False):
+        """The pictures on the device -> uint8 [B, 3, size, size], or of the dtype."""
+        pixels = self.pixels.to(device, non_blocking=non_blocking)
+        return crop_batch(pixels, self.places, self.size).to(dtype or torch.uint8)
+
+
+# Bytes of float32 that crop_batch pads to at a time, by the device's type: a GPU likes few large
+# blocks, a CPU those that stay in its cache.
+CROP_BYTES = {"cuda": 2 ** 28, "cpu": 2 ** 22}
+
+
+@torch.no_grad()
+def crop_batch(pixels, places, size):
+    """Cuts a box out of each image and resizes it -> uint8 [B, 3, size, size] on pixels' device.
+
+    pixels [P, 3] and places [B, 7] as in Crops, places on the CPU. Resizes as PIL's BILINEAR does,
+    with a triangle that widens where the picture shrinks; PIL rounds between columns and rows as
+    well, so values differ from its by one level at most. Boxes of size x size come out as they
+    are. Those of like area are padded to the largest, as many at a time as CROP_BYTES holds.
+    """
+    images = torch.empty(len(places), 3, size, size, dtype=torch.uint8, device=pixels.device)
+    limit = CROP_BYTES.get(pixels.device.type, CROP_BYTES["cuda"])
+    order = (places[:, 4] * places[:, 5]).argsort(stable=True)
+    count = max(1, limit // (12 * int(places[:, 4].max()) * int(places[:, 5].max())))
+    with torch.autocast(pixels.device.type, enabled=False):
+        for chosen in order.split(count):
+            images[chosen.to(images.device, non_blocking=True)] = crop_padded(
+                pixels, places[chosen], size)
+    return images
+
+
+def crop_padded(pixels, places, size):
+    """crop_batch, all boxes at once -> uint8 [B, 3, size, size]."""
+    highest, widest = places[:, 4:6].amax(0).tolist()
+    as_they_are = bool((places[:, 4:] == torch.tensor([size, size, 0])).all())
+    places = places.to(pixels.device, non_blocking=True)
+    starts, strides, tops, lefts, heights, widths, flips = places.T.unsqueeze(2)    # [B, 1] each
+    along = torch.arange(max(highest, widest), device=pixels.device)
+    rows = starts + (tops + torch.minimum(along[:highest], heights - 1)) * strides  # [B, H]
+    columns = lefts + torch.minimum(along[:widest], widths - 1)                     # [B, W]
+    indices = (rows.unsqueeze(2) + columns.unsqueeze(1)).flatten()                  # [B x H x W]
+    boxes = pixels.index_select(0, indices).view(len(places), highest, widest, 3)
+    if as_they_are:
+        return boxes.permute(0, 3, 1, 2)
+    boxes = boxes.transpose(2, 3).contiguous().float().view(len(places), -1, widest)
+    across = resize_weights(widths, widest, size)                                   # [B, S, W]
+    across = torch.where(flips.unsqueeze(2) > 0, across.flip(1), across)
+    boxes = torch.bmm(boxes, across.mT).view(len(places), highest, -1)              # [B, H, 3S]
+    boxes = torch.bmm(resize_weights(heights, highest, size), boxes)                # [B, S, 3S]
+    # Weights are not negative and sum to 1, so no value leaves 0 to 255.
+    return boxes.add_(0.5).to(torch.uint8).view(-1, size, 3, size).transpose(1, 2)
+
+
+def resize_weights(lengths, longest, size):
+    """What source pixels weigh in each target pixel -> float32 [B, size, longest], sums are 1.
+
+    lengths: int64 [B, 1], how many of the longest source pixels there are.
+    """
+    scale = (lengths / size).unsqueeze(2)                                           # [B, 1, 1]
+    places = torch.arange(max(size, longest), device=lengths.device) + 0.5
+    distances = places[:longest] - places[:size].unsqueeze(1) * scale               # [B, S, L]
+    weights = (1 - distances.abs_().div_(scale.clamp(min=1))).clamp_(min=0)
+    weights *= (places[:longest] < lengths).unsqueeze(1)
+    return weights.div_(weights.sum(2, keepdim=True))
+
+
+def cache_splits(kind, splits, side, device="cpu", path=None):
+    """{name: Split} -> {name: Stored}, of images reduced to a shorter side; kind as --cache.
+
+    path: of --cache disk, what its files' names begin with. Prints what is needed and what is
+    there; ValueError where that is not enough, OSError where files cannot be written.
+    """
+    digests, stored = {}, {}
+    if kind == "disk":
+        make_folder(os.path.dirname(path))
+        digests = {name: digest_of(split.images, side) for name, split in splits.items()}
+        stored = {name: read_stored(f"{path}_{name}", digests[name], side) for name in splits}
+    missing = [name for name in splits if stored.get(name) is None]
+    sizes = {name: stored_sizes(splits[name].images, side, name) for name in missing}
+    check_room(kind, sizes, side, device, path)
+    if kind != "disk":  # which the first process fills alone
+        auxiliaries.any_rank(False)  # waits: until all have looked nobody takes anything
+    for name in missing:
+        images = decoded(splits[name].images, sizes[name], side, name)
+        if kind == "disk":
+            write_stored(f"{path}_{name}", digests[name], side, sizes[name], images)
+            stored[name] = read_stored(f"{path}_{name}", digests[name], side)
+            continue
+        areas = sizes[name].prod(1)
+        starts = areas.cumsum() - areas
+        pixels = torch.empty(int(areas.sum()), 3, dtype=torch.uint8,
+                             device=device if kind == "device" else "cpu")
+        if kind == "ram":
+            pixels.share_memory_()
+        for image, start in zip(images, starts.tolist()):
+            pixels[start:start + len(image)] = torch.from_numpy(image)
+        stored[name] = Stored(pixels, sizes[name], starts)
+    return stored
+
+
+def stored_sizes(paths, side, name):
+    """Height and width of each image once it is reduced -> int64 [N, 2]; reads headers only."""
+    def size(path):
+        with open_image(path) as image:
+            width, height = band_size(*image.size)
+        long = int(side * max(width, height) / min(width, height))  # as torchvision's Resize
+        return (long, side) if width <= height else (side, long)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        sizes = list(shown(pool.map(size, paths), len(paths), f"measuring {name}"))
+    return np.array(sizes, dtype=np.int64)
+
+
+def decoded(paths, sizes, side, name):
+    """Each image in turn, read and reduced as for testing -> uint8 [height x width, 3]."""
+    from torchvision import transforms as T
+
+    resize = T.Resize(side)
+
+    def reduced(path):
+        return np.array(resize(central_band(read_image(path))))
+
+    def in_blocks():  # so that no more than a block waits in memory
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            for first in range(0, len(paths), 256):
+                yield from pool.map(reduced, paths[first:first + 256])
+
+    images = shown(in_blocks(), len(paths), f"decoding {name}")
+    for image, path, size in zip(images, paths, sizes.tolist()):
+        if list(image.shape[:2]) != size:
+            raise ValueError(f"{path}: its size is not what its header says, or it was changed")
+        yield image.reshape(-1, 3)
+
+
+def check_room(kind, sizes, side, device, path):
+    """Prints what a cache of images of these sizes, {name: [N, 2]}, needs and what is there.
+
+    Of main memory it is what all processes of a machine need. ValueError where it would fill more
+    than nine tenths of that.
+    """
+    if not sizes:
+        print(f"cache    {kind} in {os.path.dirname(path)}: whole, used again", flush=True)
+        return
+    needed = 3 * sum(int(size.prod(1).sum()) for size in sizes.values())
+    if kind == "ram" or kind == "device" and torch.device(device).type == "cpu":
+        needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process keeps its own
+    there = free_bytes(kind, device, path)
+    free = "unknown" if there is None else f"{there / 2 ** 20:,.0f} MiB"
+    where = f" in {os.path.dirname(path)}" if kind == "disk" else ""
+    print(f"cache    {kind}{where}: {sum(map(len, sizes.values())):,} images to decode, shorter "
+          f"side {side}: {needed / 2 ** 20:,.1f} MiB needed, {free} free", flush=True)
+    if there is not None and needed > 0.9 * there:
+        raise ValueError(f"--cache {kind} needs {needed / 2 ** 20:,.1f} MiB{where} and leaves a "
+                         f"tenth of what is free, {free}, alone: another --cache, or none")
+
+
+def free_bytes(kind, device, path):
+    """How much is free where a cache of this kind lies; None where the system does not say."""
+    if kind == "disk":
+        return shutil.disk_usage(os.path.dirname(path)).free
+    if kind == "device" and torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="utf-8") as file:
+            kibibytes = re.search(r"MemAvailable: *(\d+)", file.read())
+        available = int(kibibytes.group(1)) * 1024
+    except (OSError, AttributeError):
+        return None
+    with contextlib.suppress(OSError, ValueError):  # a container's own limit, "max" for none
+        limit, used = (int(open(f"/sys/fs/cgroup/memory.{name}").read())
+                       for name in ("max", "current"))
+        available = min(available, limit - used)
+    if kind == "ram" and os.path.isdir("/dev/shm"):  # there it lies; containers have little of it
+        available = min(available, shutil.disk_usage("/dev/shm").free)
+    return available
+
+
+# The files of --cache disk: PATH_SPLIT.json says whose images PATH_SPLIT_DIGEST.pixels holds. It
+# is written last, and each file under another name first, so nothing is taken for whole that is
+# not.
+
+
+def make_folder(folder):
+    """Makes the folder of --cache_path and removes what killed runs left half written in it.
+
+    That is what a process of this machine began that is no more, and what no other machine touched
+    for a day.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        entries = os.listdir(folder)
+    except OSError as error:
+        raise OSError(f"--cache_path {folder}: no folder can be made or read there ({error})"
+                      ) from error
+    for entry in entries:
+        begun = re.search(r"\.tmp-(.*)-(\d+)$", entry)
+        with contextlib.suppress(OSError):  # another run removed it
+            if begun and (is_over(int(begun[2])) if begun[1] == platform.node() else
+                          time.time() - os.path.getmtime(os.path.join(folder, entry)) > 86400):
+                os.remove(os.path.join(folder, entry))
+
+
+def is_over(process):
+    """Whether a process of this machine, by its number, is no more; this one counts as such."""
+    if process == os.getpid():
+        return True
+    if os.name != "posix":  # elsewhere the question itself may end it
+        return False
+    try:
+        os.kill(process, 0)
+    except OSError as error:
+        return isinstance(error, ProcessLookupError)  # not where it is somebody else's
+    return False
+
+
+def digest_of(paths, side):
+    """A digest of the images' names, their lengths in bytes and the side, wherever they lie."""
+    digest = hashlib.sha256(str(side).encode())
+    for path in paths:
+        try:
+            facts = "/".join(path.split(os.sep)[-2:]), os.path.getsize(path)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: the image is not there") from None
+        digest.update(repr(facts).encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def read_stored(path, digest, side):
+    """A split's images from its files -> Stored; None where there are none that are whole.
+
+    ValueError where they are of other images or another side, or damaged.
+    """
+    remedy = "remove it, or name another folder with --cache_path"
+    try:
+        with open(f"{path}.json", encoding="utf-8") as file:
+            facts = json.load(file)
+        sizes = np.array(facts["sizes"], dtype=np.int64).reshape(-1, 2)
+        found = facts["digest"], facts["shorter_side"]
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise OSError(f"--cache_path: {path}.json cannot be read ({error})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}.json is damaged ({error}): {remedy}") from error
+    if found != (digest, side):
+        raise ValueError(f"{path}.json is of other images" + f", of shorter side {found[1]} and "
+                         f"not {side}" * (found[1] != side) + f": {remedy}")
+    pixels, areas = f"{path}_{digest[:16]}.pixels", sizes.prod(1)
+    try:
+        length = os.path.getsize(pixels)
+    except FileNotFoundError:
+        return None
+    if length != 3 * areas.sum():
+        raise ValueError(f"{pixels} has {length:,} bytes instead of {3 * areas.sum():,}: {remedy}")
+    return Stored(map_pixels(pixels), sizes, areas.cumsum() - areas)
+
+
+def map_pixels(path):
+    """The pixels of a file, uint8 [P, 3], which stay on the disk until they are looked at."""
+    return np.memmap(path, np.uint8, mode="r", shape=(os.path.getsize(path) // 3, 3))
+
+
+def write_stored(path, digest, side, sizes, images):
+    """Writes images, uint8 [P, 3] each, and what read_stored wants to know of them."""
+    facts = {"digest": digest, "shorter_side": side, "sizes": sizes.tolist()}
+    for final, parts in ((f"{path}_{digest[:16]}.pixels", images),
+                         (f"{path}.json", [json.dumps(facts).encode()])):
+        temporary = f"{final}.tmp-{platform.node()}-{os.getpid()}"
+        try:
+            with open(temporary, "wb") as file:
+                for part in parts:
+                    file.write(part)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, final)
+        except FileNotFoundError:  # an image, not the file
+            raise
+        except OSError as error:
+            raise OSError(f"--cache_path: {final} cannot be written: {error}") from error
+        finally:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+
+
+# ---- looking at many files
+
+
+def broken_images(paths, split, quick):
+    """Reads every image (quick: is it a file, not empty?); describes at most 20 that fail."""
+    def failure(path):
+        try:
+            if not os.path.isfile(path) or os.path.getsize(path) == 0:
+                return f"{path}: not a file, or an empty one"
+            if not quick:
+                read_image(path)
+        except (OSError, ValueError) as error:
+            return str(error)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # PIL decodes outside of Python's lock
+        messages = shown(pool.map(failure, paths), len(paths), f"reading {split}")
+        failures = [message for message in messages if message]
+    if len(failures) > 20:
+        failures = failures[:20] + [f"and {len(failures) - 20} more broken images"]
+    return failures
+
+
+def shown(results, count, text):
+    """Hands results on; on a terminal one line says how many of them there were."""
+    show = sys.stdout.isatty()
+    for done, result in enumerate(results, start=1):
+        yield result
+        if show and (done % 500 == 0 or done == count):
+            print(f"\r  {text}: {done:,} of {count:,}", end="", flush=True)
+    if show:
+        print("\r" + " " * 60 + "\r", end="")
