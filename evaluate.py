@@ -100,15 +100,353 @@ def add_metric_arguments(group):
                             "free on a GPU")
 
 
-def blocks(rows, columns):
-    """Slices of the rows that cut a [rows, columns] matrix into blocks of BLOCK_ELEMENTS at most.
+# ---- metrics
 
-    Of small matrices a block is an eighth of that, or 256 rows if those are more: it stays nearer
-    to the processor.
+
+def recall_at_k(queries, query_labels, gallery=None, gallery_labels=None, k_vals=(1, 2, 4, 8),
+                own=None):
+    """The share of queries with a true match among their k nearest -> {"recall@k": float}.
+
+    queries [Q, D], query_labels [Q]; gallery [G, D] and gallery_labels [G], or None to compare the
+    queries with each other; own [Q] as in own_rows. Values in [0, 1]; errors as rank_metrics.
+    Jegou et al., TPAMI 2011; the literature's "R@k".
     """
-    most, columns = BLOCK_ELEMENTS, max(1, columns)
-    step = max(1, min(most // columns, max(256, most // 8 // columns)))
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    return rank_metrics(queries, query_labels, gallery, gallery_labels, k_vals, own, ("recall",))
+
+
+def rank_metrics(queries, query_labels, gallery=None, gallery_labels=None, k_vals=(1, 2, 4, 8),
+                 own=None, metrics=RANK_METRICS, memory=None, same=None):
+    """Means over the queries of what rank_scores says -> dict of floats in [0, 1].
+
+    queries [Q, D], query_labels [Q], gallery, gallery_labels, own, memory, same: as in
+    rank_scores. metrics: some of RANK_METRICS. "recall@k" for each k: share of queries with a true
+    match among their k nearest. "precision@1": the same as recall@1. "mrr": mean of one over the
+    rank of the nearest true match. "r_precision", "map@r", "map": as in rank_scores. Queries whose
+    class is nowhere in the gallery are left out of every mean. ValueError if that leaves none, or
+    for a k outside 1 to the number of neighbours.
+    """
+    check_embeddings(queries, query_labels, gallery, gallery_labels)
+    if "recall" in metrics:
+        check_k_vals(k_vals, number_compared(queries, gallery, own))
+    every = not {"r_precision", "map@r", "map"}.isdisjoint(metrics)
+    if auxiliaries.num_ranks() == 1:
+        scores = rank_scores(queries, query_labels, gallery, gallery_labels, own, every, memory,
+                             same)
+    else:
+        scores = shared_rank_scores(queries, query_labels, gallery, gallery_labels, own, every,
+                                    memory, same)
+    scores = {name: values[scores["matches"] > 0].double() for name, values in scores.items()}
+    ranks = scores["first_rank"]
+    if not len(ranks):
+        raise ValueError("no query has a true match to find: each class needs two images, or one "
+                         "among the queries and one in the gallery")
+    means = {}
+    if "recall" in metrics:
+        means = {f"recall@{k}": (ranks <= k).double().mean().item() for k in k_vals}
+    if "precision@1" in metrics:
+        means["precision@1"] = (ranks <= 1).double().mean().item()
+    if "mrr" in metrics:
+        means["mrr"] = (1 / ranks).mean().item()
+    for name in ("r_precision", "map@r", "map"):
+        if name in metrics:
+            means[name] = scores[name].mean().item()
+    return means
+
+
+def nmi(assignments, labels, average="arithmetic"):
+    """Normalised mutual information of clusters and classes, [N] and [N] ints -> float in [0, 1].
+
+    Normalised by the arithmetic mean of the two entropies, scikit-learn's default since 0.22, or
+    by the geometric one, with which the reference results were made. 1 if there is one cluster and
+    one class. Manning et al., "Introduction to Information Retrieval", 2008, section 16.3.
+    """
+    def entropy(sizes):
+        return float(-(sizes / len(labels) * (sizes / len(labels)).log()).sum())
+
+    clusters, classes, cells = (entropy(sizes) for sizes in contingency(assignments, labels))
+    if clusters + classes == 0:
+        return 1.0
+    mean = (clusters + classes) / 2 if average == "arithmetic" else (clusters * classes) ** 0.5
+    # Mutual information is H(clusters) + H(classes) - H(both); rounding can lead just outside.
+    return min(1.0, max(0.0, (clusters + classes - cells) / mean)) if mean else 0.0
+
+
+def ami(assignments, labels):
+    """Mutual information adjusted for chance, [N] and [N] ints -> scalar up to 1; by scikit-learn.
+
+    0 is what random clusters get. Vinh, Epps, Bailey, JMLR 2010; arithmetic mean. On tens of
+    thousands of rows in thousands of classes it takes many seconds.
+    """
+    from sklearn.metrics import adjusted_mutual_info_score  # here: a second to import
+    return float(adjusted_mutual_info_score(labels.cpu().numpy(), assignments.cpu().numpy()))
+
+
+def f1(assignments, labels):
+    """Pairwise F1 of clusters and classes, [N] and [N] ints -> float in [0, 1].
+
+    Of all pairs of rows, precision is the share of same-cluster pairs that are of one class,
+    recall the share of same-class pairs in one cluster; F1 is their harmonic mean, 0 if there are
+    no such pairs. Counted from the contingency table. Manning et al., "Introduction to Information
+    Retrieval", 2008, section 16.3.
+    """
+    clusters, classes, cells = (float((sizes * (sizes - 1)).sum())  # twice the number of pairs
+                                for sizes in contingency(assignments, labels))
+    return 2 * cells / (clusters + classes) if clusters + classes else 0.0
+
+
+def distance_ratio(embeddings, labels):
+    """Mean distance within classes over mean distance between classes -> float; small is compact.
+
+    embeddings [N, D], labels [N]. Within: the mean over classes of two rows or more of the mean
+    distance of their pairs. Between: the mean distance of the classes' centres of mass. 0 if no
+    class has a pair, infinite if all centres coincide. The reference code's --dist_measure is of
+    cosine distances and normalised centres, on the training images.
+    """
+    embeddings, labels = centred(embeddings)[1], labels.unique(return_inverse=True)[1]
+    (embeddings,), _ = near_one(embeddings)
+    counts = torch.bincount(labels)                                              # [C]
+    sums = sums_of_groups(sums_to_own_class(embeddings, labels).unsqueeze(1), labels, len(counts))
+    pairs = counts * (counts - 1)
+    within = sums.squeeze(1)[pairs > 0] / pairs[pairs > 0]
+    centres = sums_of_groups(embeddings, labels, len(counts)) / counts.unsqueeze(1)
+    between = (sum_across_classes(centres, torch.arange(len(centres), device=centres.device))
+               / max(1, len(centres) * (len(centres) - 1)))
+    if not len(within):
+        return 0.0
+    return float(within.mean()) / between if between > 0 else float("inf")
+
+
+def spectral_decay(embeddings):
+    """rho: how far the singular values are from equal, embeddings [N, D] -> float from 0 to inf.
+
+    The Kullback-Leibler divergence of the singular values, divided by their sum, from the uniform
+    distribution: -log D - mean(log s). 0: every direction is used alike; inf: one is not used at
+    all. Roth et al., "Revisiting Training Strategies and Generalization Performance in Deep Metric
+    Learning", ICML 2020, section 5.
+    """
+    # Those of the triangular factor are those of the whole, to full precision.
+    values = torch.linalg.svdvals(torch.linalg.qr(embeddings.double(), mode="r").R)
+    least = values.max() * max(embeddings.shape) * torch.finfo(torch.float64).eps  # rounding
+    if len(values) < embeddings.shape[1] or values.min() <= least:
+        return float("inf")
+    shares = values / values.sum()
+    return max(0.0, -math.log(len(shares)) - shares.log().mean().item())
+
+
+def mean_distances(embeddings, labels):
+    """Mean distance of pairs of one class, and of pairs of two classes -> (float, float).
+
+    embeddings [N, D], labels [N]. NaN where there is no such pair. All pairs are counted; those of
+    two classes, of more than 4,096 rows, from products in float32.
+    """
+    embeddings, labels = centred(embeddings)[1], labels.unique(return_inverse=True)[1]
+    (embeddings,), scale = near_one(embeddings)
+    counts = torch.bincount(labels)
+    same = int((counts * (counts - 1)).sum())
+    different = len(labels) * (len(labels) - 1) - same
+    return (scale * float(sums_to_own_class(embeddings, labels).sum()) / same if same
+            else float("nan"),
+            scale * sum_across_classes(embeddings, labels) / different if different
+            else float("nan"))
+
+
+# ---- sets
+
+
+@torch.no_grad()
+def evaluate_embeddings(queries, query_labels, gallery=None, gallery_labels=None, k_vals=None,
+                        seed=0, own=None, metrics=DEFAULT_METRICS, nmi_average="arithmetic",
+                        memory=None):
+    """The metrics of one evaluation set -> dict of floats.
+
+    queries [Q, D] and query_labels [Q], compared with gallery [G, D], gallery_labels [G] or,
+    without one, with each other; own [Q] as in own_rows. Tensors, arrays or lists; labels that are
+    no tensors may be texts. k_vals: by default those of DEFAULT_K_VALS that the gallery allows.
+    metrics: some of METRICS. The keys are "recall@k" for each k, "precision@1", "mrr",
+    "r_precision", "map@r", "map" (rank_metrics); "nmi", "ami", "f1" of k-means clusters of queries
+    and gallery together, as many as there are classes, starting from the seed; "dist_ratio", "rho"
+    (spectral_decay), "d_ap" and "d_an" (mean_distances) of the same. memory: bytes for blocks of
+    distances.
+    """
+    found = {}
+    queries, gallery, own = (part if part is None else torch.as_tensor(part)
+                             for part in (queries, gallery, own))
+    labels = [part for part in (query_labels, gallery_labels) if part is not None]
+    if not all(map(torch.is_tensor, labels)):
+        classes = number_labels([np.asarray(part) for part in labels]).to(queries.device)
+        query_labels, *gallery_labels = classes.split([len(part) for part in labels])
+        gallery_labels = gallery_labels[0] if gallery_labels else None
+    check_embeddings(queries, query_labels, gallery, gallery_labels)
+    if k_vals is None and "recall" in metrics:
+        k_vals = allowed_k_vals(DEFAULT_K_VALS, number_compared(queries, gallery, own))
+    if not set(RANK_METRICS).isdisjoint(metrics):
+        found |= rank_metrics(queries, query_labels, gallery, gallery_labels, k_vals, own,
+                              metrics, memory)
+    embeddings, labels = pooled(queries, query_labels, gallery, gallery_labels, own)
+    return found | auxiliaries.from_first(functools.partial(
+        set_metrics, embeddings, labels, seed, metrics, nmi_average))
+
+
+def set_metrics(embeddings, labels, seed, metrics, nmi_average):
+    """The metrics that are not ranks, of one set: embeddings [N, D], labels [N] -> dict."""
+    found = {}
+    if not set(CLUSTER_METRICS).isdisjoint(metrics):
+        assignments, _ = kmeans(embeddings, len(labels.unique()), seed=seed)
+        if "nmi" in metrics:
+            found["nmi"] = nmi(assignments, labels, nmi_average)
+        if "ami" in metrics:
+            found["ami"] = ami(assignments, labels)
+        if "f1" in metrics:
+            found["f1"] = f1(assignments, labels)
+    if "dist_ratio" in metrics:
+        found["dist_ratio"] = distance_ratio(embeddings, labels)
+    if "rho" in metrics:
+        found["rho"] = spectral_decay(embeddings)
+    if "distances" in metrics:
+        found["d_ap"], found["d_an"] = mean_distances(embeddings, labels)
+    return found
+
+
+def scores_of_random_gallery(rows, labels, k_vals, seed=0, metrics=DEFAULT_METRICS,
+                             nmi_average="arithmetic", memory=None):
+    """As evaluate_embeddings of rows [N, D] and labels [N], its rank metrics by random_gallery."""
+    ranked = [name for name in metrics if name in RANK_METRICS]
+    scores = random_gallery(rows, labels, k_vals, ranked, seed, memory=memory) if ranked else {}
+    others = [name for name in metrics if name not in RANK_METRICS]
+    return scores | evaluate_embeddings(rows, labels, seed=seed, metrics=others,
+                                        nmi_average=nmi_average)
+
+
+def random_gallery(rows, labels, k_vals=(1, 5), metrics=("recall", "map@r"), seed=0, repeats=10,
+                   memory=None):
+    """Rank metrics with one random row of each class as gallery, the mean of repeats -> dict.
+
+    rows [N, D], labels [N]; metrics, memory: as in rank_metrics. The protocol of VehicleID (Liu et
+    al., CVPR 2016): the other rows are the queries. Classes of one row are in the gallery alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    means = {}
+    for _ in range(repeats):
+        shuffled = torch.randperm(len(labels), generator=generator).to(labels.device)
+        classes, order = labels[shuffled].sort(stable=True)
+        first = order[classes.diff(prepend=classes[:1] - 1) != 0]
+        in_gallery = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
+        in_gallery[shuffled[first]] = True
+        if in_gallery.all():
+            raise ValueError("no query has a true match to find: each class has one image")
+        scores = rank_metrics(rows[~in_gallery], labels[~in_gallery], rows[in_gallery],
+                              labels[in_gallery], k_vals, metrics=metrics, memory=memory)
+        for name, value in scores.items():
+            means[name] = means.get(name, 0.0) + value
+    return {name: total / repeats for name, total in means.items()}
+
+
+@torch.inference_mode()
+def embed(network, dataset, device, batch_size=112, num_workers=0, progress=None):
+    """The embeddings of a dataset, in its order -> (embeddings [N, D] float32, labels [N] int64).
+
+    network: anything that turns images [B, 3, H, W] on the device into embeddings [B, D]; it
+    should be in eval mode. Both results are on the device. Of several processes each embeds its
+    share, batch_size images at once, and all have the whole result. progress: callable(images
+    done, of how many), called after each batch.
+    """
+    share = auxiliaries.share_of(len(dataset))
+    loader = torch.utils.data.DataLoader(dataset, batch_size=batch_size, num_workers=num_workers,
+                                         sampler=share,
+                                         worker_init_fn=auxiliaries.heed_parent_alone,
+                                         generator=torch.Generator(),  # draws nothing globally
+                                         collate_fn=getattr(dataset, "collate", None),
+                                         pin_memory=torch.device(device).type == "cuda")
+    embeddings, labels, start = None, torch.empty(len(share), dtype=torch.int64), 0
+    for images, batch_labels in loader:
+        rows = network(images.to(device, non_blocking=True)).float()
+        if embeddings is None:
+            embeddings = torch.empty(len(share), rows.shape[1], device=device)
+        embeddings[start:start + len(rows)] = rows
+        labels[start:start + len(rows)] = batch_labels
+        start += len(rows)
+        if progress:
+            progress(min(start * auxiliaries.num_ranks(), len(dataset)), len(dataset))
+    return tuple(auxiliaries.gather_shares(part, len(dataset))
+                 for part in (embeddings, labels.to(device)))
+
+
+def evaluate_sets(network, sets, device, k_vals=(1, 2, 4, 8), batch_size=112, num_workers=0,
+                  vehicle_protocol="all_vs_all", progress=None, **scoring):
+    """Embeds each set and scores it -> (metrics, [(queries, gallery or None), ...]).
+
+    sets: tuples (name, queries, gallery) as datasets.EvaluationSet: a dataset of queries, and the
+    dataset, or list of datasets, that they are compared with; None: with each other. A list may
+    hold the queries too, as in ("val", val, [train, val]): each is left out of its own neighbours.
+    Labels of one set's datasets are of one numbering. Each dataset is embedded once. metrics: one
+    dict, its keys preceded by the set's name where it has one. The second result holds the sets'
+    embeddings, [Q, D] and [G, D]. vehicle_protocol "random_gallery": the rank metrics of sets
+    without a gallery are those of random_gallery. progress: as in embed. scoring: seed, metrics,
+    nmi_average, memory for evaluate_embeddings.
+    """
+    rows, metrics, embedded, sets = {}, {}, [], list(sets)
+
+    def embed_once(dataset):
+        if id(dataset) not in rows:
+            rows[id(dataset)] = embed(network, dataset, device, batch_size, num_workers,
+                                      progress)
+        return rows[id(dataset)]
+
+    for name, queries, gallery in sets:
+        query_rows, query_labels = embed_once(queries)
+        gallery_rows = gallery_labels = own = None
+        if gallery is not None:
+            parts = gallery if isinstance(gallery, (list, tuple)) else [gallery]
+            if not parts or sum(part is queries for part in parts) > 1:
+                raise ValueError(f"the set {name!r} has a gallery of {len(parts)} datasets; it "
+                                 "must have one or more, the queries among them once at most")
+            gallery_rows, gallery_labels = map(torch.cat, zip(*map(embed_once, parts)))
+            place = 0
+            for part in parts:
+                if part is queries:
+                    own = torch.arange(place, place + len(queries), device=query_rows.device)
+                place += len(part)
+        compared = query_rows, query_labels, gallery_rows, gallery_labels
+        if vehicle_protocol == "random_gallery" and gallery is None:
+            scores = scores_of_random_gallery(query_rows, query_labels, k_vals, **scoring)
+        else:
+            scores = evaluate_embeddings(*compared, k_vals, own=own, **scoring)
+        metrics |= {f"{name} {key}".strip(): value for key, value in scores.items()}
+        embedded.append((query_rows, gallery_rows))
+    return metrics, embedded
+
+
+def own_rows(queries, gallery=None, own=None):
+    """The gallery row [Q] that is the query itself and never its neighbour; None if none is.
+
+    Without a gallery the queries [Q, D] are compared with each other. own [Q] int64 says it for a
+    gallery [G, D] that holds the queries. An exact duplicate in another row is a neighbour.
+    """
+    return torch.arange(len(queries), device=queries.device) if gallery is None else own
+
+
+def number_compared(queries, gallery=None, own=None):
+    """How many gallery rows each query is compared with; see own_rows. [Q, D], [G, D], [Q]."""
+    if gallery is None:
+        return len(queries) - 1
+    return len(gallery) - (own is not None)
+
+
+def allowed_k_vals(k_vals, available):
+    """Of default k_vals those that available, the number of neighbours, a scalar, allows."""
+    kept = [k for k in k_vals if k <= available]
+    if 0 < len(kept) < len(k_vals):
+        print(f"note: no recall at {' '.join(str(k) for k in k_vals if k not in kept)}, as each "
+              f"query has {available} images to be compared with")
+    return kept or k_vals
+
+
+def check_k_vals(k_vals, available):
+    """ValueError for a k (scalars) that is not from 1 to the number of available neighbours."""
+    wrong = [k for k in k_vals if not 1 <= k <= available]
+    if wrong:
+        raise ValueError(f"--k_vals {' '.join(map(str, wrong))}: each query has {available} "
+                         f"images to be compared with, so k is from 1 to {available}")
 
 
 def check_embeddings(queries, query_labels, gallery, gallery_labels):
@@ -135,75 +473,291 @@ def check_embeddings(queries, query_labels, gallery, gallery_labels):
                          f"embeddings {gallery.shape[1]}")
 
 
-def number_compared(queries, gallery=None, own=None):
-    """How many gallery rows each query is compared with; see own_rows. [Q, D], [G, D], [Q]."""
+def pooled(queries, query_labels, gallery=None, gallery_labels=None, own=None):
+    """Every image of a set once -> (embeddings [N, D], labels [N]); arguments as above."""
     if gallery is None:
-        return len(queries) - 1
-    return len(gallery) - (own is not None)
+        return queries, query_labels
+    if own is not None:  # the gallery holds the queries
+        return gallery, gallery_labels
+    return torch.cat([queries, gallery]), torch.cat([query_labels, gallery_labels])
 
 
-def own_rows(queries, gallery=None, own=None):
-    """The gallery row [Q] that is the query itself and never its neighbour; None if none is.
+def memory_bytes(gib, device):
+    """--eval_memory, a scalar, in bytes; by default 1 GiB, on a GPU a quarter of what is free."""
+    if gib is not None:
+        if not 0 < gib < math.inf:
+            raise ValueError(f"--eval_memory {gib}: some memory, in GiB, is needed")
+        return int(gib * 2 ** 30)
+    if device.type != "cuda":
+        return 2 ** 30
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch
+    return (torch.cuda.mem_get_info(device)[0] + held) // 4
 
-    Without a gallery the queries [Q, D] are compared with each other. own [Q] int64 says it for a
-    gallery [G, D] that holds the queries. An exact duplicate in another row is a neighbour.
+
+# ---- pictures
+
+
+def draw_recoveries(path, queries, gallery, query_rows, gallery_rows, seed=0, rows=10,
+                    neighbours=5, title=""):
+    """Writes a picture of some queries and their nearest neighbours to a PNG file.
+
+    queries, gallery: ImageDataset (gallery None: the queries themselves); query_rows [Q, D] and
+    gallery_rows [G, D] their embeddings. Queries, drawn at random with the seed, are framed red,
+    neighbours of the same class green, others grey and crossed out. title: a few words on top.
     """
-    return torch.arange(len(queries), device=queries.device) if gallery is None else own
+    others = queries if gallery is None else gallery
+    available = len(others) - (gallery is None)
+    chosen = np.random.default_rng(seed).permutation(len(queries))[:rows].tolist()
+    # Without a gallery the query itself comes back among its neighbours; it is left out by index.
+    _, nearest = knn(query_rows[chosen], query_rows if gallery is None else gallery_rows,
+                     min(neighbours, available) + (gallery is None))
+    grid = []
+    for query, indices in zip(chosen, nearest.tolist()):
+        indices = [i for i in indices if gallery is not None or i != query][:neighbours]
+        row = [(queries.load(query), "query")]
+        for i in indices:
+            hit = (queries.class_names[queries.labels[query]]
+                   == others.class_names[others.labels[i]])
+            row.append((others.load(i), "hit" if hit else "miss"))
+        grid.append(row)
+    auxiliaries.save_image_grid(path, grid, title=title)
 
 
-def knn(queries, gallery=None, k=1, own=None):
-    """The k nearest gallery rows of each query, exactly, nearest first.
+def draw_embeddings(path, dataset, embeddings, method="pca", seed=0, most=2000, title=()):
+    """Draws embeddings [N, D] in two dimensions, coloured by class, to an SVG file.
 
-    queries [Q, D], gallery [G, D] -> (distances [Q, k], indices [Q, k] int64). gallery, own: as in
-    own_rows. Raises ValueError for k above the number of neighbours.
+    dataset: ImageDataset, whose labels and class names they have. method: "pca", the two
+    directions of greatest variance, or "tsne" (van der Maaten and Hinton, JMLR 2008; perplexity
+    30), which keeps neighbours together. Of more than `most` embeddings a sample drawn with the
+    seed is shown; t-SNE takes seconds for 2,000. title: header lines above the one that says this.
     """
-    available = number_compared(queries, gallery, own)
-    if not 1 <= k <= available:
-        raise ValueError(f"k = {k} neighbours of {available}; --k_vals takes 1 to {available}")
-    own = own_rows(queries, gallery, own)
-    rows64, others = centred(queries, gallery)
-    distances = queries.new_empty((len(queries), k))
-    indices = torch.empty((len(queries), k), dtype=torch.int64, device=queries.device)
-    for rows in blocks(len(queries), len(others)):
-        block = torch.cdist(rows64[rows], others)                                # [rows, G]
-        if own is not None:
-            block.scatter_(1, own[rows].unsqueeze(1), torch.inf)
-        nearest, indices[rows] = block.topk(k, largest=False)
-        distances[rows] = nearest.to(distances.dtype)
-    return distances, indices
+    import threadpoolctl  # scikit-learn brings it along
+    from sklearn.decomposition import PCA  # here, since they take a second to import
+    from sklearn.manifold import TSNE
+
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(embeddings))[:most])
+    points = embeddings[torch.from_numpy(chosen).to(embeddings.device)].double().cpu().numpy()
+    size = np.abs(points).max()
+    points = np.pad(points - points.mean(0), ((0, 0), (0, max(0, 2 - points.shape[1]))))
+    spread = np.abs(points).max()
+    if spread <= 1e-7 * size:  # all in one place, up to rounding
+        points, drawn = np.zeros((len(points), 2)), "all in one place"
+    elif method == "tsne" and len(points) > 4:
+        # One thread: beside another program its threads wait for each other for minutes.
+        with threadpoolctl.threadpool_limits(1):
+            points = TSNE(perplexity=min(30, (len(points) - 1) / 3),
+                          random_state=seed).fit_transform(points / spread)
+        drawn = "t-SNE"
+    else:
+        points, drawn = PCA(2, svd_solver="full").fit_transform(points), "PCA"
+    names = [dataset.class_names[dataset.labels[i]] for i in chosen]
+    count = f"{len(chosen):,}" + f" of {len(embeddings):,}" * (len(chosen) < len(embeddings))
+    auxiliaries.save_scatter(
+        path, [*title, f"{count} test embeddings, {drawn}, coloured by class"], points, names)
 
 
-def centred(queries, gallery=None):
-    """Queries [Q, D] and gallery [G, D] (None: the queries) in float64, around the gallery's mean.
+# ---- files, and the command line
 
-    Distances do not change under a shift, and near the origin the expansion |q|^2 - 2 q.g + |g|^2
-    loses fewest digits; in float64 it is exact enough to order any float32 embeddings.
+
+def save_embeddings(path, embeddings, labels, **settings):
+    """Writes embeddings [N, D], labels [N] and the run's settings for score_files.
+
+    settings: k_vals, seed, metrics, nmi_average, vehicle_protocol, device, gallery_file.
     """
-    others = (queries if gallery is None else gallery).double()
-    centre = others.mean(0)
-    others = others - centre
-    return (others if gallery is None else queries.double() - centre), others
+    with auxiliaries.written_whole(path) as file:
+        np.savez(file, embeddings=embeddings.cpu().numpy(), labels=np.asarray(labels), **settings)
 
 
-def near_one(*parts):
-    """Tensors times a power of two that brings them near 1 -> (tensors, the power's inverse).
+def read_embeddings(path):
+    """The arrays of an npz file: embeddings [N, D], float, labels [N] of any type, and others.
 
-    Any shapes. No digit changes, and squares of what comes out fit into float32.
+    FileNotFoundError, or ValueError where the file is not such a one; nothing in it is executed.
     """
-    largest = max(float(bound.abs()) for part in parts for bound in part.aminmax())
-    most = 120 if parts[0].dtype == torch.float32 else 1000
-    exponent = min(most, max(-most, math.frexp(largest)[1]))
-    return [part * 2.0 ** -exponent for part in parts], 2.0 ** exponent
+    try:
+        with open(path, "rb") as opened:  # numpy leaves it open where it is damaged
+            file = np.load(opened, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("it holds one array, without a name")
+            with file:
+                arrays = {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {path}") from None
+    except Exception as error:  # numpy raises half a dozen types for damaged or pickled files
+        raise ValueError(f"{path} cannot be read as an npz file of plain arrays: "
+                         f"{auxiliaries.one_line(error) or type(error).__name__}") from error
+    missing = [name for name in ("embeddings", "labels")
+               if not isinstance(arrays.get(name), np.ndarray)]
+    if missing:
+        raise ValueError(f"{path} has no array {missing[0]}; it must have embeddings [N, D] and "
+                         f"labels [N], it has {auxiliaries.one_line(', '.join(arrays)) or 'none'}")
+    embeddings, labels = arrays["embeddings"], arrays["labels"]
+    if embeddings.ndim != 2 or embeddings.dtype.kind not in "fiu" or labels.ndim != 1:
+        raise ValueError(f"{path}: embeddings {list(embeddings.shape)} of {embeddings.dtype} and "
+                         f"labels {list(labels.shape)}; expected numbers [N, D] and labels [N]")
+    for name, shapes in (("seed", ((), (1,))), ("k_vals", ((), (np.size(arrays.get("k_vals")),)))):
+        value = np.asarray(arrays.get(name, 1))  # bytes, where it is no array
+        if value.shape not in shapes or value.dtype.kind not in "iu" or not value.size:
+            raise ValueError(f"{path}: {name} is {auxiliaries.one_line(value)}; expected a whole "
+                             "number, for k_vals one or more")
+    for name in ("device", "gallery_file"):
+        value = np.asarray(arrays.get(name, ""))
+        if value.dtype.kind != "U" or value.size != 1:
+            raise ValueError(f"{path}: {name} is {auxiliaries.one_line(value)}; expected a text")
+    for name, allowed in (("metrics", METRICS), ("nmi_average", NMI_AVERAGES),
+                          ("vehicle_protocol", PROTOCOLS)):
+        values = np.ravel(arrays.get(name, allowed[0])).tolist()
+        if not values or not set(values) <= set(allowed):
+            raise ValueError(f"{path}: {name} is {auxiliaries.one_line(values)}; it may be "
+                             f"{', '.join(allowed)}")
+    if embeddings.dtype != np.float64:
+        size = embeddings.dtype.itemsize
+        exact = (np.float32 if size <= 2 or size == 4 and embeddings.dtype.kind == "f"
+                 else np.float64)
+        arrays["embeddings"] = embeddings.astype(exact)
+    return arrays
 
 
-def first_match_ranks(queries, query_labels, gallery=None, gallery_labels=None, own=None,
-                      memory=None):
-    """Rank of each query's nearest true match, [Q] int64; 0 where the gallery holds none.
+def number_labels(arrays):
+    """Arrays of labels [N] of any types -> one int64 tensor for all, equal for equal labels.
 
-    Arguments and rule as in rank_scores: queries [Q, D], query_labels [Q], ...
+    Numbered in their order, so that a run's own labels keep theirs. Numbers of different types are
+    equal as numbers; where some labels are strings all are. The result has the shape of the arrays
+    in a row, [N1 + N2 + ...]. ValueError for labels that cannot be compared.
     """
-    return rank_scores(queries, query_labels, gallery, gallery_labels, own, every=False,
-                       memory=memory)["first_rank"]
+    try:
+        arrays = [np.char.decode(labels) if labels.dtype.kind == "S" else labels
+                  for labels in arrays]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the label {error.object!r} is bytes that are not UTF-8 text; save "
+                         "labels as numbers or strings") from error
+    for labels in arrays:
+        if labels.dtype.kind not in "iufbU" or labels.dtype.kind == "f" and np.isnan(labels).any():
+            raise ValueError(f"labels of type {labels.dtype}, or NaN among them; save labels as "
+                             "numbers or strings")
+    if any(labels.dtype.kind == "U" for labels in arrays):
+        arrays = [labels.astype(str) for labels in arrays]
+    lists = [labels.tolist() for labels in arrays]
+    numbers = {label: i for i, label in enumerate(sorted(set().union(*lists)))}
+    return torch.tensor([numbers[label] for labels in lists for label in labels])
+
+
+def score_files(args):
+    """The metrics of saved embeddings, by the options of main -> (metrics, what was compared).
+
+    What the options leave open is as in the run that saved the file, if it says so. The second
+    result is a dict of scalars and strings.
+    """
+    files = [read_embeddings(path) for path in (args.embeddings, args.gallery) if path]
+    classes = number_labels([file["labels"] for file in files])
+    labels = classes.split([len(file["labels"]) for file in files])
+
+    def setting(name, *default):
+        given = getattr(args, name, None)
+        return np.ravel(files[0].get(name, default) if given is None else given).tolist()
+
+    on_gpu = "cuda" in setting("device") and torch.cuda.is_available()
+    device = auxiliaries.select_device((0 if on_gpu else -1) if args.gpu is None else args.gpu)
+    rows = [torch.from_numpy(file["embeddings"]).to(device) for file in files]
+    labels = [part.to(device) for part in labels]
+    gallery = (rows[1], labels[1]) if args.gallery else (None, None)
+    check_embeddings(rows[0], labels[0], *gallery)
+    (seed,), (average,), (protocol,) = (setting("seed", 1), setting("nmi_average", "arithmetic"),
+                                        setting("vehicle_protocol", "all_vs_all"))
+    if not 0 <= seed < 2 ** 32:
+        raise ValueError(f"--seed {seed}: a seed is from 0 to {2 ** 32 - 1}")
+    metrics = METRICS if "all" in setting("metrics") else setting("metrics", *DEFAULT_METRICS)
+    random = protocol == "random_gallery"
+    if random and args.gallery:
+        raise ValueError("--vehicle_protocol random_gallery draws its own gallery; leave out "
+                         "--gallery")
+    available = len(labels[0].unique()) if random else number_compared(rows[0], gallery[0])
+    k_vals = args.k_vals or allowed_k_vals(setting("k_vals", *DEFAULT_K_VALS), available)
+    of_classes = {*RANK_METRICS, *CLUSTER_METRICS}.intersection(metrics)
+    if of_classes and len(classes.unique()) < 2:
+        raise ValueError("all labels are of one class; there is nothing to tell apart")
+    scoring = dict(seed=seed, metrics=metrics, nmi_average=average,
+                   memory=memory_bytes(args.eval_memory, device))
+    scores = (scores_of_random_gallery(rows[0], labels[0], k_vals, **scoring) if random else
+              evaluate_embeddings(rows[0], labels[0], *gallery, k_vals, **scoring))
+    sizes = torch.bincount(labels[-1], minlength=int(classes.max()) + 1)
+    return scores, {
+        "queries": len(rows[0]), "classes": len(labels[0].unique()),
+        "compared_with": f"a gallery of {len(rows[1]):,}" if args.gallery else protocol,
+        "without_match": int((sizes[labels[0]] < (1 if args.gallery else 2)).sum()),
+        "zero_vectors": sum(int((part == 0).all(1).sum()) for part in rows),
+        "queries_in_gallery": common_rows(*(file["embeddings"] for file in files)),
+        "seed": seed, "nmi_average": average,
+        "not_given": "" if args.gallery else "".join(setting("gallery_file"))}
+
+
+def common_rows(rows, others=None):
+    """How many rows [N, D] of an array stand among others [G, D]; 0 without others."""
+    if others is None:
+        return 0
+    kind = np.result_type(rows, others)
+    width = kind.itemsize * rows.shape[1]  # plus 0: -0 is the same number
+    rows, others = (np.ascontiguousarray(part.astype(kind) + 0).view(f"V{width}").ravel()
+                    for part in (rows, others))
+    return int(np.isin(rows, others).sum())
+
+
+def main(argv=None):
+    """Scores files of embeddings [N, D]; prints a table, or JSON; one message on bad input."""
+    parser = auxiliaries.Parser(
+        prog="evaluate.py",
+        description="Scores embeddings from any model, saved as arrays embeddings [N, D] and "
+                    "labels [N] (numbers or strings) in an npz file. What is not given is as in "
+                    "the run that saved the file; where none did, as the defaults below say.")
+    parser.add_argument("embeddings", help="npz file of the queries")
+    parser.add_argument("--gallery", metavar="FILE", help="npz file that the queries are compared "
+                        "with. Default: with each other, each left out of its own neighbours")
+    add_metric_arguments(parser)
+    parser.set_defaults(metrics=None, nmi_average=None, vehicle_protocol=None)  # as in the file
+    parser.add_argument("--k_vals", type=int, nargs="+", metavar="K",
+                        help="recall at k. Default: those in the file, else 1 2 4 8, as far as "
+                             "there are images to be compared with")
+    parser.add_argument("--seed", type=int, metavar="S",
+                        help="of the clusters. Default: the one in the file, else 1")
+    parser.add_argument("--gpu", type=int, metavar="ID",
+                        help="CUDA device, -1 for the CPU. Default: as the run that saved the "
+                             "file, else the CPU")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    with auxiliaries.one_message("evaluate.py"):
+        args = parser.parse_args(argv)
+        try:
+            with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+                scores, about = score_files(args)
+        except ValueError as error:
+            files = [path for path in (args.embeddings, args.gallery) if path]
+            if (not auxiliaries.raised_on_purpose(error)
+                    or any(path in str(error) for path in files)):
+                raise
+            raise ValueError(f"{' and '.join(files)}: {error}") from error
+        print_scores(scores, about, args.json)
+    return scores
+
+
+def print_scores(scores, about, as_json):
+    """Prints the dicts of scalars that score_files gives as a table, or as JSON."""
+    if as_json:
+        print(json.dumps({name: value if math.isfinite(value) else None
+                          for name, value in scores.items()} | about))
+        return
+    print("{queries:,} queries of {classes:,} classes, {compared_with}; {without_match:,} without "
+          "a true match are left out; seed {seed}".format(**about)
+          + f", NMI with the {about['nmi_average']} mean" * ("nmi" in scores)
+          + f"; {about['zero_vectors']:,} zero vectors" * bool(about["zero_vectors"]))
+    if about["queries_in_gallery"]:
+        print(f"note: {about['queries_in_gallery']:,} queries are rows of the gallery, at "
+              "distance 0")
+    if about["not_given"]:
+        print(f"note: the run compared these with {auxiliaries.printable(about['not_given'])}, "
+              "which --gallery takes")
+    for name, value in {"metric": "value", **scores}.items():
+        print(f"{name:12} {value}")
+
+
+# ---- fast exact ranks and clusters: nothing below needs reading
 
 
 def in_full_precision(function):
@@ -295,6 +849,28 @@ def rank_scores(queries, query_labels, gallery=None, gallery_labels=None, own=No
               [ranker.scores(part) for part in parts])
     return {name: torch.cat([part[name] for part in scores])[order.argsort()]
             for name in scores[0]}
+
+
+def first_match_ranks(queries, query_labels, gallery=None, gallery_labels=None, own=None,
+                      memory=None):
+    """Rank of each query's nearest true match, [Q] int64; 0 where the gallery holds none.
+
+    Arguments and rule as in rank_scores: queries [Q, D], query_labels [Q], ...
+    """
+    return rank_scores(queries, query_labels, gallery, gallery_labels, own, every=False,
+                       memory=memory)["first_rank"]
+
+
+def shared_rank_scores(queries, query_labels, gallery, gallery_labels, own, *options):
+    """As rank_scores of the same arguments, [Q, D] and so on; each process ranks its share."""
+    own = own_rows(queries, gallery, own)
+    gallery, gallery_labels = ((queries, query_labels) if gallery is None else
+                               (gallery, gallery_labels))
+    share = torch.tensor(auxiliaries.share_of(len(queries)), device=queries.device)
+    scores = rank_scores(queries[share], query_labels[share], gallery, gallery_labels,
+                         None if own is None else own[share], *options)
+    return {name: auxiliaries.gather_shares(values, len(queries))
+            for name, values in scores.items()}
 
 
 def rows_at_once(width, memory, device):
@@ -585,6 +1161,62 @@ def sorted_rows(values):
     return torch.from_numpy(np.sort(values.numpy(), axis=1))
 
 
+def knn(queries, gallery=None, k=1, own=None):
+    """The k nearest gallery rows of each query, exactly, nearest first.
+
+    queries [Q, D], gallery [G, D] -> (distances [Q, k], indices [Q, k] int64). gallery, own: as in
+    own_rows. Raises ValueError for k above the number of neighbours.
+    """
+    available = number_compared(queries, gallery, own)
+    if not 1 <= k <= available:
+        raise ValueError(f"k = {k} neighbours of {available}; --k_vals takes 1 to {available}")
+    own = own_rows(queries, gallery, own)
+    rows64, others = centred(queries, gallery)
+    distances = queries.new_empty((len(queries), k))
+    indices = torch.empty((len(queries), k), dtype=torch.int64, device=queries.device)
+    for rows in blocks(len(queries), len(others)):
+        block = torch.cdist(rows64[rows], others)                                # [rows, G]
+        if own is not None:
+            block.scatter_(1, own[rows].unsqueeze(1), torch.inf)
+        nearest, indices[rows] = block.topk(k, largest=False)
+        distances[rows] = nearest.to(distances.dtype)
+    return distances, indices
+
+
+def centred(queries, gallery=None):
+    """Queries [Q, D] and gallery [G, D] (None: the queries) in float64, around the gallery's mean.
+
+    Distances do not change under a shift, and near the origin the expansion |q|^2 - 2 q.g + |g|^2
+    loses fewest digits; in float64 it is exact enough to order any float32 embeddings.
+    """
+    others = (queries if gallery is None else gallery).double()
+    centre = others.mean(0)
+    others = others - centre
+    return (others if gallery is None else queries.double() - centre), others
+
+
+def near_one(*parts):
+    """Tensors times a power of two that brings them near 1 -> (tensors, the power's inverse).
+
+    Any shapes. No digit changes, and squares of what comes out fit into float32.
+    """
+    largest = max(float(bound.abs()) for part in parts for bound in part.aminmax())
+    most = 120 if parts[0].dtype == torch.float32 else 1000
+    exponent = min(most, max(-most, math.frexp(largest)[1]))
+    return [part * 2.0 ** -exponent for part in parts], 2.0 ** exponent
+
+
+def blocks(rows, columns):
+    """Slices of the rows that cut a [rows, columns] matrix into blocks of BLOCK_ELEMENTS at most.
+
+    Of small matrices a block is an eighth of that, or 256 rows if those are more: it stays nearer
+    to the processor.
+    """
+    most, columns = BLOCK_ELEMENTS, max(1, columns)
+    step = max(1, min(most // columns, max(256, most // 8 // columns)))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
 def in_threads(function, parts):
     """[function(part) for each part], in as many threads as torch uses, torch in one each.
 
@@ -600,83 +1232,16 @@ def in_threads(function, parts):
         torch.set_num_threads(number)
 
 
-def recall_at_k(queries, query_labels, gallery=None, gallery_labels=None, k_vals=(1, 2, 4, 8),
-                own=None):
-    """The share of queries with a true match among their k nearest -> {"recall@k": float}.
+def contingency(assignments, labels):
+    """Sizes of clusters [K], of classes [C] and of their intersections, float64.
 
-    queries [Q, D], query_labels [Q]; gallery [G, D] and gallery_labels [G], or None to compare the
-    queries with each other; own [Q] as in own_rows. Values in [0, 1]; errors as rank_metrics.
-    Jegou et al., TPAMI 2011; the literature's "R@k".
+    assignments, labels: [N] ints each, with any values. The intersections are the cells of the
+    [K, C] table that are not empty, as one vector.
     """
-    return rank_metrics(queries, query_labels, gallery, gallery_labels, k_vals, own, ("recall",))
-
-
-def rank_metrics(queries, query_labels, gallery=None, gallery_labels=None, k_vals=(1, 2, 4, 8),
-                 own=None, metrics=RANK_METRICS, memory=None, same=None):
-    """Means over the queries of what rank_scores says -> dict of floats in [0, 1].
-
-    queries [Q, D], query_labels [Q], gallery, gallery_labels, own, memory, same: as in
-    rank_scores. metrics: some of RANK_METRICS. "recall@k" for each k: share of queries with a true
-    match among their k nearest. "precision@1": the same as recall@1. "mrr": mean of one over the
-    rank of the nearest true match. "r_precision", "map@r", "map": as in rank_scores. Queries whose
-    class is nowhere in the gallery are left out of every mean. ValueError if that leaves none, or
-    for a k outside 1 to the number of neighbours.
-    """
-    check_embeddings(queries, query_labels, gallery, gallery_labels)
-    if "recall" in metrics:
-        check_k_vals(k_vals, number_compared(queries, gallery, own))
-    every = not {"r_precision", "map@r", "map"}.isdisjoint(metrics)
-    if auxiliaries.num_ranks() == 1:
-        scores = rank_scores(queries, query_labels, gallery, gallery_labels, own, every, memory,
-                             same)
-    else:
-        scores = shared_rank_scores(queries, query_labels, gallery, gallery_labels, own, every,
-                                    memory, same)
-    scores = {name: values[scores["matches"] > 0].double() for name, values in scores.items()}
-    ranks = scores["first_rank"]
-    if not len(ranks):
-        raise ValueError("no query has a true match to find: each class needs two images, or one "
-                         "among the queries and one in the gallery")
-    means = {}
-    if "recall" in metrics:
-        means = {f"recall@{k}": (ranks <= k).double().mean().item() for k in k_vals}
-    if "precision@1" in metrics:
-        means["precision@1"] = (ranks <= 1).double().mean().item()
-    if "mrr" in metrics:
-        means["mrr"] = (1 / ranks).mean().item()
-    for name in ("r_precision", "map@r", "map"):
-        if name in metrics:
-            means[name] = scores[name].mean().item()
-    return means
-
-
-def shared_rank_scores(queries, query_labels, gallery, gallery_labels, own, *options):
-    """As rank_scores of the same arguments, [Q, D] and so on; each process ranks its share."""
-    own = own_rows(queries, gallery, own)
-    gallery, gallery_labels = ((queries, query_labels) if gallery is None else
-                               (gallery, gallery_labels))
-    share = torch.tensor(auxiliaries.share_of(len(queries)), device=queries.device)
-    scores = rank_scores(queries[share], query_labels[share], gallery, gallery_labels,
-                         None if own is None else own[share], *options)
-    return {name: auxiliaries.gather_shares(values, len(queries))
-            for name, values in scores.items()}
-
-
-def allowed_k_vals(k_vals, available):
-    """Of default k_vals those that available, the number of neighbours, a scalar, allows."""
-    kept = [k for k in k_vals if k <= available]
-    if 0 < len(kept) < len(k_vals):
-        print(f"note: no recall at {' '.join(str(k) for k in k_vals if k not in kept)}, as each "
-              f"query has {available} images to be compared with")
-    return kept or k_vals
-
-
-def check_k_vals(k_vals, available):
-    """ValueError for a k (scalars) that is not from 1 to the number of available neighbours."""
-    wrong = [k for k in k_vals if not 1 <= k <= available]
-    if wrong:
-        raise ValueError(f"--k_vals {' '.join(map(str, wrong))}: each query has {available} "
-                         f"images to be compared with, so k is from 1 to {available}")
+    clusters, assignments = assignments.unique(return_inverse=True)
+    classes, labels = labels.unique(return_inverse=True)
+    cells = (assignments * len(classes) + labels).unique(return_counts=True)[1]
+    return (torch.bincount(assignments).double(), torch.bincount(labels).double(), cells.double())
 
 
 @in_full_precision
@@ -715,20 +1280,6 @@ def kmeans(embeddings, num_clusters, iterations=20, seed=0):
         if torch.equal(assignments, before):
             break
     return assignments, (centroids + centre) * scale
-
-
-def sums_of_groups(rows, groups, number):
-    """The sum of the rows [N, D] of each group, groups [N] below number -> [number, D].
-
-    The same on each call, also on a GPU, whose additions otherwise come in any order.
-    """
-    sums = rows.new_zeros(number, rows.shape[1])
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(before or rows.is_cuda)
-    try:
-        return sums.index_add_(0, groups, rows)
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 def moved_centroids(embeddings, sq_norms, centroids, moved, assignments, sq_distances):
@@ -784,96 +1335,18 @@ def nearest_centroids(embeddings, sq_norms, centroids):
     return assignments, (2 * sq_distances + sq_norms).clamp_min_(0)
 
 
-def contingency(assignments, labels):
-    """Sizes of clusters [K], of classes [C] and of their intersections, float64.
+def sums_of_groups(rows, groups, number):
+    """The sum of the rows [N, D] of each group, groups [N] below number -> [number, D].
 
-    assignments, labels: [N] ints each, with any values. The intersections are the cells of the
-    [K, C] table that are not empty, as one vector.
+    The same on each call, also on a GPU, whose additions otherwise come in any order.
     """
-    clusters, assignments = assignments.unique(return_inverse=True)
-    classes, labels = labels.unique(return_inverse=True)
-    cells = (assignments * len(classes) + labels).unique(return_counts=True)[1]
-    return (torch.bincount(assignments).double(), torch.bincount(labels).double(), cells.double())
-
-
-def nmi(assignments, labels, average="arithmetic"):
-    """Normalised mutual information of clusters and classes, [N] and [N] ints -> float in [0, 1].
-
-    Normalised by the arithmetic mean of the two entropies, scikit-learn's default since 0.22, or
-    by the geometric one, with which the reference results were made. 1 if there is one cluster and
-    one class. Manning et al., "Introduction to Information Retrieval", 2008, section 16.3.
-    """
-    def entropy(sizes):
-        return float(-(sizes / len(labels) * (sizes / len(labels)).log()).sum())
-
-    clusters, classes, cells = (entropy(sizes) for sizes in contingency(assignments, labels))
-    if clusters + classes == 0:
-        return 1.0
-    mean = (clusters + classes) / 2 if average == "arithmetic" else (clusters * classes) ** 0.5
-    # Mutual information is H(clusters) + H(classes) - H(both); rounding can lead just outside.
-    return min(1.0, max(0.0, (clusters + classes - cells) / mean)) if mean else 0.0
-
-
-def ami(assignments, labels):
-    """Mutual information adjusted for chance, [N] and [N] ints -> scalar up to 1; by scikit-learn.
-
-    0 is what random clusters get. Vinh, Epps, Bailey, JMLR 2010; arithmetic mean. On tens of
-    thousands of rows in thousands of classes it takes many seconds.
-    """
-    from sklearn.metrics import adjusted_mutual_info_score  # here: a second to import
-    return float(adjusted_mutual_info_score(labels.cpu().numpy(), assignments.cpu().numpy()))
-
-
-def f1(assignments, labels):
-    """Pairwise F1 of clusters and classes, [N] and [N] ints -> float in [0, 1].
-
-    Of all pairs of rows, precision is the share of same-cluster pairs that are of one class,
-    recall the share of same-class pairs in one cluster; F1 is their harmonic mean, 0 if there are
-    no such pairs. Counted from the contingency table. Manning et al., "Introduction to Information
-    Retrieval", 2008, section 16.3.
-    """
-    clusters, classes, cells = (float((sizes * (sizes - 1)).sum())  # twice the number of pairs
-                                for sizes in contingency(assignments, labels))
-    return 2 * cells / (clusters + classes) if clusters + classes else 0.0
-
-
-def distance_ratio(embeddings, labels):
-    """Mean distance within classes over mean distance between classes -> float; small is compact.
-
-    embeddings [N, D], labels [N]. Within: the mean over classes of two rows or more of the mean
-    distance of their pairs. Between: the mean distance of the classes' centres of mass. 0 if no
-    class has a pair, infinite if all centres coincide. The reference code's --dist_measure is of
-    cosine distances and normalised centres, on the training images.
-    """
-    embeddings, labels = centred(embeddings)[1], labels.unique(return_inverse=True)[1]
-    (embeddings,), _ = near_one(embeddings)
-    counts = torch.bincount(labels)                                              # [C]
-    sums = sums_of_groups(sums_to_own_class(embeddings, labels).unsqueeze(1), labels, len(counts))
-    pairs = counts * (counts - 1)
-    within = sums.squeeze(1)[pairs > 0] / pairs[pairs > 0]
-    centres = sums_of_groups(embeddings, labels, len(counts)) / counts.unsqueeze(1)
-    between = (sum_across_classes(centres, torch.arange(len(centres), device=centres.device))
-               / max(1, len(centres) * (len(centres) - 1)))
-    if not len(within):
-        return 0.0
-    return float(within.mean()) / between if between > 0 else float("inf")
-
-
-def spectral_decay(embeddings):
-    """rho: how far the singular values are from equal, embeddings [N, D] -> float from 0 to inf.
-
-    The Kullback-Leibler divergence of the singular values, divided by their sum, from the uniform
-    distribution: -log D - mean(log s). 0: every direction is used alike; inf: one is not used at
-    all. Roth et al., "Revisiting Training Strategies and Generalization Performance in Deep Metric
-    Learning", ICML 2020, section 5.
-    """
-    # Those of the triangular factor are those of the whole, to full precision.
-    values = torch.linalg.svdvals(torch.linalg.qr(embeddings.double(), mode="r").R)
-    least = values.max() * max(embeddings.shape) * torch.finfo(torch.float64).eps  # rounding
-    if len(values) < embeddings.shape[1] or values.min() <= least:
-        return float("inf")
-    shares = values / values.sum()
-    return max(0.0, -math.log(len(shares)) - shares.log().mean().item())
+    sums = rows.new_zeros(number, rows.shape[1])
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(before or rows.is_cuda)
+    try:
+        return sums.index_add_(0, groups, rows)
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def sums_to_own_class(rows, labels):
@@ -929,470 +1402,6 @@ def sum_across_classes(rows, labels):
 
     starts = range(0, len(rows), 256)
     return sum(map(sum_from, starts) if rows.is_cuda else in_threads(sum_from, starts))
-
-
-def mean_distances(embeddings, labels):
-    """Mean distance of pairs of one class, and of pairs of two classes -> (float, float).
-
-    embeddings [N, D], labels [N]. NaN where there is no such pair. All pairs are counted; those of
-    two classes, of more than 4,096 rows, from products in float32.
-    """
-    embeddings, labels = centred(embeddings)[1], labels.unique(return_inverse=True)[1]
-    (embeddings,), scale = near_one(embeddings)
-    counts = torch.bincount(labels)
-    same = int((counts * (counts - 1)).sum())
-    different = len(labels) * (len(labels) - 1) - same
-    return (scale * float(sums_to_own_class(embeddings, labels).sum()) / same if same
-            else float("nan"),
-            scale * sum_across_classes(embeddings, labels) / different if different
-            else float("nan"))
-
-
-@torch.no_grad()
-def evaluate_embeddings(queries, query_labels, gallery=None, gallery_labels=None, k_vals=None,
-                        seed=0, own=None, metrics=DEFAULT_METRICS, nmi_average="arithmetic",
-                        memory=None):
-    """The metrics of one evaluation set -> dict of floats.
-
-    queries [Q, D] and query_labels [Q], compared with gallery [G, D], gallery_labels [G] or,
-    without one, with each other; own [Q] as in own_rows. Tensors, arrays or lists; labels that are
-    no tensors may be texts. k_vals: by default those of DEFAULT_K_VALS that the gallery allows.
-    metrics: some of METRICS. The keys are "recall@k" for each k, "precision@1", "mrr",
-    "r_precision", "map@r", "map" (rank_metrics); "nmi", "ami", "f1" of k-means clusters of queries
-    and gallery together, as many as there are classes, starting from the seed; "dist_ratio", "rho"
-    (spectral_decay), "d_ap" and "d_an" (mean_distances) of the same. memory: bytes for blocks of
-    distances.
-    """
-    found = {}
-    queries, gallery, own = (part if part is None else torch.as_tensor(part)
-                             for part in (queries, gallery, own))
-    labels = [part for part in (query_labels, gallery_labels) if part is not None]
-    if not all(map(torch.is_tensor, labels)):
-        classes = number_labels([np.asarray(part) for part in labels]).to(queries.device)
-        query_labels, *gallery_labels = classes.split([len(part) for part in labels])
-        gallery_labels = gallery_labels[0] if gallery_labels else None
-    check_embeddings(queries, query_labels, gallery, gallery_labels)
-    if k_vals is None and "recall" in metrics:
-        k_vals = allowed_k_vals(DEFAULT_K_VALS, number_compared(queries, gallery, own))
-    if not set(RANK_METRICS).isdisjoint(metrics):
-        found |= rank_metrics(queries, query_labels, gallery, gallery_labels, k_vals, own,
-                              metrics, memory)
-    embeddings, labels = pooled(queries, query_labels, gallery, gallery_labels, own)
-    return found | auxiliaries.from_first(functools.partial(
-        set_metrics, embeddings, labels, seed, metrics, nmi_average))
-
-
-def set_metrics(embeddings, labels, seed, metrics, nmi_average):
-    """The metrics that are not ranks, of one set: embeddings [N, D], labels [N] -> dict."""
-    found = {}
-    if not set(CLUSTER_METRICS).isdisjoint(metrics):
-        assignments, _ = kmeans(embeddings, len(labels.unique()), seed=seed)
-        if "nmi" in metrics:
-            found["nmi"] = nmi(assignments, labels, nmi_average)
-        if "ami" in metrics:
-            found["ami"] = ami(assignments, labels)
-        if "f1" in metrics:
-            found["f1"] = f1(assignments, labels)
-    if "dist_ratio" in metrics:
-        found["dist_ratio"] = distance_ratio(embeddings, labels)
-    if "rho" in metrics:
-        found["rho"] = spectral_decay(embeddings)
-    if "distances" in metrics:
-        found["d_ap"], found["d_an"] = mean_distances(embeddings, labels)
-    return found
-
-
-def random_gallery(rows, labels, k_vals=(1, 5), metrics=("recall", "map@r"), seed=0, repeats=10,
-                   memory=None):
-    """Rank metrics with one random row of each class as gallery, the mean of repeats -> dict.
-
-    rows [N, D], labels [N]; metrics, memory: as in rank_metrics. The protocol of VehicleID (Liu et
-    al., CVPR 2016): the other rows are the queries. Classes of one row are in the gallery alone.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    means = {}
-    for _ in range(repeats):
-        shuffled = torch.randperm(len(labels), generator=generator).to(labels.device)
-        classes, order = labels[shuffled].sort(stable=True)
-        first = order[classes.diff(prepend=classes[:1] - 1) != 0]
-        in_gallery = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
-        in_gallery[shuffled[first]] = True
-        if in_gallery.all():
-            raise ValueError("no query has a true match to find: each class has one image")
-        scores = rank_metrics(rows[~in_gallery], labels[~in_gallery], rows[in_gallery],
-                              labels[in_gallery], k_vals, metrics=metrics, memory=memory)
-        for name, value in scores.items():
-            means[name] = means.get(name, 0.0) + value
-    return {name: total / repeats for name, total in means.items()}
-
-
-def pooled(queries, query_labels, gallery=None, gallery_labels=None, own=None):
-    """Every image of a set once -> (embeddings [N, D], labels [N]); arguments as above."""
-    if gallery is None:
-        return queries, query_labels
-    if own is not None:  # the gallery holds the queries
-        return gallery, gallery_labels
-    return torch.cat([queries, gallery]), torch.cat([query_labels, gallery_labels])
-
-
-def scores_of_random_gallery(rows, labels, k_vals, seed=0, metrics=DEFAULT_METRICS,
-                             nmi_average="arithmetic", memory=None):
-    """As evaluate_embeddings of rows [N, D] and labels [N], its rank metrics by random_gallery."""
-    ranked = [name for name in metrics if name in RANK_METRICS]
-    scores = random_gallery(rows, labels, k_vals, ranked, seed, memory=memory) if ranked else {}
-    others = [name for name in metrics if name not in RANK_METRICS]
-    return scores | evaluate_embeddings(rows, labels, seed=seed, metrics=others,
-                                        nmi_average=nmi_average)
-
-
-# ---- on a network
-
-
-@torch.inference_mode()
-def embed(network, dataset, device, batch_size=112, num_workers=0, progress=None):
-    """The embeddings of a dataset, in its order -> (embeddings [N, D] float32, labels [N] int64).
-
-    network: anything that turns images [B, 3, H, W] on the device into embeddings [B, D]; it
-    should be in eval mode. Both results are on the device. Of several processes each embeds its
-    share, batch_size images at once, and all have the whole result. progress: callable(images
-    done, of how many), called after each batch.
-    """
-    share = auxiliaries.share_of(len(dataset))
-    loader = torch.utils.data.DataLoader(dataset, batch_size=batch_size, num_workers=num_workers,
-                                         sampler=share,
-                                         worker_init_fn=auxiliaries.heed_parent_alone,
-                                         generator=torch.Generator(),  # draws nothing globally
-                                         collate_fn=getattr(dataset, "collate", None),
-                                         pin_memory=torch.device(device).type == "cuda")
-    embeddings, labels, start = None, torch.empty(len(share), dtype=torch.int64), 0
-    for images, batch_labels in loader:
-        rows = network(images.to(device, non_blocking=True)).float()
-        if embeddings is None:
-            embeddings = torch.empty(len(share), rows.shape[1], device=device)
-        embeddings[start:start + len(rows)] = rows
-        labels[start:start + len(rows)] = batch_labels
-        start += len(rows)
-        if progress:
-            progress(min(start * auxiliaries.num_ranks(), len(dataset)), len(dataset))
-    return tuple(auxiliaries.gather_shares(part, len(dataset))
-                 for part in (embeddings, labels.to(device)))
-
-
-def evaluate_sets(network, sets, device, k_vals=(1, 2, 4, 8), batch_size=112, num_workers=0,
-                  vehicle_protocol="all_vs_all", progress=None, **scoring):
-    """Embeds each set and scores it -> (metrics, [(queries, gallery or None), ...]).
-
-    sets: tuples (name, queries, gallery) as datasets.EvaluationSet: a dataset of queries, and the
-    dataset, or list of datasets, that they are compared with; None: with each other. A list may
-    hold the queries too, as in ("val", val, [train, val]): each is left out of its own neighbours.
-    Labels of one set's datasets are of one numbering. Each dataset is embedded once. metrics: one
-    dict, its keys preceded by the set's name where it has one. The second result holds the sets'
-    embeddings, [Q, D] and [G, D]. vehicle_protocol "random_gallery": the rank metrics of sets
-    without a gallery are those of random_gallery. progress: as in embed. scoring: seed, metrics,
-    nmi_average, memory for evaluate_embeddings.
-    """
-    rows, metrics, embedded, sets = {}, {}, [], list(sets)
-
-    def embed_once(dataset):
-        if id(dataset) not in rows:
-            rows[id(dataset)] = embed(network, dataset, device, batch_size, num_workers,
-                                      progress)
-        return rows[id(dataset)]
-
-    for name, queries, gallery in sets:
-        query_rows, query_labels = embed_once(queries)
-        gallery_rows = gallery_labels = own = None
-        if gallery is not None:
-            parts = gallery if isinstance(gallery, (list, tuple)) else [gallery]
-            if not parts or sum(part is queries for part in parts) > 1:
-                raise ValueError(f"the set {name!r} has a gallery of {len(parts)} datasets; it "
-                                 "must have one or more, the queries among them once at most")
-            gallery_rows, gallery_labels = map(torch.cat, zip(*map(embed_once, parts)))
-            place = 0
-            for part in parts:
-                if part is queries:
-                    own = torch.arange(place, place + len(queries), device=query_rows.device)
-                place += len(part)
-        compared = query_rows, query_labels, gallery_rows, gallery_labels
-        if vehicle_protocol == "random_gallery" and gallery is None:
-            scores = scores_of_random_gallery(query_rows, query_labels, k_vals, **scoring)
-        else:
-            scores = evaluate_embeddings(*compared, k_vals, own=own, **scoring)
-        metrics |= {f"{name} {key}".strip(): value for key, value in scores.items()}
-        embedded.append((query_rows, gallery_rows))
-    return metrics, embedded
-
-
-def draw_recoveries(path, queries, gallery, query_rows, gallery_rows, seed=0, rows=10,
-                    neighbours=5, title=""):
-    """Writes a picture of some queries and their nearest neighbours to a PNG file.
-
-    queries, gallery: ImageDataset (gallery None: the queries themselves); query_rows [Q, D] and
-    gallery_rows [G, D] their embeddings. Queries, drawn at random with the seed, are framed red,
-    neighbours of the same class green, others grey and crossed out. title: a few words on top.
-    """
-    others = queries if gallery is None else gallery
-    available = len(others) - (gallery is None)
-    chosen = np.random.default_rng(seed).permutation(len(queries))[:rows].tolist()
-    # Without a gallery the query itself comes back among its neighbours; it is left out by index.
-    _, nearest = knn(query_rows[chosen], query_rows if gallery is None else gallery_rows,
-                     min(neighbours, available) + (gallery is None))
-    grid = []
-    for query, indices in zip(chosen, nearest.tolist()):
-        indices = [i for i in indices if gallery is not None or i != query][:neighbours]
-        row = [(queries.load(query), "query")]
-        for i in indices:
-            hit = (queries.class_names[queries.labels[query]]
-                   == others.class_names[others.labels[i]])
-            row.append((others.load(i), "hit" if hit else "miss"))
-        grid.append(row)
-    auxiliaries.save_image_grid(path, grid, title=title)
-
-
-def draw_embeddings(path, dataset, embeddings, method="pca", seed=0, most=2000, title=()):
-    """Draws embeddings [N, D] in two dimensions, coloured by class, to an SVG file.
-
-    dataset: ImageDataset, whose labels and class names they have. method: "pca", the two
-    directions of greatest variance, or "tsne" (van der Maaten and Hinton, JMLR 2008; perplexity
-    30), which keeps neighbours together. Of more than `most` embeddings a sample drawn with the
-    seed is shown; t-SNE takes seconds for 2,000. title: header lines above the one that says this.
-    """
-    import threadpoolctl  # scikit-learn brings it along
-    from sklearn.decomposition import PCA  # here, since they take a second to import
-    from sklearn.manifold import TSNE
-
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(embeddings))[:most])
-    points = embeddings[torch.from_numpy(chosen).to(embeddings.device)].double().cpu().numpy()
-    size = np.abs(points).max()
-    points = np.pad(points - points.mean(0), ((0, 0), (0, max(0, 2 - points.shape[1]))))
-    spread = np.abs(points).max()
-    if spread <= 1e-7 * size:  # all in one place, up to rounding
-        points, drawn = np.zeros((len(points), 2)), "all in one place"
-    elif method == "tsne" and len(points) > 4:
-        # One thread: beside another program its threads wait for each other for minutes.
-        with threadpoolctl.threadpool_limits(1):
-            points = TSNE(perplexity=min(30, (len(points) - 1) / 3),
-                          random_state=seed).fit_transform(points / spread)
-        drawn = "t-SNE"
-    else:
-        points, drawn = PCA(2, svd_solver="full").fit_transform(points), "PCA"
-    names = [dataset.class_names[dataset.labels[i]] for i in chosen]
-    count = f"{len(chosen):,}" + f" of {len(embeddings):,}" * (len(chosen) < len(embeddings))
-    auxiliaries.save_scatter(
-        path, [*title, f"{count} test embeddings, {drawn}, coloured by class"], points, names)
-
-
-# ---- alone, on saved embeddings
-
-
-def save_embeddings(path, embeddings, labels, **settings):
-    """Writes embeddings [N, D], labels [N] and the run's settings for score_files.
-
-    settings: k_vals, seed, metrics, nmi_average, vehicle_protocol, device, gallery_file.
-    """
-    with auxiliaries.written_whole(path) as file:
-        np.savez(file, embeddings=embeddings.cpu().numpy(), labels=np.asarray(labels), **settings)
-
-
-def read_embeddings(path):
-    """The arrays of an npz file: embeddings [N, D], float, labels [N] of any type, and others.
-
-    FileNotFoundError, or ValueError where the file is not such a one; nothing in it is executed.
-    """
-    try:
-        with open(path, "rb") as opened:  # numpy leaves it open where it is damaged
-            file = np.load(opened, allow_pickle=False)
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("it holds one array, without a name")
-            with file:
-                arrays = {name: file[name] for name in file.files}
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no file {path}") from None
-    except Exception as error:  # numpy raises half a dozen types for damaged or pickled files
-        raise ValueError(f"{path} cannot be read as an npz file of plain arrays: "
-                         f"{auxiliaries.one_line(error) or type(error).__name__}") from error
-    missing = [name for name in ("embeddings", "labels")
-               if not isinstance(arrays.get(name), np.ndarray)]
-    if missing:
-        raise ValueError(f"{path} has no array {missing[0]}; it must have embeddings [N, D] and "
-                         f"labels [N], it has {auxiliaries.one_line(', '.join(arrays)) or 'none'}")
-    embeddings, labels = arrays["embeddings"], arrays["labels"]
-    if embeddings.ndim != 2 or embeddings.dtype.kind not in "fiu" or labels.ndim != 1:
-        raise ValueError(f"{path}: embeddings {list(embeddings.shape)} of {embeddings.dtype} and "
-                         f"labels {list(labels.shape)}; expected numbers [N, D] and labels [N]")
-    for name, shapes in (("seed", ((), (1,))), ("k_vals", ((), (np.size(arrays.get("k_vals")),)))):
-        value = np.asarray(arrays.get(name, 1))  # bytes, where it is no array
-        if value.shape not in shapes or value.dtype.kind not in "iu" or not value.size:
-            raise ValueError(f"{path}: {name} is {auxiliaries.one_line(value)}; expected a whole "
-                             "number, for k_vals one or more")
-    for name in ("device", "gallery_file"):
-        value = np.asarray(arrays.get(name, ""))
-        if value.dtype.kind != "U" or value.size != 1:
-            raise ValueError(f"{path}: {name} is {auxiliaries.one_line(value)}; expected a text")
-    for name, allowed in (("metrics", METRICS), ("nmi_average", NMI_AVERAGES),
-                          ("vehicle_protocol", PROTOCOLS)):
-        values = np.ravel(arrays.get(name, allowed[0])).tolist()
-        if not values or not set(values) <= set(allowed):
-            raise ValueError(f"{path}: {name} is {auxiliaries.one_line(values)}; it may be "
-                             f"{', '.join(allowed)}")
-    if embeddings.dtype != np.float64:
-        size = embeddings.dtype.itemsize
-        exact = (np.float32 if size <= 2 or size == 4 and embeddings.dtype.kind == "f"
-                 else np.float64)
-        arrays["embeddings"] = embeddings.astype(exact)
-    return arrays
-
-
-def number_labels(arrays):
-    """Arrays of labels [N] of any types -> one int64 tensor for all, equal for equal labels.
-
-    Numbered in their order, so that a run's own labels keep theirs. Numbers of different types are
-    equal as numbers; where some labels are strings all are. The result has the shape of the arrays
-    in a row, [N1 + N2 + ...]. ValueError for labels that cannot be compared.
-    """
-    try:
-        arrays = [np.char.decode(labels) if labels.dtype.kind == "S" else labels
-                  for labels in arrays]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the label {error.object!r} is bytes that are not UTF-8 text; save "
-                         "labels as numbers or strings") from error
-    for labels in arrays:
-        if labels.dtype.kind not in "iufbU" or labels.dtype.kind == "f" and np.isnan(labels).any():
-            raise ValueError(f"labels of type {labels.dtype}, or NaN among them; save labels as "
-                             "numbers or strings")
-    if any(labels.dtype.kind == "U" for labels in arrays):
-        arrays = [labels.astype(str) for labels in arrays]
-    lists = [labels.tolist() for labels in arrays]
-    numbers = {label: i for i, label in enumerate(sorted(set().union(*lists)))}
-    return torch.tensor([numbers[label] for labels in lists for label in labels])
-
-
-def score_files(args):
-    """The metrics of saved embeddings, by the options of main -> (metrics, what was compared).
-
-    What the options leave open is as in the run that saved the file, if it says so. The second
-    result is a dict of scalars and strings.
-    """
-    files = [read_embeddings(path) for path in (args.embeddings, args.gallery) if path]
-    classes = number_labels([file["labels"] for file in files])
-    labels = classes.split([len(file["labels"]) for file in files])
-
-    def setting(name, *default):
-        given = getattr(args, name, None)
-        return np.ravel(files[0].get(name, default) if given is None else given).tolist()
-
-    on_gpu = "cuda" in setting("device") and torch.cuda.is_available()
-    device = auxiliaries.select_device((0 if on_gpu else -1) if args.gpu is None else args.gpu)
-    rows = [torch.from_numpy(file["embeddings"]).to(device) for file in files]
-    labels = [part.to(device) for part in labels]
-    gallery = (rows[1], labels[1]) if args.gallery else (None, None)
-    check_embeddings(rows[0], labels[0], *gallery)
-    (seed,), (average,), (protocol,) = (setting("seed", 1), setting("nmi_average", "arithmetic"),
-                                        setting("vehicle_protocol", "all_vs_all"))
-    if not 0 <= seed < 2 ** 32:
-        raise ValueError(f"--seed {seed}: a seed is from 0 to {2 ** 32 - 1}")
-    metrics = METRICS if "all" in setting("metrics") else setting("metrics", *DEFAULT_METRICS)
-    random = protocol == "random_gallery"
-    if random and args.gallery:
-        raise ValueError("--vehicle_protocol random_gallery draws its own gallery; leave out "
-                         "--gallery")
-    available = len(labels[0].unique()) if random else number_compared(rows[0], gallery[0])
-    k_vals = args.k_vals or allowed_k_vals(setting("k_vals", *DEFAULT_K_VALS), available)
-    of_classes = {*RANK_METRICS, *CLUSTER_METRICS}.intersection(metrics)
-    if of_classes and len(classes.unique()) < 2:
-        raise ValueError("all labels are of one class; there is nothing to tell apart")
-    scoring = dict(seed=seed, metrics=metrics, nmi_average=average,
-                   memory=memory_bytes(args.eval_memory, device))
-    scores = (scores_of_random_gallery(rows[0], labels[0], k_vals, **scoring) if random else
-              evaluate_embeddings(rows[0], labels[0], *gallery, k_vals, **scoring))
-    sizes = torch.bincount(labels[-1], minlength=int(classes.max()) + 1)
-    return scores, {
-        "queries": len(rows[0]), "classes": len(labels[0].unique()),
-        "compared_with": f"a gallery of {len(rows[1]):,}" if args.gallery else protocol,
-        "without_match": int((sizes[labels[0]] < (1 if args.gallery else 2)).sum()),
-        "zero_vectors": sum(int((part == 0).all(1).sum()) for part in rows),
-        "queries_in_gallery": common_rows(*(file["embeddings"] for file in files)),
-        "seed": seed, "nmi_average": average,
-        "not_given": "" if args.gallery else "".join(setting("gallery_file"))}
-
-
-def common_rows(rows, others=None):
-    """How many rows [N, D] of an array stand among others [G, D]; 0 without others."""
-    if others is None:
-        return 0
-    kind = np.result_type(rows, others)
-    width = kind.itemsize * rows.shape[1]  # plus 0: -0 is the same number
-    rows, others = (np.ascontiguousarray(part.astype(kind) + 0).view(f"V{width}").ravel()
-                    for part in (rows, others))
-    return int(np.isin(rows, others).sum())
-
-
-def memory_bytes(gib, device):
-    """--eval_memory, a scalar, in bytes; by default 1 GiB, on a GPU a quarter of what is free."""
-    if gib is not None:
-        if not 0 < gib < math.inf:
-            raise ValueError(f"--eval_memory {gib}: some memory, in GiB, is needed")
-        return int(gib * 2 ** 30)
-    if device.type != "cuda":
-        return 2 ** 30
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch
-    return (torch.cuda.mem_get_info(device)[0] + held) // 4
-
-
-def main(argv=None):
-    """Scores files of embeddings [N, D]; prints a table, or JSON; one message on bad input."""
-    parser = auxiliaries.Parser(
-        prog="evaluate.py",
-        description="Scores embeddings from any model, saved as arrays embeddings [N, D] and "
-                    "labels [N] (numbers or strings) in an npz file. What is not given is as in "
-                    "the run that saved the file; where none did, as the defaults below say.")
-    parser.add_argument("embeddings", help="npz file of the queries")
-    parser.add_argument("--gallery", metavar="FILE", help="npz file that the queries are compared "
-                        "with. Default: with each other, each left out of its own neighbours")
-    add_metric_arguments(parser)
-    parser.set_defaults(metrics=None, nmi_average=None, vehicle_protocol=None)  # as in the file
-    parser.add_argument("--k_vals", type=int, nargs="+", metavar="K",
-                        help="recall at k. Default: those in the file, else 1 2 4 8, as far as "
-                             "there are images to be compared with")
-    parser.add_argument("--seed", type=int, metavar="S",
-                        help="of the clusters. Default: the one in the file, else 1")
-    parser.add_argument("--gpu", type=int, metavar="ID",
-                        help="CUDA device, -1 for the CPU. Default: as the run that saved the "
-                             "file, else the CPU")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    with auxiliaries.one_message("evaluate.py"):
-        args = parser.parse_args(argv)
-        try:
-            with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
-                scores, about = score_files(args)
-        except ValueError as error:
-            files = [path for path in (args.embeddings, args.gallery) if path]
-            if (not auxiliaries.raised_on_purpose(error)
-                    or any(path in str(error) for path in files)):
-                raise
-            raise ValueError(f"{' and '.join(files)}: {error}") from error
-        print_scores(scores, about, args.json)
-    return scores
-
-
-def print_scores(scores, about, as_json):
-    """Prints the dicts of scalars that score_files gives as a table, or as JSON."""
-    if as_json:
-        print(json.dumps({name: value if math.isfinite(value) else None
-                          for name, value in scores.items()} | about))
-        return
-    print("{queries:,} queries of {classes:,} classes, {compared_with}; {without_match:,} without "
-          "a true match are left out; seed {seed}".format(**about)
-          + f", NMI with the {about['nmi_average']} mean" * ("nmi" in scores)
-          + f"; {about['zero_vectors']:,} zero vectors" * bool(about["zero_vectors"]))
-    if about["queries_in_gallery"]:
-        print(f"note: {about['queries_in_gallery']:,} queries are rows of the gallery, at "
-              "distance 0")
-    if about["not_given"]:
-        print(f"note: the run compared these with {auxiliaries.printable(about['not_given'])}, "
-              "which --gallery takes")
-    for name, value in {"metric": "value", **scores}.items():
-        print(f"{name:12} {value}")
 
 
 if __name__ == "__main__":
