@@ -129,17 +129,13 @@ def add_arguments(parser):
                             "changes the numbers. Default 8 (reference runs) or the number of "
                             "cores, shared by the processes of torchrun, if that is less; glyphs "
                             "and --cache device 0")
-    group.add_argument("--cache", choices=("none", "ram", "disk", "device"), default="none",
+    group.add_argument("--cache", choices=("none", "ram", "device"), default="none",
                        help="decode each image once, reduced to the shorter side that testing "
-                            "takes it to, and keep it in main memory, in a file or on the --gpu; "
-                            "crops are cut and resized on the device. Test pictures stay the "
-                            "same; training crops are cut from the reduced image, so numbers "
-                            "differ a little. 256 x 341 pixels are 256 KiB. Default %(default)s: "
-                            "read files in each epoch")
-    group.add_argument("--cache_path", type=os.path.expanduser, default="./Image_Cache",
-                       metavar="DIR",
-                       help="where --cache disk keeps its files; a later run uses them again. "
-                            "Default %(default)s")
+                            "takes it to, and keep it in main memory or on the --gpu; crops are "
+                            "cut and resized on the device. Test pictures stay the same; training "
+                            "crops are cut from the reduced image, so numbers differ a little. "
+                            "256 x 341 pixels are 256 KiB. Default %(default)s: read files in "
+                            "each epoch")
 
 
 def problems_of(splits):
@@ -199,11 +195,8 @@ def dataset_select(opt, views=1, share=(0, 1), device="cpu"):
         tests = {name: images.ImageDataset(split, test_transform)
                  for name, split in found.splits.items() if name != "train"}
     else:
-        wanted = (cache, found.splits, images.shorter_side(opt.image_size), device,
-                  os.path.join(opt.cache_path, opt.dataset))
-        if cache == "disk" and share[1] > 1:  # the first process decodes for all
-            auxiliaries.from_first(lambda: len(images.cache_splits(*wanted)))
-        stored = images.cache_splits(*wanted)
+        stored = images.cache_splits(cache, found.splits, images.shorter_side(opt.image_size),
+                                     device)
         tests = {name: images.CachedDataset(
                      split, stored[name], opt.image_size,
                      *((opt.seed, cache == "device", share) if name == "train" else

@@ -8,18 +8,11 @@ own stands beside transforms.
 import collections
 import concurrent.futures
 import contextlib
-import hashlib
-import json
 import math
 import os
-import platform
 import re
 import shutil
 import sys
-import threading
-import time
-import traceback
-import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -106,41 +99,15 @@ class ImageDataset(torch.utils.data.Dataset):
 
 @contextlib.contextmanager
 def open_image(path):
-    """An image file with its header read; what PIL or the file does wrong inside is ValueError.
-
-    It names the path. A slip in the lines of this file keeps its own error.
-    """
+    """An image file with its header read; what PIL or the file does wrong inside is ValueError."""
     try:
-        with checked_open(path) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             yield image
     except FileNotFoundError:
         raise FileNotFoundError(f"{auxiliaries.printable(path)}: the image is not there") from None
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, others
-        if (traceback.extract_tb(error.__traceback__)[-1].filename == __file__
-                and not isinstance(error, OSError) and not auxiliaries.raised_on_purpose(error)):
-            raise
         raise ValueError(auxiliaries.printable(f"{path}: not an image, or a broken one ({error})")
                          ) from None
-
-
-OPENING = threading.Lock()  # Python records warnings for all threads at once
-
-
-def checked_open(path):
-    """PIL's Image.open; what it only warns of is an error where it concerns a TIFF's pixels.
-
-    PIL refuses images of more than 179 megapixels, and warns of those of more than 89.
-    """
-    with OPENING, warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        image = Image.open(path, formats=IMAGE_FORMATS)
-    for warning in said:
-        # Tags of a TIFF say how its pixels are stored; those of other formats are metadata.
-        if image.format == "TIFF" and str(warning.message).startswith(("Tag data larger",
-                                                                       "Truncated File")):
-            image.close()
-            raise ValueError(str(warning.message))
-    return image
 
 
 def read_image(path):
@@ -200,7 +167,7 @@ def transforms(dataset, image_size, views=1):
         return (fit if views == 1 else T.Compose([moved, fit])), fit
     return (v2.Compose([v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip(),
                         v2.PILToTensor()]),
-            T.Compose([central_band, T.Resize(shorter_side(image_size)), T.CenterCrop(image_size),
+            T.Compose([T.Resize(shorter_side(image_size)), T.CenterCrop(image_size),
                        T.PILToTensor()]))
 
 
@@ -209,36 +176,17 @@ def shorter_side(image_size):
     return 256 if image_size in (224, 227) else round(image_size * 8 / 7)
 
 
-def central_band(image, ratio=8):
-    """A PIL image cut to its middle where one side is over `ratio` times the other.
-
-    The centre crop looks at no more than that, and resizing the whole would take gigabytes.
-    """
-    width, height = image.size
-    new_width, new_height = band_size(width, height, ratio)
-    if (new_width, new_height) == (width, height):
-        return image
-    left, top = (width - new_width) // 2, (height - new_height) // 2
-    return image.crop((left, top, left + new_width, top + new_height))
-
-
-def band_size(width, height, ratio=8):
-    """What central_band leaves of an image of this size -> (width, height)."""
-    short = min(width, height)
-    return min(width, ratio * short), min(height, ratio * short)
-
-
 # ---- the cache: images decoded once
 
 
 class Stored(NamedTuple):
     """The images of a split, reduced to one shorter side, in RGB.
 
-    pixels: uint8 [P, 3], image after image and row by row, a tensor or np.memmap; sizes: int64
-    [N, 2], height and width of each image, an array; starts: int64 [N], where each begins.
+    pixels: uint8 tensor [P, 3], image after image and row by row; sizes: int64 array [N, 2],
+    height and width of each image; starts: int64 array [N], where each begins.
     """
 
-    pixels: object
+    pixels: torch.Tensor
     sizes: np.ndarray
     starts: np.ndarray
 
@@ -275,28 +223,14 @@ class CachedDataset(ImageDataset):
         places, labels = (torch.tensor(part) for part in zip(*items))
         if not self.on_device:
             return Crops(*cut_out(self.stored.pixels, places), self.image_size), labels
-        if torch.utils.data.get_worker_info():
-            raise ValueError("--cache device loads without processes: --kernels 0")
         return Crops(self.stored.pixels, places, self.image_size), labels
 
     def load(self, i):
         """The stored image i -> PIL image in RGB."""
-        pixels, sizes, starts = self.stored
-        pixels = pixels[int(starts[i]):int(starts[i] + sizes[i].prod())]
-        pixels = pixels.cpu().numpy() if torch.is_tensor(pixels) else pixels
-        return Image.fromarray(pixels.reshape(*sizes[i], 3))
-
-    def __getstate__(self):
-        """For a process that is started afresh; a file is opened there again, not sent."""
-        pixels = self.stored.pixels
-        if isinstance(pixels, np.memmap):
-            return self.__dict__ | {"stored": self.stored._replace(pixels=pixels.filename)}
-        return self.__dict__
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        if not torch.is_tensor(self.stored.pixels):
-            self.stored = self.stored._replace(pixels=map_pixels(self.stored.pixels))
+        height, width = self.stored.sizes[i].tolist()
+        start = int(self.stored.starts[i])
+        pixels = self.stored.pixels[start:start + height * width].cpu().numpy()
+        return Image.fromarray(pixels.reshape(height, width, 3))
 
 
 def draw_crop(height, width):
@@ -314,13 +248,13 @@ def draw_crop(height, width):
 def cut_out(pixels, places):
     """The boxes alone, one after another: pixels [P, 3], places [B, 7] -> the same of the copy.
 
-    pixels: a tensor or an array; the copy is a tensor, in shared memory in a loading process.
+    The copy lies in shared memory in a loading process.
     """
     areas = places[:, 4] * places[:, 5]
     boxes = torch.empty(int(areas.sum()), 3, dtype=torch.uint8)
     if torch.utils.data.get_worker_info():
         boxes.share_memory_()
-    source, target = np.asarray(pixels), boxes.numpy()
+    source, target = pixels.numpy(), boxes.numpy()
     places = places.clone()
     starts = areas.cumsum(0) - areas
     for start, (first, stride, top, left, height, width, _) in zip(starts.tolist(),
@@ -419,34 +353,23 @@ def resize_weights(lengths, longest, size):
     return weights.div_(weights.sum(2, keepdim=True))
 
 
-def cache_splits(kind, splits, side, device="cpu", path=None):
+def cache_splits(kind, splits, side, device="cpu"):
     """{name: Split} -> {name: Stored}, of images reduced to a shorter side; kind as --cache.
 
-    path: of --cache disk, what its files' names begin with. Prints what is needed and what is
-    there; ValueError where that is not enough, OSError where files cannot be written.
+    Prints what is needed and what is there; ValueError where that is not enough.
     """
-    digests, stored = {}, {}
-    if kind == "disk":
-        make_folder(os.path.dirname(path))
-        digests = {name: digest_of(split.images, side) for name, split in splits.items()}
-        stored = {name: read_stored(f"{path}_{name}", digests[name], side) for name in splits}
-    missing = [name for name in splits if stored.get(name) is None]
-    sizes = {name: stored_sizes(splits[name].images, side, name) for name in missing}
-    check_room(kind, sizes, side, device, path)
-    if kind != "disk":  # which the first process fills alone
-        auxiliaries.any_rank(False)  # waits: until all have looked nobody takes anything
-    for name in missing:
-        images = decoded(splits[name].images, sizes[name], side, name)
-        if kind == "disk":
-            write_stored(f"{path}_{name}", digests[name], side, sizes[name], images)
-            stored[name] = read_stored(f"{path}_{name}", digests[name], side)
-            continue
+    sizes = {name: stored_sizes(split.images, side, name) for name, split in splits.items()}
+    check_room(kind, sizes, side, device)
+    auxiliaries.any_rank(False)  # waits: until all have looked nobody takes anything
+    stored = {}
+    for name, split in splits.items():
         areas = sizes[name].prod(1)
         starts = areas.cumsum() - areas
         pixels = torch.empty(int(areas.sum()), 3, dtype=torch.uint8,
                              device=device if kind == "device" else "cpu")
         if kind == "ram":
             pixels.share_memory_()
+        images = decoded(split.images, sizes[name], side, name)
         for image, start in zip(images, starts.tolist()):
             pixels[start:start + len(image)] = torch.from_numpy(image)
         stored[name] = Stored(pixels, sizes[name], starts)
@@ -457,7 +380,7 @@ def stored_sizes(paths, side, name):
     """Height and width of each image once it is reduced -> int64 [N, 2]; reads headers only."""
     def size(path):
         with open_image(path) as image:
-            width, height = band_size(*image.size)
+            width, height = image.size
         long = int(side * max(width, height) / min(width, height))  # as torchvision's Resize
         return (long, side) if width <= height else (side, long)
 
@@ -472,13 +395,11 @@ def decoded(paths, sizes, side, name):
 
     resize = T.Resize(side)
 
-    def reduced(path):
-        return np.array(resize(central_band(read_image(path))))
-
     def in_blocks():  # so that no more than a block waits in memory
         with concurrent.futures.ThreadPoolExecutor() as pool:
             for first in range(0, len(paths), 256):
-                yield from pool.map(reduced, paths[first:first + 256])
+                yield from pool.map(lambda path: np.array(resize(read_image(path))),
+                                    paths[first:first + 256])
 
     images = shown(in_blocks(), len(paths), f"decoding {name}")
     for image, path, size in zip(images, paths, sizes.tolist()):
@@ -487,32 +408,26 @@ def decoded(paths, sizes, side, name):
         yield image.reshape(-1, 3)
 
 
-def check_room(kind, sizes, side, device, path):
+def check_room(kind, sizes, side, device):
     """Prints what a cache of images of these sizes, {name: [N, 2]}, needs and what is there.
 
     Of main memory it is what all processes of a machine need. ValueError where it would fill more
     than nine tenths of that.
     """
-    if not sizes:
-        print(f"cache    {kind} in {os.path.dirname(path)}: whole, used again", flush=True)
-        return
     needed = 3 * sum(int(size.prod(1).sum()) for size in sizes.values())
-    if kind == "ram" or kind == "device" and torch.device(device).type == "cpu":
+    if kind == "ram" or torch.device(device).type == "cpu":
         needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process keeps its own
-    there = free_bytes(kind, device, path)
+    there = free_bytes(kind, device)
     free = "unknown" if there is None else f"{there / 2 ** 20:,.0f} MiB"
-    where = f" in {os.path.dirname(path)}" if kind == "disk" else ""
-    print(f"cache    {kind}{where}: {sum(map(len, sizes.values())):,} images to decode, shorter "
-          f"side {side}: {needed / 2 ** 20:,.1f} MiB needed, {free} free", flush=True)
+    print(f"cache    {kind}: {sum(map(len, sizes.values())):,} images to decode, shorter side "
+          f"{side}: {needed / 2 ** 20:,.1f} MiB needed, {free} free", flush=True)
     if there is not None and needed > 0.9 * there:
-        raise ValueError(f"--cache {kind} needs {needed / 2 ** 20:,.1f} MiB{where} and leaves a "
-                         f"tenth of what is free, {free}, alone: another --cache, or none")
+        raise ValueError(f"--cache {kind} needs {needed / 2 ** 20:,.1f} MiB and leaves a tenth of "
+                         f"what is free, {free}, alone: another --cache, or none")
 
 
-def free_bytes(kind, device, path):
+def free_bytes(kind, device):
     """How much is free where a cache of this kind lies; None where the system does not say."""
-    if kind == "disk":
-        return shutil.disk_usage(os.path.dirname(path)).free
     if kind == "device" and torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -528,113 +443,6 @@ def free_bytes(kind, device, path):
     if kind == "ram" and os.path.isdir("/dev/shm"):  # there it lies; containers have little of it
         available = min(available, shutil.disk_usage("/dev/shm").free)
     return available
-
-
-# The files of --cache disk: PATH_SPLIT.json says whose images PATH_SPLIT_DIGEST.pixels holds. It
-# is written last, and each file under another name first, so nothing is taken for whole that is
-# not.
-
-
-def make_folder(folder):
-    """Makes the folder of --cache_path and removes what killed runs left half written in it.
-
-    That is what a process of this machine began that is no more, and what no other machine touched
-    for a day.
-    """
-    try:
-        os.makedirs(folder, exist_ok=True)
-        entries = os.listdir(folder)
-    except OSError as error:
-        raise OSError(f"--cache_path {folder}: no folder can be made or read there ({error})"
-                      ) from error
-    for entry in entries:
-        begun = re.search(r"\.tmp-(.*)-(\d+)$", entry)
-        with contextlib.suppress(OSError):  # another run removed it
-            if begun and (is_over(int(begun[2])) if begun[1] == platform.node() else
-                          time.time() - os.path.getmtime(os.path.join(folder, entry)) > 86400):
-                os.remove(os.path.join(folder, entry))
-
-
-def is_over(process):
-    """Whether a process of this machine, by its number, is no more; this one counts as such."""
-    if process == os.getpid():
-        return True
-    if os.name != "posix":  # elsewhere the question itself may end it
-        return False
-    try:
-        os.kill(process, 0)
-    except OSError as error:
-        return isinstance(error, ProcessLookupError)  # not where it is somebody else's
-    return False
-
-
-def digest_of(paths, side):
-    """A digest of the images' names, their lengths in bytes and the side, wherever they lie."""
-    digest = hashlib.sha256(str(side).encode())
-    for path in paths:
-        try:
-            facts = "/".join(path.split(os.sep)[-2:]), os.path.getsize(path)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path}: the image is not there") from None
-        digest.update(repr(facts).encode(errors="surrogateescape"))
-    return digest.hexdigest()
-
-
-def read_stored(path, digest, side):
-    """A split's images from its files -> Stored; None where there are none that are whole.
-
-    ValueError where they are of other images or another side, or damaged.
-    """
-    remedy = "remove it, or name another folder with --cache_path"
-    try:
-        with open(f"{path}.json", encoding="utf-8") as file:
-            facts = json.load(file)
-        sizes = np.array(facts["sizes"], dtype=np.int64).reshape(-1, 2)
-        found = facts["digest"], facts["shorter_side"]
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise OSError(f"--cache_path: {path}.json cannot be read ({error})") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}.json is damaged ({error}): {remedy}") from error
-    if found != (digest, side):
-        raise ValueError(f"{path}.json is of other images" + f", of shorter side {found[1]} and "
-                         f"not {side}" * (found[1] != side) + f": {remedy}")
-    pixels, areas = f"{path}_{digest[:16]}.pixels", sizes.prod(1)
-    try:
-        length = os.path.getsize(pixels)
-    except FileNotFoundError:
-        return None
-    if length != 3 * areas.sum():
-        raise ValueError(f"{pixels} has {length:,} bytes instead of {3 * areas.sum():,}: {remedy}")
-    return Stored(map_pixels(pixels), sizes, areas.cumsum() - areas)
-
-
-def map_pixels(path):
-    """The pixels of a file, uint8 [P, 3], which stay on the disk until they are looked at."""
-    return np.memmap(path, np.uint8, mode="r", shape=(os.path.getsize(path) // 3, 3))
-
-
-def write_stored(path, digest, side, sizes, images):
-    """Writes images, uint8 [P, 3] each, and what read_stored wants to know of them."""
-    facts = {"digest": digest, "shorter_side": side, "sizes": sizes.tolist()}
-    for final, parts in ((f"{path}_{digest[:16]}.pixels", images),
-                         (f"{path}.json", [json.dumps(facts).encode()])):
-        temporary = f"{final}.tmp-{platform.node()}-{os.getpid()}"
-        try:
-            with open(temporary, "wb") as file:
-                for part in parts:
-                    file.write(part)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, final)
-        except FileNotFoundError:  # an image, not the file
-            raise
-        except OSError as error:
-            raise OSError(f"--cache_path: {final} cannot be written: {error}") from error
-        finally:
-            with contextlib.suppress(OSError):
-                os.remove(temporary)
 
 
 # ---- looking at many files

@@ -38,7 +38,7 @@ import trainers
 # (that the data is the same is checked by its fingerprint).
 MAY_CHANGE = {"resume", "n_epochs", "patience", "gpu", "kernels", "source_path", "save_path",
               "savename", "tensorboard", "plot_embeddings", "save_embeddings", "checkpoint_every",
-              "deterministic", "eval_memory", "cache_path", "seeds", "recipe", "departures",
+              "deterministic", "eval_memory", "seeds", "recipe", "departures",
               "dry_run", "recipes", "given"}
 FOLLOW_DEVICE = {"amp", "channels_last"}  # unless they are given; --gpu may change
 TWO_VIEWS = ("UnsupervisedEmbeddingsUsingAugmentations", "TwoStreamMetricLoss")

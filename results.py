@@ -26,7 +26,7 @@ NOT_OF_RECIPE = ("seed", "seeds", "recipe", "recipes", "dry_run", "departures", 
                  "savename",
                  "save_path", "source_path", "gpu", "kernels", "resume", "tensorboard", "weights",
                  "plot_embeddings", "save_embeddings", "checkpoint_every", "deterministic",
-                 "eval_memory", "eval_bs", "cache_path")
+                 "eval_memory", "eval_bs")
 
 
 class Recipe(typing.NamedTuple):

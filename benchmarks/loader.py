@@ -11,7 +11,6 @@ import argparse
 import os
 import statistics
 import sys
-import tempfile
 import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
@@ -61,30 +60,29 @@ def benchmark(args, device):
     """Prints the table."""
     options = argparse.Namespace(**vars(args), seed=1)
     sets = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for cache in ("none", "ram", "disk", "device"):
-            options.cache, options.cache_path = cache, folder
-            train, _, found = datasets.dataset_select(options, device=device)
-            sets["files" if cache == "none" else f"--cache {cache}"] = train
-        sets = {"torchvision's chain": Usual(found.splits["train"], args.image_size)} | sets
-        generator = torch.Generator().manual_seed(0)
-        count = min(args.batches, len(train) // args.bs)
-        order = torch.randperm(len(train), generator=generator)[:count * args.bs]
-        order = order.view(-1, args.bs).tolist()
-        print("| images/s |" + "".join(f" {workers} workers |" for workers in args.workers))
-        print("|---|" + "---|" * len(args.workers))
-        rates, names = {}, [*sets, *(f"{name}, uncut" for name in sets if "cache" in name)]
-        for _ in range(args.rounds):
-            for name in names:
-                dataset, cut = sets[name.removesuffix(", uncut")], not name.endswith("uncut")
-                for workers in args.workers:
-                    if not (workers and "device" in name):
-                        rates.setdefault((name, workers), []).append(
-                            rate(dataset, order, args, workers, device, cut))
+    for cache in ("none", "ram", "device"):
+        options.cache = cache
+        train, _, found = datasets.dataset_select(options, device=device)
+        sets["files" if cache == "none" else f"--cache {cache}"] = train
+    sets = {"torchvision's chain": Usual(found.splits["train"], args.image_size)} | sets
+    generator = torch.Generator().manual_seed(0)
+    count = min(args.batches, len(train) // args.bs)
+    order = torch.randperm(len(train), generator=generator)[:count * args.bs]
+    order = order.view(-1, args.bs).tolist()
+    print("| images/s |" + "".join(f" {workers} workers |" for workers in args.workers))
+    print("|---|" + "---|" * len(args.workers))
+    rates, names = {}, [*sets, *(f"{name}, uncut" for name in sets if "cache" in name)]
+    for _ in range(args.rounds):
         for name in names:
-            cells = [f"{statistics.median(rates[name, workers]):.0f}"
-                     if (name, workers) in rates else "" for workers in args.workers]
-            print(f"| {name} | {' | '.join(cells)} |")
+            dataset, cut = sets[name.removesuffix(", uncut")], not name.endswith("uncut")
+            for workers in args.workers:
+                if not (workers and "device" in name):
+                    rates.setdefault((name, workers), []).append(
+                        rate(dataset, order, args, workers, device, cut))
+    for name in names:
+        cells = [f"{statistics.median(rates[name, workers]):.0f}"
+                 if (name, workers) in rates else "" for workers in args.workers]
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -113,25 +113,16 @@ def test_every_loss_and_sampling_leaves_every_file(small, loss, sampling):
         assert picture.width > 112 and picture.height > 112
 
 
-def test_runs_with_a_cache(small, tmp_path, capsys):
+def test_runs_with_a_cache(small, capsys):
     """The untrained network is measured alike; training is alike with every cache."""
-    path = ["--cache_path", str(tmp_path / "images")]
     runs = {}
-    for name, options in (("none", []), ("ram", ["--kernels", "2"]), ("disk", ["--kernels", "1"]),
-                          ("again", ["--cache", "disk"]), ("device", [])):
-        cache = [] if name in ("none", "again") else ["--cache", name]
-        folder = main.main([*small, "--savename", name, *path, *cache, *options])
+    for name, options in (("none", []), ("ram", ["--kernels", "2"]), ("device", [])):
+        folder = main.main([*small, "--savename", name, "--cache", name, *options])
         runs[name] = [(Path(folder) / file).read_text() for file in ("log_val_Base.csv",
                                                                      "log_train_Base.csv")]
-    assert runs["ram"] == runs["disk"] == runs["again"] == runs["device"] != runs["none"]
+    assert runs["ram"] == runs["device"] != runs["none"]
     assert runs["ram"][0].splitlines()[:2] == runs["none"][0].splitlines()[:2]
-    printed = capsys.readouterr().out
-    assert printed.count("48 images to decode, shorter side 18") == 3
-    assert printed.count("whole, used again") == 1
-    moved = (tmp_path / "images").rename(tmp_path / "moved")
-    main.main([*small, "--savename", "disk", "--cache", "disk", "--cache_path", str(moved),
-               "--n_epochs", "2", "--resume"])
-    assert "whole, used again" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("48 images to decode, shorter side 18") == 2
 
 
 def test_hypa_and_checkpoint_recreate_the_network_and_its_metrics(small, tree):
@@ -851,8 +842,6 @@ def test_every_flag_changes_the_run(action, small, tree, tmp_path, capsys, monke
     base = [*small, *context_of(action.dest)]
     if action.dest == "vehicle_protocol":
         base += make_vehicle_id(tmp_path)
-    if action.dest == "cache_path":
-        base += ["--cache", "disk", "--cache_path", str(tmp_path / "images")]
     if action.dest == "tensorboard":  # a stand-in for the package, which need not be installed
         monkeypatch.setitem(sys.modules, "torch.utils.tensorboard",
                             types.SimpleNamespace(SummaryWriter=EventFolder))
@@ -1099,7 +1088,7 @@ def test_progress_line_on_a_terminal_only(small, monkeypatch, capsys):
     (["--loss", "arcface", "--sampling", "multisimilarity", "--samples_per_class", "1"],
      ["--samples_per_class 1"]),
     (["--cache", "ram", "--dataset", "glyphs"], ["--cache ram", "glyphs"]),
-    *[(["--cache", "disk", "--trainer", name], ["--cache disk", name]) for name in main.TWO_VIEWS],
+    *[(["--cache", "ram", "--trainer", name], ["--cache ram", name]) for name in main.TWO_VIEWS],
     (["--cache", "device", "--kernels", "2"], ["--cache device", "--kernels 2"]),
     (["--cache", "vram"], ["vram", "device"]),
     (["--metrics", "nmi", "f1"], ["--metrics nmi f1", "recall"]),
@@ -1152,7 +1141,7 @@ def test_test_classes_of_one_image_leave_nothing_to_retrieve(small, tmp_path, ca
 
 def test_a_users_own_folder_is_expanded_in_paths(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    flags = ("source_path", "save_path", "cache_path", "weights")
+    flags = ("source_path", "save_path", "weights")
     opt = main.parse_options(["--dataset", "glyphs", *(f"--{name}=~/{name}" for name in flags)])
     assert all(getattr(opt, name) == f"/home/me/{name}" for name in flags)
 

@@ -734,11 +734,11 @@ def test_the_held_out_images_are_uncut_and_the_same_for_every_seed(small):
         assert all(torch.equal(queries[i][0], expected) for queries in kept)
 
 
-def test_the_cache_changes_no_held_out_metric(small, tmp_path):
-    base = [*small, "--val_split", "0.4", "--n_epochs", "0", "--cache_path", str(tmp_path / "c")]
+def test_the_cache_changes_no_held_out_metric(small):
+    base = [*small, "--val_split", "0.4", "--n_epochs", "0"]
     found = [rows(main.main([*base, "--cache", cache, "--savename", cache]))
-             for cache in ("none", "ram", "disk")]
-    assert found[0] == found[1] == found[2] and "val recall@1" in found[0][0]
+             for cache in ("none", "ram")]
+    assert found[0] == found[1] and "val recall@1" in found[0][0]
 
 
 def write_in_shop(source):
