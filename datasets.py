@@ -1,10 +1,9 @@
 """The datasets: where their images lie, which classes train and which test.
 
-Each reader turns a folder into splits (images, labels, class names) and is one line of READERS;
-how an image is read and becomes a tensor is in images.py. Run as a program it checks a dataset,
-and with --download fetches it: python datasets.py --dataset cub200 --source_path ./Datasets. A
-new dataset is a reader, its line in READERS and, where there are any, its published counts and
-where it is had from (ARCHIVES or ON_REQUEST). How batches are composed: samplers.py.
+A reader turns a folder into splits (images, labels, class names). A new dataset is a reader and
+its row in DATASETS. How an image is read and becomes a tensor: images.py; how batches are
+composed: samplers.py. Run as a program it checks a dataset, and with --download fetches it:
+python datasets.py --dataset cub200 --source_path ./Datasets.
 """
 
 import collections
@@ -39,40 +38,6 @@ from PIL import Image, ImageDraw, ImageFont
 import auxiliaries
 import images
 
-# (classes, images) of each split as published with the datasets or their retrieval protocols.
-PUBLISHED = {
-    "cub200": {"train": (100, 5864), "test": (100, 5924)},
-    "cars196": {"train": (98, 8054), "test": (98, 8131)},
-    "online_products": {"train": (11318, 59551), "test": (11316, 60502)},
-    "in-shop": {"train": (3997, 25882), "query": (3985, 14218), "gallery": (3985, 12612)},
-    "vehicle_id": {"train": (13134, 110178), "test_800": (800, None), "test_1600": (1600, None),
-                   "test_2400": (2400, None)},
-    "tiny_imagenet": {"train": (200, 100000), "test": (200, 10000)},
-}
-
-LAYOUTS = {
-    "cub200": "cub200/images/<class>/*.jpg, or the release as it unzips: CUB_200_2011/images.txt, "
-              "image_class_labels.txt and images/<class>/*.jpg",
-    "cars196": "cars196/images/<class>/*.jpg, cars196/<class>/*.jpg, cars196/train/<class>/*.jpg "
-               "with test/<class>/*.jpg, cars196/cars_annos.mat with car_ims/*.jpg, or (also in "
-               "stanford_cars/) cars_train/*.jpg, cars_test/*.jpg and devkit/ with cars_meta.mat, "
-               "cars_train_annos.mat and cars_test_annos_withlabels.mat",
-    "online_products": "online_products/images/<type>_final/*.JPG with online_products/Info_Files/"
-                       "Ebay_train.txt and Ebay_test.txt, or the release as it unzips: "
-                       "Stanford_Online_Products/Ebay_train.txt, Ebay_test.txt, "
-                       "<type>_final/*.JPG",
-    "in-shop": "in-shop/Eval/list_eval_partition.txt with in-shop/img/..., in-shop/Img/img/... or "
-               "in-shop/Img/img_highres/...",
-    "vehicle_id": "vehicle_id/image/*.jpg with vehicle_id/train_test_split/train_list.txt and "
-                  "test_list_800.txt, test_list_1600.txt, test_list_2400.txt",
-    "tiny_imagenet": "tiny_imagenet/train/<class>/images/*.JPEG with tiny_imagenet/val/"
-                     "val_annotations.txt and val/images/*.JPEG, or the release's "
-                     "tiny-imagenet-200/",
-    "folder": "<class>/*.jpg (the first half of the sorted classes trains, the second tests), or "
-              "train/<class>/*.jpg and test/<class>/*.jpg (or val/), directly below --source_path",
-}
-
-
 class Split(NamedTuple):
     """One part of a dataset: N images, the class of each, and the name of each class.
 
@@ -104,7 +69,7 @@ class EvaluationSet(NamedTuple):
 def add_arguments(parser):
     """Adds the group 'data' to an argparse parser."""
     group = parser.add_argument_group("data", "which images are learned from and tested on")
-    group.add_argument("--dataset", choices=READERS, default="cub200",
+    group.add_argument("--dataset", choices=DATASETS, default="cub200",
                        help="glyphs needs no files: it is drawn from a font. folder takes any "
                             "folder of class folders. The others are the field's datasets, in the "
                             "layout of the reference or of their release. Default %(default)s, as "
@@ -173,42 +138,56 @@ def fingerprint(splits):
     return digest.hexdigest()
 
 
-def dataset_select(opt, views=1, share=(0, 1), device="cpu"):
-    """The training set, with so many views of an image, and the evaluation sets of the options.
+def dataset_select(opt, device="cpu", views=1):
+    """The options' training set, with so many views of an image, and their evaluation sets.
 
-    share: of each training batch, as in images.ImageDataset. device: where --cache device keeps
-    them. Returns (images.ImageDataset, [EvaluationSet, ...], Found). Raises FileNotFoundError or
+    device: where --cache device keeps images. Of each training batch a process gets its share.
+    Returns (images.ImageDataset, [EvaluationSet, ...], Found). Raises FileNotFoundError or
     ValueError where the data is missing, damaged or too small, and where there is no room for the
     cache.
     """
-    found = READERS[opt.dataset](opt.source_path)
-    val_split = getattr(opt, "val_split", 0)
-    if val_split:
-        found.splits.update(hold_out(found.splits["train"], val_split))
+    row, share = DATASETS[opt.dataset], (auxiliaries.rank(), auxiliaries.num_ranks())
+    found = row.read(opt.source_path)
+    if opt.val_split:
+        found.splits.update(hold_out(found.splits["train"], opt.val_split))
     for problem in problems_of(found.splits):
         raise ValueError(f"--dataset {opt.dataset}: {problem} ({found.layout})")
-    cache = getattr(opt, "cache", "none")
-    if cache == "none":
-        train_transform, test_transform = images.transforms(opt.dataset, opt.image_size, views)
-        train = images.ImageDataset(found.splits["train"], train_transform, opt.seed, views, share,
-                                    images.read_pixels)
-        tests = {name: images.ImageDataset(split, test_transform)
-                 for name, split in found.splits.items() if name != "train"}
-    else:
-        stored = images.cache_splits(cache, found.splits, images.shorter_side(opt.image_size),
-                                     device)
-        tests = {name: images.CachedDataset(
-                     split, stored[name], opt.image_size,
-                     *((opt.seed, cache == "device", share) if name == "train" else
-                       (None, cache == "device")))
+    train = found.splits["train"]
+    if opt.cache != "none" and isinstance(train.images, np.ndarray):
+        raise ValueError(f"--cache {opt.cache}: the images of --dataset {opt.dataset} are in "
+                         "memory already, leave it out")
+    if opt.cache == "none":
+        train_transform, test_transform = row.transforms(opt.image_size, views)
+        parts = {name: images.ImageDataset(split, test_transform)
                  for name, split in found.splits.items()}
-        train = tests.pop("train")
-    held_out = [EvaluationSet("val", tests.pop("val"))] if val_split else []
-    if opt.dataset == "in-shop":
-        return train, [EvaluationSet("", tests["query"], tests["gallery"]), *held_out], found
-    names = [""] if len(tests) == 1 else [f"set {i + 1}" for i in range(len(tests))]
-    sets = [EvaluationSet(name, test) for name, test in zip(names, tests.values())]
-    return train, sets + held_out, found
+        parts["train"] = images.ImageDataset(train, train_transform, opt.seed, views, share,
+                                             images.read_pixels)
+    else:
+        stored = images.cache_splits(opt.cache, found.splits, images.shorter_side(opt.image_size),
+                                     device)
+        on_device = opt.cache == "device"
+        parts = {name: images.CachedDataset(split, stored[name], opt.image_size,
+                                            on_device=on_device)
+                 for name, split in found.splits.items()}
+        parts["train"] = images.CachedDataset(train, stored["train"], opt.image_size, opt.seed,
+                                              on_device, share)
+    return parts["train"], evaluation_sets(parts), found
+
+
+def evaluation_sets(parts):
+    """{split: dataset} -> [EvaluationSet, ...], that of the classes held out of training last.
+
+    query is sought in gallery; any other split but train in itself, in sets numbered from 1.
+    """
+    if "gallery" in parts:
+        sets = [EvaluationSet("", parts["query"], parts["gallery"])]
+    else:
+        tests = [part for name, part in parts.items() if name not in ("train", "val")]
+        sets = [EvaluationSet(f"set {i}" * (len(tests) > 1), test)
+                for i, test in enumerate(tests, start=1)]
+    if "val" in parts:
+        sets.append(EvaluationSet("val", parts["val"]))
+    return sets
 
 
 def hold_out(split, share):
@@ -392,7 +371,7 @@ def read_folder(source):
     """Any folder of class folders, or train/ and test/ (or val/) with class folders in each."""
     if not os.path.isdir(source):
         raise FileNotFoundError(f"--source_path {source} is not a folder; --dataset folder "
-                                f"expects {LAYOUTS['folder']}")
+                                f"expects {DATASETS['folder'].layout}")
     halved, folders = split_folders(source), listing(source)[1]
     train, test = halved.get("train"), halved.get("test", halved.get("val"))
     if train and test:
@@ -404,7 +383,7 @@ def read_folder(source):
                      [remark for _, odd in parts.values() for remark in odd] + odd)
     if halved and len(folders) == 1:
         raise FileNotFoundError(f"{source} holds {os.path.basename(folders[0])} alone; --dataset "
-                                f"folder expects {LAYOUTS['folder']}")
+                                f"folder expects {DATASETS['folder'].layout}")
     return halves(f"class folders in {source}", *class_folders(source))
 
 
@@ -445,18 +424,6 @@ def read_glyphs(source=None):
     return Found("drawn from Pillow's font, no files needed", splits, [])
 
 
-READERS = {
-    "cub200": read_cub200,
-    "cars196": read_cars196,
-    "online_products": read_online_products,
-    "in-shop": read_in_shop,
-    "vehicle_id": read_vehicle_id,
-    "tiny_imagenet": read_tiny_imagenet,
-    "folder": read_folder,
-    "glyphs": read_glyphs,
-}
-
-
 def draw_glyphs(character, count, generator, size=32):
     """count drawings of a character, distorted at random -> uint8 [count, size, size].
 
@@ -484,6 +451,97 @@ def draw_glyphs(character, count, generator, size=32):
     return images
 
 
+# ---- the table
+
+
+class Dataset(NamedTuple):
+    """What is known of a dataset beside its images.
+
+    read: a folder's path -> Found; layout: the trees that it accepts, in words; published: {split:
+    (classes, images, None where it is not said)}, as with the data or its retrieval protocol;
+    defaults: {option: value} where main's would not suit; archive: (address, MD5) of a public one
+    with a folder of its own name; ask: where else the data is had from, {} being its folder;
+    transforms: as images.crop_transforms; flags: options that no other dataset has.
+    """
+
+    read: object
+    layout: str
+    published: dict = {}
+    defaults: dict = {}
+    archive: tuple = ()
+    ask: str = ""
+    transforms: object = images.crop_transforms
+    flags: tuple = ()
+
+
+# The checksums are as in Avalanche 0.6.
+DATASETS = {
+    "cub200": Dataset(
+        read_cub200,
+        layout="cub200/images/<class>/*.jpg, or the release as it unzips: "
+               "CUB_200_2011/images.txt, image_class_labels.txt and images/<class>/*.jpg",
+        published={"train": (100, 5864), "test": (100, 5924)},
+        archive=("https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
+                 "97eceeb196236b17998738112f37df78")),
+    "cars196": Dataset(
+        read_cars196,
+        layout="cars196/images/<class>/*.jpg, cars196/<class>/*.jpg, cars196/train/<class>/*.jpg "
+               "with test/<class>/*.jpg, cars196/cars_annos.mat with car_ims/*.jpg, or (also in "
+               "stanford_cars/) cars_train/*.jpg, cars_test/*.jpg and devkit/ with "
+               "cars_meta.mat, cars_train_annos.mat and cars_test_annos_withlabels.mat",
+        published={"train": (98, 8054), "test": (98, 8131)},
+        ask="the links of https://ai.stanford.edu/~jkrause/cars/car_dataset.html are gone; "
+            "https://github.com/pytorch/vision/issues/7545 says who has copies; unpack them in "
+            "{}"),
+    "online_products": Dataset(
+        read_online_products,
+        layout="online_products/images/<type>_final/*.JPG with online_products/Info_Files/"
+               "Ebay_train.txt and Ebay_test.txt, or the release as it unzips: "
+               "Stanford_Online_Products/Ebay_train.txt, Ebay_test.txt, <type>_final/*.JPG",
+        published={"train": (11318, 59551), "test": (11316, 60502)},
+        defaults={"k_vals": [1, 10, 100, 1000]},
+        ask="fetch ftp://cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip, or see "
+            "https://github.com/rksltnl/Deep-Metric-Learning-CVPR16; unzip it in {}"),
+    "in-shop": Dataset(
+        read_in_shop,
+        layout="in-shop/Eval/list_eval_partition.txt with in-shop/img/..., in-shop/Img/img/... or "
+               "in-shop/Img/img_highres/...",
+        published={"train": (3997, 25882), "query": (3985, 14218), "gallery": (3985, 12612)},
+        defaults={"k_vals": [1, 10, 20, 30, 50]},
+        ask="ask at https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion.html for the In-shop "
+            "Clothes Retrieval Benchmark; unzip its Img/img.zip and put its Eval/ in {}"),
+    "vehicle_id": Dataset(
+        read_vehicle_id,
+        layout="vehicle_id/image/*.jpg with vehicle_id/train_test_split/train_list.txt and "
+               "test_list_800.txt, test_list_1600.txt, test_list_2400.txt",
+        published={"train": (13134, 110178), "test_800": (800, None), "test_1600": (1600, None),
+                   "test_2400": (2400, None)},
+        defaults={"k_vals": [1, 5]},
+        ask="ask at https://www.pkuml.org/resources/pku-vehicleid.html; unzip it in "
+            "--source_path",
+        flags=("vehicle_protocol",)),
+    "tiny_imagenet": Dataset(
+        read_tiny_imagenet,
+        layout="tiny_imagenet/train/<class>/images/*.JPEG with tiny_imagenet/val/"
+               "val_annotations.txt and val/images/*.JPEG, or the release's tiny-imagenet-200/",
+        published={"train": (200, 100000), "test": (200, 10000)},
+        archive=("http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+                 "90528d7ca1a48142e341f4ef8d21d0de")),
+    "folder": Dataset(
+        read_folder,
+        layout="<class>/*.jpg (the first half of the sorted classes trains, the second tests), or "
+               "train/<class>/*.jpg and test/<class>/*.jpg (or val/), directly below "
+               "--source_path",
+        ask="these are your own images, in class folders in --source_path"),
+    "glyphs": Dataset(
+        read_glyphs,
+        layout="drawn, no files are needed",
+        defaults={"arch": "convnet", "image_size": 32, "n_epochs": 20, "tau": [15], "lr": 1e-3,
+                  "proxy_lr": 1e-2, "loss_lr": 1e-2, "kernels": 0},
+        transforms=images.fit_transforms),
+}
+
+
 # ---- what the readers share
 
 
@@ -493,9 +551,10 @@ def find_root(source, dataset, names, usable):
     An archive may lie unpacked in a folder of any of its names. FileNotFoundError with the
     layouts, and how the data is had, if there is none.
     """
-    expected = (f"accepted below it: {LAYOUTS[dataset]}. python datasets.py --dataset {dataset} "
+    row = DATASETS[dataset]
+    expected = (f"accepted below it: {row.layout}. python datasets.py --dataset {dataset} "
                 "--download" + f" --source_path {source}" * (source != "./Datasets")
-                + (" fetches it" if dataset in ARCHIVES else " says where it is to be had"))
+                + (" fetches it" if row.archive else " says where it is to be had"))
     if not os.path.isdir(source):
         raise FileNotFoundError(f"--source_path {source} is not a folder; {expected}")
     for name in (*names, *itertools.starmap(os.path.join, itertools.product(names, names)), ""):
@@ -712,9 +771,9 @@ def suffix_folded(file):
 
 def check(dataset, source_path, quick=False):
     """Prints what was found beside what is published; returns whether the data is usable."""
-    found = READERS[dataset](source_path)
+    found = DATASETS[dataset].read(source_path)
     print(auxiliaries.printable(f"{dataset}: {found.layout}"))
-    published = PUBLISHED.get(dataset, {})
+    published = DATASETS[dataset].published
     problems, odd, differs, more = problems_of(found.splits), list(found.odd), False, False
     for name, split in found.splits.items():
         sizes = collections.Counter(split.labels)
@@ -752,7 +811,7 @@ def remark_on_subset(dataset, splits):
 
     splits: {name: Split}; val, where there is one, is held out of train.
     """
-    for name, (classes, images) in PUBLISHED.get(dataset, {}).items():
+    for name, (classes, images) in DATASETS[dataset].published.items():
         parts = [splits[part] for part in (name, "val") if part == name or
                  name == "train" and part in splits]
         found = [sum(len(labels) for labels in kinds) for kinds in
@@ -767,28 +826,6 @@ def remark_on_subset(dataset, splits):
 # ---- download
 
 
-# Address and MD5 checksum of the public archives, the checksums as in Avalanche 0.6. Each archive
-# holds a folder of its own name, the release; what lies beside that folder no reader needs.
-ARCHIVES = {
-    "cub200": ("https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
-               "97eceeb196236b17998738112f37df78"),
-    "tiny_imagenet": ("http://cs231n.stanford.edu/tiny-imagenet-200.zip",
-                      "90528d7ca1a48142e341f4ef8d21d0de"),
-}
-
-ON_REQUEST = {
-    "cars196": "the links of https://ai.stanford.edu/~jkrause/cars/car_dataset.html are gone; "
-               "https://github.com/pytorch/vision/issues/7545 says who has copies; unpack them "
-               "in {}",
-    "online_products": "fetch ftp://cs.stanford.edu/cs/cvgl/Stanford_Online_Products.zip, or see "
-                       "https://github.com/rksltnl/Deep-Metric-Learning-CVPR16; unzip it in {}",
-    "in-shop": "ask at https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion.html for the In-shop "
-               "Clothes Retrieval Benchmark; unzip its Img/img.zip and put its Eval/ in {}",
-    "vehicle_id": "ask at https://www.pkuml.org/resources/pku-vehicleid.html; unzip it in "
-                  "--source_path",
-    "folder": "these are your own images, in class folders in --source_path",
-}
-
 PAUSES = (1, 5, 20)  # seconds before each new try after a connection was dropped
 
 
@@ -800,7 +837,7 @@ def download(dataset, source):
     not the published one or not safe to unpack; OSError where it cannot be had.
     """
     try:
-        READERS[dataset](source)
+        DATASETS[dataset].read(source)
         print(f"{dataset} is there already: nothing is downloaded (move it away to get it anew)")
         return
     except (ValueError, OSError) as error:
@@ -808,10 +845,10 @@ def download(dataset, source):
             raise
         missing = error
     target = os.path.join(source, dataset)
-    if dataset not in ARCHIVES:
+    if not DATASETS[dataset].archive:
         raise FileNotFoundError(f"--download has no public archive of {dataset}: "
-                                f"{ON_REQUEST[dataset].format(target)}. Accepted below {source}: "
-                                f"{LAYOUTS[dataset]}")
+                                f"{DATASETS[dataset].ask.format(target)}. Accepted below "
+                                f"{source}: {DATASETS[dataset].layout}")
     if os.path.lexists(target):
         try:
             os.rmdir(target)  # an empty folder only
@@ -822,7 +859,7 @@ def download(dataset, source):
         os.makedirs(source, exist_ok=True)
     except OSError as error:
         raise OSError(f"--source_path {source}: no folder can be made there ({error})") from error
-    url, md5 = ARCHIVES[dataset]
+    url, md5 = DATASETS[dataset].archive
     path = os.path.join(source, url.rsplit("/", 1)[1])
     if not os.path.exists(path):
         fetch(url, md5, path)
@@ -984,7 +1021,8 @@ def main(argv=None):
         prog="datasets.py",
         description="Says what a dataset folder holds, beside the published counts, and what is "
                     "missing or odd. Exit status 0 only when the data can be trained on.")
-    parser.add_argument("--dataset", choices=READERS, default="cub200", help="which reader to use")
+    parser.add_argument("--dataset", choices=DATASETS, default="cub200",
+                        help="which reader to use")
     parser.add_argument("--source_path", type=os.path.expanduser, default="./Datasets",
                         metavar="DIR",
                         help="as for main.py; default %(default)s")
@@ -992,7 +1030,8 @@ def main(argv=None):
                         help="do not read every image, only look that its file is there")
     parser.add_argument("--download", action="store_true",
                         help=f"first fetch and unpack the data if it is not there: "
-                             f"{', '.join(ARCHIVES)}; for the others it says where to ask. A "
+                             f"{', '.join(name for name in DATASETS if DATASETS[name].archive)}; "
+                             "for the others it says where to ask. A "
                              "download that was stopped goes on, and an archive that lies in "
                              "--source_path is used")
     with auxiliaries.one_message("datasets.py"):

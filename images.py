@@ -2,7 +2,7 @@
 
 ImageDataset turns images and labels into (image, label) items, CachedDataset those that were
 decoded before. Which images a dataset has and where they lie: datasets.py. A transform of one's
-own stands beside transforms.
+own stands beside crop_transforms.
 """
 
 import collections
@@ -148,27 +148,35 @@ def read_pixels(path):
     return torch.from_numpy(np.array(read_image(path))).permute(2, 0, 1)
 
 
-def transforms(dataset, image_size, views=1):
-    """(training transform, test transform) from a PIL image to uint8 [3, image_size, image_size].
+def crop_transforms(image_size, views=1):
+    """(training, test transform) of photographs to uint8 [3, image_size, image_size].
 
-    The training transform of photographs takes uint8 [3, H, W] too; there torch resizes, faster
-    than PIL and like it but for rounding: of a hundred values one or two are a level off, of ten
-    million one is two levels off. Glyphs are drawn at random places and sizes already, and a
-    mirrored b is a d: no crop, no flip. Where two views of one glyph are wanted they are turned,
-    moved, scaled and sheared a little more.
+    Both take a PIL image. The training transform, a random crop and flip, takes uint8 [3, H, W]
+    too; there torch resizes, faster than PIL and like it but for rounding: of a hundred values one
+    or two are a level off, of ten million one is two levels off. Any number of views are drawn by
+    the same transform.
     """
     from torchvision import transforms as T  # here, so that --help need not wait for it
     from torchvision.transforms import v2
 
-    if dataset == "glyphs":
-        fit = T.Compose([T.Resize((image_size, image_size)), T.PILToTensor()])
-        moved = T.RandomAffine(15, translate=(0.1, 0.1), scale=(0.8, 1.2), shear=15,
-                               interpolation=T.InterpolationMode.BILINEAR)
-        return (fit if views == 1 else T.Compose([moved, fit])), fit
     return (v2.Compose([v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip(),
                         v2.PILToTensor()]),
             T.Compose([T.Resize(shorter_side(image_size)), T.CenterCrop(image_size),
                        T.PILToTensor()]))
+
+
+def fit_transforms(image_size, views=1):
+    """crop_transforms of drawings, which are shown whole in training, too, and never mirrored.
+
+    Glyphs are drawn at random places and sizes already, and a mirrored b is a d. Where two views
+    of one are wanted they are turned, moved, scaled and sheared a little more.
+    """
+    from torchvision import transforms as T
+
+    fit = T.Compose([T.Resize((image_size, image_size)), T.PILToTensor()])
+    moved = T.RandomAffine(15, translate=(0.1, 0.1), scale=(0.8, 1.2), shear=15,
+                           interpolation=T.InterpolationMode.BILINEAR)
+    return (fit if views == 1 else T.Compose([moved, fit])), fit
 
 
 def shorter_side(image_size):

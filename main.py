@@ -123,8 +123,6 @@ def contradiction(opt):
         return f"--seeds {words(opt.seeds)}: a seed is from 0 to {2 ** 32 - 1}"
     if opt.resume and opt.savename is None and opt.recipe is None:
         return "--resume needs --savename, the name of the run to go on with"
-    if opt.cache != "none" and opt.dataset == "glyphs":
-        return f"--cache {opt.cache}: glyphs are in memory already, leave it out"
     if opt.cache != "none" and opt.trainer in TWO_VIEWS:
         return f"--cache {opt.cache} holds one view of an image; --trainer {opt.trainer} needs two"
     if opt.cache == "device" and opt.kernels:
@@ -704,8 +702,7 @@ def build(opt, signals):
     auxiliaries.seed_everything(opt.seed)
 
     views = 2 if opt.trainer in TWO_VIEWS else 1
-    share = auxiliaries.rank(), auxiliaries.num_ranks()
-    train_set, evaluation_sets, found = datasets.dataset_select(opt, views, share, device)
+    train_set, evaluation_sets, found = datasets.dataset_select(opt, device, views)
     for name, queries, gallery in evaluation_sets:
         available = (len(set(queries.labels)) if opt.vehicle_protocol == "random_gallery" else
                      evaluate.number_compared(queries, gallery))
@@ -722,7 +719,7 @@ def build(opt, signals):
     pseudo = opt.trainer == "UnsupervisedEmbeddingsUsingAugmentations"
     num_classes = opt.bs if pseudo else len(train_set.class_names)
     models, loss_funcs, groups, arguments = make_parts(opt, num_classes)
-    if share[1] > 1 and opt.batchnorm == "trained":
+    if auxiliaries.num_ranks() > 1 and opt.batchnorm == "trained":
         models["trunk"] = netlib.share_batchnorm(models["trunk"], device)
     for part in (*models.values(), *loss_funcs.values()):
         part.to(device)

@@ -326,7 +326,7 @@ def dataset_target(folder):
 
 def read_dataset(dataset, source):
     """Reads a dataset and all of its images, and asserts that what was found fits together."""
-    found = datasets.READERS[dataset](str(source))
+    found = datasets.DATASETS[dataset].read(str(source))
     assert len(datasets.fingerprint(found.splits)) == 64
     problems = datasets.problems_of(found.splits)
     assert all(isinstance(problem, str) and problem for problem in problems)

@@ -58,7 +58,7 @@ def rate(dataset, order, args, workers, device, cut):
 
 def benchmark(args, device):
     """Prints the table."""
-    options = argparse.Namespace(**vars(args), seed=1)
+    options = argparse.Namespace(**vars(args), seed=1, val_split=0)
     sets = {}
     for cache in ("none", "ram", "device"):
         options.cache = cache
@@ -87,7 +87,7 @@ def benchmark(args, device):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--dataset", choices=datasets.READERS, default="cub200")
+    parser.add_argument("--dataset", choices=datasets.DATASETS, default="cub200")
     parser.add_argument("--source_path", default="./Datasets")
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--bs", type=int, default=112)

@@ -197,7 +197,7 @@ def measure(opt, steps, repeats, folder):
     rates = in_turns({"bare network": lambda: bare(trainer, batch, steps),
                       "whole epoch": lambda: whole(trainer, steps)}, steps * opt.bs, repeats)
     loaders = {"loader alone": lambda: loader_alone(trainer, LOADER_STEPS * steps)}
-    split = datasets.READERS[opt.dataset](opt.source_path).splits["train"]
+    split = datasets.DATASETS[opt.dataset].read(opt.source_path).splits["train"]
     if isinstance(split.images, list):  # glyphs are no files
         links = os.path.join(folder, "links")
         os.mkdir(links)

@@ -139,8 +139,8 @@ def test_computed_features_are_those_of_the_file(capsys, tmp_path, monkeypatch):
     for name, number in (("train", 6), ("test", 8)):
         images, labels, names = splits[name]
         splits[name] = datasets.Split(images[:40 * number], labels[:40 * number], names[:number])
-    monkeypatch.setitem(datasets.READERS, "glyphs",
-                        lambda source: datasets.Found("cut", splits, []))
+    monkeypatch.setitem(datasets.DATASETS, "glyphs", datasets.DATASETS["glyphs"]._replace(
+        read=lambda source: datasets.Found("cut", splits, [])))
     file = tmp_path / "glyphs.npz"
     options = "--losses", "marginloss", "--lr", 1e-3, "--seeds", 1
     computed, _ = study(capsys, "--dataset", "glyphs", "--save_features", file, *options)

@@ -336,7 +336,7 @@ def source(tmp_path):
 
 
 def read(dataset, source):
-    return datasets.READERS[dataset](str(source))
+    return datasets.DATASETS[dataset].read(str(source))
 
 
 def contents(found, source):
@@ -348,7 +348,7 @@ def contents(found, source):
 
 def options(dataset, source, image_size=16, seed=0):
     return SimpleNamespace(dataset=dataset, source_path=str(source), image_size=image_size,
-                           seed=seed)
+                           seed=seed, val_split=0, cache="none")
 
 
 def use(dataset, source):
@@ -551,7 +551,7 @@ def test_a_name_that_is_not_utf8_is_read_and_checked(source, capsys):
 # ---- readers on damaged trees
 
 
-@pytest.mark.parametrize("dataset", [name for name in datasets.READERS if name != "glyphs"])
+@pytest.mark.parametrize("dataset", [name for name in datasets.DATASETS if name != "glyphs"])
 @pytest.mark.parametrize("what", ["missing", "file", "empty folder"])
 def test_a_missing_dataset_names_the_accepted_layouts(dataset, what, source):
     given = source / "nothing"
@@ -562,7 +562,7 @@ def test_a_missing_dataset_names_the_accepted_layouts(dataset, what, source):
     error = use(dataset, given)
     assert isinstance(error, FileNotFoundError)
     if (dataset, what) != ("folder", "empty folder"):
-        assert datasets.LAYOUTS[dataset] in str(error) and "--source_path" in str(error)
+        assert datasets.DATASETS[dataset].layout in str(error) and "--source_path" in str(error)
     else:
         assert "class folders" in str(error)
 
@@ -976,15 +976,16 @@ def test_an_unreadable_folder_beside_the_classes_is_noted(dataset, folder, sourc
                for remark in found.odd)
 
 
-@pytest.mark.parametrize("dataset", [name for name in datasets.LAYOUTS if name != "folder"])
+@pytest.mark.parametrize("dataset", [name for name in datasets.DATASETS
+                                     if name not in ("folder", "glyphs")])
 def test_a_missing_dataset_names_the_next_step(dataset, source, monkeypatch):
     step = f"python datasets.py --dataset {dataset} --download"
-    ends = "fetches it" if dataset in datasets.ARCHIVES else "says where it is to be had"
+    ends = "fetches it" if datasets.DATASETS[dataset].archive else "says where it is to be had"
     assert f"{step} --source_path {source} {ends}" in str(use(dataset, source))
     monkeypatch.chdir(source)
     for _ in range(2):
         with pytest.raises(FileNotFoundError, match=f"{step} {ends}"):
-            datasets.READERS[dataset]("./Datasets")
+            datasets.DATASETS[dataset].read("./Datasets")
         (source / "Datasets").mkdir(exist_ok=True)
 
 
@@ -1086,7 +1087,7 @@ def test_check_counts_every_split(tree, flags, source, capsys):
     for split, items in expected.items():
         classes = len({name for _, name in items})
         assert f"{split}: {classes} classes/{len(items)} images" in output
-    assert ("a subset of" in output) == (dataset in datasets.PUBLISHED)
+    assert ("a subset of" in output) == bool(datasets.DATASETS[dataset].published)
 
 
 @pytest.mark.parametrize("tree, counts", [
@@ -1104,16 +1105,21 @@ def test_check_prints_the_published_counts(tree, counts, source, capsys):
         assert f"(published {count})" in output
 
 
+def publish(monkeypatch, counts):
+    row = datasets.DATASETS["cub200"]._replace(published=counts)
+    monkeypatch.setitem(datasets.DATASETS, "cub200", row)
+
+
 def test_check_of_a_whole_dataset_calls_it_no_subset(source, capsys, monkeypatch):
     cub200_folders(source)
-    monkeypatch.setitem(datasets.PUBLISHED, "cub200", {"train": (2, 4), "test": (2, 4)})
+    publish(monkeypatch, {"train": (2, 4), "test": (2, 4)})
     code, output = checked(capsys, "cub200", source)
     assert code == 0 and "(published 2/4)" in output and "note" not in output
 
 
 def test_check_of_more_than_was_published(source, capsys, monkeypatch):
     cub200_folders(source)
-    monkeypatch.setitem(datasets.PUBLISHED, "cub200", {"train": (2, 4), "test": (2, 3)})
+    publish(monkeypatch, {"train": (2, 4), "test": (2, 3)})
     code, output = checked(capsys, "cub200", source)
     assert code == 0 and "more than" in output and "subset" not in output
 
@@ -1162,7 +1168,7 @@ def test_check_names_twenty_broken_images_at_most(source, capsys):
 
 def test_check_of_one_class_or_of_nothing_fails(source, capsys):
     code, output = checked(capsys, "cub200", source)
-    assert code == 1 and datasets.LAYOUTS["cub200"] in output
+    assert code == 1 and datasets.DATASETS["cub200"].layout in output
     write_classes(source, ["a", "b"])
     code, output = checked(capsys, "folder", source)
     assert code == 1 and "needs two or more" in output

@@ -448,11 +448,14 @@ def test_a_group_ends_with_its_threads_though_a_cycle_knows_it():
     assert results(together(threads_left)) == [0, 0]
 
 
-def test_shares_of_a_batch_are_the_batch(tree):
+def test_shares_of_a_batch_are_the_batch(tree, monkeypatch):
     """Repeats of an image within a batch are the same whichever process loads them."""
     def items(share):
-        opt = types.SimpleNamespace(dataset="folder", source_path=str(tree), image_size=16, seed=3)
-        train, _, _ = datasets.dataset_select(opt, 1, share)
+        opt = types.SimpleNamespace(dataset="folder", source_path=str(tree), image_size=16, seed=3,
+                                    val_split=0, cache="none")
+        monkeypatch.setattr(auxiliaries, "rank", lambda: share[0])
+        monkeypatch.setattr(auxiliaries, "num_ranks", lambda: share[1])
+        train, _, _ = datasets.dataset_select(opt)
         train.set_epoch(2)
         return train.__getitems__([4, 4, 1, 4, 0, 1, 4, 2])
 

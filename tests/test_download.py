@@ -94,8 +94,9 @@ def offer(site, monkeypatch, tmp_path):
     """offer(bytes, name) puts an archive on the server -> where it is to be downloaded to."""
     def put(body, name="CUB_200_2011.tgz", dataset="cub200", md5=None):
         site.files[f"/{name}"] = body
-        monkeypatch.setitem(datasets.ARCHIVES, dataset,
-                            (f"{site.url}/{name}", md5 or hashlib.md5(body).hexdigest()))
+        archive = f"{site.url}/{name}", md5 or hashlib.md5(body).hexdigest()
+        monkeypatch.setitem(datasets.DATASETS, dataset,
+                            datasets.DATASETS[dataset]._replace(archive=archive))
         return tmp_path / "Datasets" / name
     return put
 
@@ -262,7 +263,8 @@ def test_a_refused_connection_says_what_to_do(monkeypatch, tmp_path, run):
     with socket.socket() as taken:  # bound, but nobody listens
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/CUB_200_2011.tgz"
-        monkeypatch.setitem(datasets.ARCHIVES, "cub200", (url, "0" * 32))
+        monkeypatch.setitem(datasets.DATASETS, "cub200",
+                            datasets.DATASETS["cub200"]._replace(archive=(url, "0" * 32)))
         code, output = run()
     assert code == 1 and url in output and "refused" in output
     assert f"put it at {tmp_path / 'Datasets/CUB_200_2011.tgz'}" in output
@@ -345,15 +347,16 @@ def test_a_folder_that_is_no_dataset_is_not_replaced(site, offer, bird_archive, 
     assert run()[0] == 0
 
 
-@pytest.mark.parametrize("dataset", sorted(set(datasets.READERS) - {"glyphs"}))
+@pytest.mark.parametrize("dataset", sorted(set(datasets.DATASETS) - {"glyphs"}))
 def test_every_dataset_is_downloaded_or_says_where_to_ask(dataset, run, tmp_path):
-    if dataset in datasets.ARCHIVES:
-        url, md5 = datasets.ARCHIVES[dataset]
+    row = datasets.DATASETS[dataset]
+    if row.archive:
+        url, md5 = row.archive
         assert url.startswith("http") and len(bytes.fromhex(md5)) == 16
-        assert dataset not in datasets.ON_REQUEST
+        assert not row.ask
         return
     code, output = run(dataset)
-    assert code == 1 and datasets.LAYOUTS[dataset] in output
+    assert code == 1 and row.layout in output
     where = {"folder": "your own", "vehicle_id": "unzip it in --source_path"}
     assert where.get(dataset, str(tmp_path / "Datasets" / dataset)) in output
     assert not (tmp_path / "Datasets").exists()
@@ -422,8 +425,8 @@ def test_a_killed_unpacking_leaves_nothing_that_is_read(offer, bird_archive, run
     path = offer(bird_archive)
     path.parent.mkdir()
     path.write_bytes(bird_archive)
-    program = (f"import datasets, time; datasets.ARCHIVES['cub200'] = "
-               f"{datasets.ARCHIVES['cub200']!r}\n"
+    program = (f"import datasets, time\nrow = datasets.DATASETS['cub200']._replace(archive="
+               f"{datasets.DATASETS['cub200'].archive!r})\ndatasets.DATASETS['cub200'] = row\n"
                "datasets.os.rename = lambda *_: time.sleep(60)\n"
                f"datasets.download('cub200', {str(path.parent)!r})")
     process = subprocess.Popen([sys.executable, "-c", program],

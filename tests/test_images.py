@@ -34,7 +34,7 @@ def photographs(tmp_path):
 
 
 def training_set(split, seed=3, epoch=0):
-    dataset = images.ImageDataset(split, images.transforms("folder", 16)[0], seed)
+    dataset = images.ImageDataset(split, images.crop_transforms(16)[0], seed)
     dataset.set_epoch(epoch)
     return dataset
 
@@ -47,7 +47,7 @@ def images_of(batches):
 def test_test_images_are_resized_and_cropped_at_the_centre(size, side, tmp_path):
     pixels = noise(tmp_path / "a.png", (side, side))
     split = datasets.Split([str(tmp_path / "a.png")], [0], ["a"])
-    dataset = images.ImageDataset(split, images.transforms("folder", size)[1])
+    dataset = images.ImageDataset(split, images.crop_transforms(size)[1])
     image, label = dataset[0]
     assert image.dtype == torch.uint8 and image.shape == (3, size, size) and label == 0
     edge = round((side - size) / 2)
@@ -59,7 +59,7 @@ def test_test_images_are_resized_and_cropped_at_the_centre(size, side, tmp_path)
 def test_images_of_any_shape_give_items(shape, tmp_path):
     write_image(tmp_path / "a.png", size=shape)
     split = datasets.Split([str(tmp_path / "a.png")], [0], ["a"])
-    for transform, seed in zip(images.transforms("folder", 16), (0, None)):
+    for transform, seed in zip(images.crop_transforms(16), (0, None)):
         image, _ = images.ImageDataset(split, transform, seed)[0]
         assert image.shape == (3, 16, 16) and image.dtype == torch.uint8
         assert (image == torch.tensor([200, 60, 20]).view(3, 1, 1)).all()
@@ -70,15 +70,15 @@ def test_a_split_may_be_an_array_of_images(shape):
     array = np.random.default_rng(0).integers(0, 256, (6, *shape), dtype=np.uint8)
     split = datasets.Split(array, [0, 0, 1, 1, 2, 2], ["a", "b", "c"])
     expected = torch.from_numpy(array if len(shape) == 3 else array[..., None].repeat(3, 3))
-    test = images.ImageDataset(split, images.transforms("folder", 28)[1])
+    test = images.ImageDataset(split, images.crop_transforms(28)[1])
     for image, pixels in zip((image for image, _ in test), expected):
         assert torch.equal(image, pixels[2:30, 2:30].permute(2, 0, 1))
-    train = images.ImageDataset(split, images.transforms("folder", 28)[0], seed=0)
+    train = images.ImageDataset(split, images.crop_transforms(28)[0], seed=0)
     assert train[3][0].shape == (3, 28, 28) and train[3][1] == 1
 
 
 def test_test_items_are_the_same_each_time(photographs):
-    dataset = images.ImageDataset(photographs, images.transforms("folder", 16)[1])
+    dataset = images.ImageDataset(photographs, images.crop_transforms(16)[1])
     assert len(dataset) == 6 and [label for _, label in dataset] == photographs.labels
     first = [dataset[i][0] for i in range(6)]
     torch.manual_seed(5)
@@ -159,8 +159,8 @@ def test_loading_processes_change_nothing(photographs):
 # ---- two views of an image
 
 
-def two_views(split, seed=3, epoch=0, dataset="folder"):
-    part = images.ImageDataset(split, images.transforms(dataset, 16, 2)[0], seed, views=2)
+def two_views(split, seed=3, epoch=0):
+    part = images.ImageDataset(split, images.crop_transforms(16, 2)[0], seed, views=2)
     part.set_epoch(epoch)
     return part
 
@@ -196,7 +196,7 @@ def test_loading_processes_change_no_view(photographs):
 
 
 def test_two_views_without_a_seed_are_the_same_picture(photographs):
-    dataset = images.ImageDataset(photographs, images.transforms("folder", 16)[1], views=2)
+    dataset = images.ImageDataset(photographs, images.crop_transforms(16)[1], views=2)
     first, second, label = dataset[3]
     assert torch.equal(first, second) and label == 1
 
@@ -264,7 +264,7 @@ def test_images_of_every_mode_become_rgb(name, tmp_path):
     image.save(path, **saving)
     assert images.read_image(path).mode == "RGB"
     split = datasets.Split([path], [0], ["a"])
-    for transform, seed in zip(images.transforms("folder", 16), (0, None)):
+    for transform, seed in zip(images.crop_transforms(16), (0, None)):
         item, _ = images.ImageDataset(split, transform, seed)[0]
         assert item.shape == (3, 16, 16) and item.dtype == torch.uint8
         assert (item.int() - torch.tensor(colour).view(3, 1, 1)).abs().max() <= 2
@@ -429,7 +429,7 @@ def test_training_crops_are_those_of_torchvision_on_pil(size, tmp_path):
     photograph(size=size).save(tmp_path / "a.jpg")
     split = datasets.Split([str(tmp_path / "a.jpg")], [0], ["a"])
     oracle = T.Compose([T.RandomResizedCrop(32), T.RandomHorizontalFlip(), T.PILToTensor()])
-    transform = images.transforms("folder", 32)[0]
+    transform = images.crop_transforms(32)[0]
     sets = [images.ImageDataset(split, *given) for given in (
         (oracle, 5), (transform, 5), (transform, 5, 1, images.read_pixels))]
     for epoch in range(20):
@@ -449,6 +449,13 @@ def test_photographs_are_trained_on_by_the_fast_way(source):
 
 
 # ---- the cache
+
+
+def test_images_that_are_in_memory_need_no_cache():
+    opt = options("glyphs", "nowhere")
+    opt.cache = "ram"
+    with pytest.raises(ValueError, match="--cache ram.*glyphs are in memory already"):
+        datasets.dataset_select(opt)
 
 
 SHAPES = [(40, 30), (1, 30), (30, 1), (5, 4), (3, 80), (16, 16), (90, 20), (200, 11)]

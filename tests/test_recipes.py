@@ -727,7 +727,7 @@ def test_the_held_out_images_are_uncut_and_the_same_for_every_seed(small):
             f"class_{label:02d}" for label in range(6)}
         assert set(sets[0].queries.class_names) == {f"class_{label:02d}" for label in range(6, 12)}
         kept.append(sets[1].queries)
-    _, test = images.transforms("folder", 16)
+    _, test = images.crop_transforms(16)
     for i, path in enumerate(kept[0].images):
         with Image.open(path) as image:
             expected = test(image.convert("RGB"))
