@@ -162,15 +162,17 @@ def fill_defaults(opt):
 
     glyphs = opt.dataset == "glyphs"
     default("arch", "convnet" if glyphs else "resnet50")
-    googlenet = opt.arch == "googlenet"
+    if glyphs:
+        default("image_size", 32)
+    for name, value in netlib.network_of(opt.arch).defaults.items():
+        default(name, value)
     cuda = opt.gpu >= 0 and torch.cuda.is_available()
-    amp, channels_last = netlib.default_precision(opt.arch, "cuda" if cuda else "cpu")
-    default("amp", amp)
-    default("channels_last", channels_last or opt.amp != "none" and opt.arch != "convnet")
-    opt.not_pretrained = opt.not_pretrained or (opt.arch == "convnet" and not opt.weights)
+    default("amp", netlib.default_amp("cuda" if cuda else "cpu"))
+    default("channels_last", not cuda or opt.amp != "none")
+    default("not_pretrained", not opt.weights)  # a network that has no pretrained weights
     default("batchnorm", "trained" if opt.not_pretrained else "frozen")
-    default("embed_dim", 512 if googlenet else 128)
-    default("image_size", 32 if glyphs else 227 if googlenet else 224)
+    default("embed_dim", 128)
+    default("image_size", 224)
     default("k_vals", {"online_products": [1, 10, 100, 1000], "in-shop": [1, 10, 20, 30, 50],
                        "vehicle_id": [1, 5]}.get(opt.dataset, [1, 2, 4, 8]))
     opt.k_vals = sorted(set(opt.k_vals))
@@ -693,7 +695,6 @@ def build(opt, signals):
 
     opt: the final options; signals: auxiliaries.StopSignals.
     """
-    netlib.check_arch(opt.arch)
     if opt.tensorboard:
         trainers.TensorBoardLog.event_writer()  # missing? say so before there is a folder
     device = auxiliaries.select_device(opt.gpu)

@@ -1,15 +1,16 @@
 """The networks: a trunk turns images into features, an embedder features into embeddings.
 
-Trunk wraps any torchvision classification network, or the small ConvNet, without its last layer;
-Embedder is the linear layer in its place. Neither knows losses or options; network_select does. A
-network of your own is a class beside ConvNet and a line in network_select.
+NETWORKS has a row for each network that torchvision's rule does not cover (network_of); Trunk puts
+the normalisation before any of them, Embedder the linear layer behind. Neither knows losses or
+options; network_select does. A network of your own is a class beside ConvNet and a row.
 """
 
 import argparse
-import collections
+import functools
 import os
 import re
 import sys
+import typing
 
 import torch
 import torch.nn.functional as F
@@ -24,19 +25,20 @@ def add_arguments(parser):
     """Adds the group 'network' to an argparse parser."""
     group = parser.add_argument_group("network", "the network that is trained")
     group.add_argument("--arch", default=None, metavar="NAME",
-                       help="resnet50 and googlenet (the reference runs), any other torchvision "
-                            "classification network by its name (resnet18, mobilenet_v3_small, "
-                            "vit_b_16, ...), or convnet: four small convolutions for small "
-                            "images. Default resnet50; glyphs convnet")
+                       help="a torchvision classification network by its name (resnet50 as in the "
+                            "reference runs, mobilenet_v3_small, vit_b_16, ...), or of "
+                            f"netlib.NETWORKS ({', '.join(NETWORKS)}). Default that of --dataset")
     group.add_argument("--embed_dim", type=int, default=None, metavar="D",
-                       help="numbers in an embedding; useful 32 to 2048. Default 128, googlenet "
-                            "512 (reference runs)")
-    group.add_argument("--not_pretrained", action="store_true",
+                       help="numbers in an embedding, at least 1; useful 32 to 2048. Default that "
+                            "of --arch, mostly 128")
+    group.add_argument("--not_pretrained", action="store_true", default=None,
                        help="start from random weights instead of torchvision's IMAGENET1K_V1, "
-                            "which are downloaded once. Always so for convnet, which has none")
+                            "which are downloaded once. Always so for networks that are not "
+                            "torchvision's")
     group.add_argument("--weights", type=os.path.expanduser, default=None, metavar="FILE",
-                       help="start the trunk from this local state dict instead of a download, "
-                            "e.g. torchvision's resnet50-0676ba61.pth; its classifier is ignored")
+                       help="start the trunk from this local state dict, of torchvision's "
+                            "(resnet50-0676ba61.pth), your own or a checkpoint of this program's; "
+                            "its classifier is ignored")
     group.add_argument("--batchnorm", choices=("frozen", "trained"), default=None,
                        help="frozen keeps the running means and variances of batch normalisation "
                             "(its scales and shifts still learn), as the reference runs do. "
@@ -45,13 +47,13 @@ def add_arguments(parser):
     group.add_argument("--amp", choices=("bf16", "fp16", "none"), default=None,
                        help="the trunk's arithmetic: bf16 or fp16 (GPU only, with a gradient "
                             "scaler) by torch's autocast, or none, float32. Embedding layer, "
-                            "losses and distances are in float32 always. Default bf16 on a CPU "
-                            "with bfloat16 matrix units (amx_bf16), where it is several times "
-                            "faster, but for convnet; else none")
+                            "losses and distances are in float32 always. Default that of "
+                            "--arch; else bf16 on a CPU with bfloat16 matrix units (amx_bf16), "
+                            "where it is several times faster, and none elsewhere")
     group.add_argument("--channels_last", action=argparse.BooleanOptionalAction, default=None,
                        help="keep images as [B, H, W, 3] in memory, which convolutions are often "
-                            "faster on; the results differ by rounding. Default: yes on a CPU, "
-                            "and with --amp, but for convnet")
+                            "faster on; the results differ by rounding. Default that of --arch; "
+                            "else yes on a CPU and with --amp")
     group.add_argument("--compile", action="store_true",
                        help="compile the trunk with torch.compile: some minutes at the start, "
                             "faster steps after; needs a C++ compiler on the CPU, Triton on a GPU")
@@ -73,28 +75,86 @@ class ConvNet(torch.nn.Module):
                        torch.nn.MaxPool2d(2)]
             inputs = outputs
         self.layers = torch.nn.Sequential(*layers[:-1])
-        self.num_features = inputs
 
     def forward(self, images):
         return self.layers(images).mean((2, 3))
 
 
+def torchvision_network(arch, **options):
+    """A torchvision classification network without its last linear layer, with random weights."""
+    import torchvision.models as models  # here, so that --help need not wait for it
+
+    network = models.get_model(arch, weights=None, **options)
+    linear = [(name, layer) for name, layer in network.named_modules()
+              if isinstance(layer, torch.nn.Linear)]
+    if not linear or linear[-1][1].out_features != 1000:
+        raise ValueError(f"--arch {arch} does not end in a linear classifier, so it cannot be "
+                         "turned into an embedding; take another network")
+    parent, _, child = linear[-1][0].rpartition(".")
+    setattr(network.get_submodule(parent), child, torch.nn.Identity())
+    return network
+
+
+class Network(typing.NamedTuple):
+    """A row of NETWORKS: a backbone, images [B, 3, H, W] -> features [B, F], of any size F."""
+
+    make: typing.Callable         # () -> the backbone, with random weights
+    mean: tuple = IMAGENET_MEAN   # of the training images' red, green and blue, in [0, 1]: what
+    std: tuple = IMAGENET_STD     # the backbone sees is (image - mean) / std
+    heads: tuple = ()             # layers in a file of weights that the backbone is without
+    defaults: dict = {}           # {option: value}: --image_size, --embed_dim, --amp, ...
+
+
+def torchvision_row(arch, defaults=None, **options):
+    """The row of a torchvision network; options: of its constructor."""
+    return Network(functools.partial(torchvision_network, arch, **options),
+                   heads=("fc", "classifier", "head", "heads", "aux1", "aux2", "AuxLogits"),
+                   defaults={"not_pretrained": False, **(defaults or {})})
+
+
+# No auxiliary classifiers; transform_input rescales ImageNet's normalisation to the one that the
+# weights of these two were trained with. The reference code has it, but calls the layers behind it:
+# its GoogLeNet sees contrasts 2.2 times as large.
+INCEPTION = {"aux_logits": False, "transform_input": True, "init_weights": True}
+
+NETWORKS = {
+    "convnet": Network(ConvNet, defaults={"amp": "none", "channels_last": False}),
+    "googlenet": torchvision_row("googlenet", {"embed_dim": 512, "image_size": 227}, **INCEPTION),
+    "inception_v3": torchvision_row("inception_v3", **INCEPTION),
+}
+
+
+def network_of(arch):
+    """The row of a network, of NETWORKS or torchvision's; ValueError for an unknown name."""
+    if arch in NETWORKS:
+        return NETWORKS[arch]
+    import torchvision.models as models
+
+    names = models.list_models(module=models)
+    if arch not in names:
+        raise ValueError(f"--arch {arch} is neither of netlib.NETWORKS ({', '.join(NETWORKS)}) nor "
+                         f"a torchvision classification network; those are {', '.join(names)}")
+    return torchvision_row(arch)
+
+
 class Trunk(torch.nn.Module):
-    """A backbone behind ImageNet's normalisation: images [B, 3, H, W] -> features [B, F].
+    """A backbone behind the normalisation of images: [B, 3, H, W] -> features [B, F].
 
     uint8 images (0 to 255, as the datasets give them) are scaled and normalised here, on the
-    device; float images are taken as already normalised. num_features is F. amp: torch.bfloat16 or
-    torch.float16, the type that the backbone computes in, by autocast; features are float32 all
-    the same. channels_last: the memory format of images and weights.
+    device, by mean and std of red, green and blue in [0, 1]; float images are taken as already
+    normalised. num_features is F. amp: torch.bfloat16 or torch.float16, the type that the backbone
+    computes in, by autocast; features are float32 all the same. channels_last: the memory format
+    of images and weights.
     """
 
-    def __init__(self, backbone, num_features, amp=None, channels_last=False):
+    def __init__(self, backbone, num_features, amp=None, channels_last=False, mean=IMAGENET_MEAN,
+                 std=IMAGENET_STD):
         super().__init__()
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.backbone = backbone.to(memory_format=self.memory_format)
         self.num_features = num_features
         self.amp = amp
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (mean, std))
         self.register_buffer("scale", 1 / (255 * std), persistent=False)
         self.register_buffer("shift", -mean / std, persistent=False)
 
@@ -202,82 +262,62 @@ def network_select(opt, unit_norm, sections=None):
     Raises ValueError for an unknown or unusable --arch, weights that do not fit or cannot be
     fetched, FileNotFoundError for a --weights file that is not there.
     """
-    if opt.arch == "convnet":
-        backbone = ConvNet()
-        num_features, heads = backbone.num_features, ()
-    else:
-        backbone = torchvision_network(opt.arch)
-        num_features, last_layer = remove_last_layer(backbone, opt.arch)
-        heads = (last_layer, "aux1", "aux2", "AuxLogits")
-    if opt.weights:
-        load_weights(backbone, read_weights(opt.weights), f"--weights {opt.weights}", opt.arch,
-                     heads)
-    elif not opt.not_pretrained and opt.arch != "convnet":  # which has none
-        state, url = fetch_weights(opt.arch)
-        load_weights(backbone, state, url, opt.arch, heads)
-    trunk = Trunk(backbone, num_features, channels_last=opt.channels_last)
-    probe(trunk, opt.arch, opt.image_size)
-    trunk.amp = AMP_TYPES[opt.amp]  # after the probe: CPUs need not know float16
+    network = network_of(opt.arch)
+    backbone = network.make()
+    if opt.weights or not opt.not_pretrained:
+        state, source = read_weights(opt.weights) if opt.weights else fetch_weights(opt.arch)
+        load_weights(backbone, state, network.heads, source, opt.arch)
+    num_features = count_features(backbone, opt.arch, opt.image_size)
+    trunk = Trunk(backbone, num_features, AMP_TYPES[opt.amp], opt.channels_last, network.mean,
+                  network.std)
     if opt.compile:
         trunk.compile()
     return trunk, Embedder(num_features, opt.embed_dim, unit_norm, sections)
 
 
-def default_precision(arch, device):
-    """(--amp, --channels_last) where the user leaves them open.
-
-    bfloat16 where it was measured to be faster: on processors with matrix units for it, and on
-    networks larger than convnet.
-    """
-    if arch == "convnet":
-        return "none", False
-    return "bf16" if device == "cpu" and has_bf16_units() else "none", device == "cpu"
-
-
-def has_bf16_units():
-    """Whether this processor multiplies bfloat16 matrices in hardware (AMX), as Linux tells."""
+def default_amp(device):
+    """The default of --amp: bf16 on a CPU that multiplies bfloat16 matrices in hardware (AMX)."""
     try:
         with open("/proc/cpuinfo") as file:
-            return "amx_bf16" in file.read()
-    except OSError:
-        return False
-
-
-def check_arch(arch):
-    """Raises ValueError unless arch is convnet or a torchvision classification network."""
-    import torchvision.models as models  # here, so that --help need not wait for it
-
-    names = models.list_models(module=models)
-    if arch != "convnet" and arch not in names:
-        raise ValueError(f"--arch {arch} is neither convnet nor a torchvision classification "
-                         f"network; those are {', '.join(names)}")
+            return "bf16" if device == "cpu" and "amx_bf16" in file.read() else "none"
+    except OSError:  # not Linux
+        return "none"
 
 
 @torch.inference_mode()
-def probe(trunk, arch, image_size):
-    """Sends one black image through the trunk; ValueError if it cannot take that size."""
-    training = trunk.training
+def count_features(backbone, arch, image_size):
+    """F of a new backbone's features [1, F] of a black image; ValueError if it cannot take it."""
+    backbone.eval()
     try:
-        trunk.eval()(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8))
+        features = backbone(torch.zeros(1, 3, image_size, image_size))
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--arch {arch} cannot take images of --image_size {image_size}: "
                          f"{first_line(error)}") from error
-    finally:
-        trunk.train(training)
+    if features.dim() != 2:
+        raise ValueError(f"--arch {arch} turns an image into {list(features.shape)} where features "
+                         "[1, F] are needed")
+    backbone.train()
+    return features.shape[1]
 
 
-def torchvision_network(arch):
-    """A torchvision classification network by name, with random weights and one output."""
-    import torchvision.models as models
+def read_weights(path):
+    """A state dict from a --weights file -> ({name: tensor}, what messages call the file).
 
-    check_arch(arch)
-    if arch in ("googlenet", "inception_v3"):
-        # No auxiliary classifiers; transform_input rescales ImageNet's normalisation to the one
-        # that the weights of these two were trained with. The reference code has it, but calls the
-        # layers behind it: its GoogLeNet sees contrasts 2.2 times as large.
-        return models.get_model(arch, weights=None, aux_logits=False, transform_input=True,
-                                init_weights=True)
-    return models.get_model(arch, weights=None)
+    Read without running code from it (weights_only=True). Also the trunk's part of a checkpoint of
+    this program, and {"state_dict": ...}.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if "models" in state:
+            state = {name.removeprefix("backbone."): value
+                     for name, value in state["models"]["trunk"].items()}
+        return state.get("state_dict", state), f"--weights {path}"
+    except FileNotFoundError:
+        raise FileNotFoundError(f"--weights {path}: there is no such file") from None
+    except Exception as error:  # of a dozen types for damaged or foreign files
+        raise ValueError(f"--weights {path} is not a state dict that torch can read safely: it is "
+                         "damaged, no torch file, or holds more than names and tensors (save "
+                         f"model.state_dict(), not the model); {type(error).__name__}") from error
 
 
 def fetch_weights(arch):
@@ -293,95 +333,33 @@ def fetch_weights(arch):
                          "--weights or start with --not_pretrained")
     weights = choices["IMAGENET1K_V1"]
     try:
-        state = checked_state(weights.get_state_dict(progress=sys.stderr.isatty(),
-                                                     check_hash=True, weights_only=True))
+        return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True,
+                                      weights_only=True), weights.url
     except Exception as error:  # network, disk, hash, damaged file in the cache: all end here
         raise ValueError(
             f"the pretrained weights of --arch {arch} could not be had from {weights.url} "
             f"({first_line(error)}). Without a network: put that file into {torch.hub.get_dir()}"
             "/checkpoints (and remove a damaged one there), or name a copy with --weights FILE, "
             "or start from random weights with --not_pretrained") from error
-    return state, weights.url
 
 
-def remove_last_layer(network, arch):
-    """Replaces the last linear layer by the identity, in place -> (its input size, its name)."""
-    linear = [(name, layer) for name, layer in network.named_modules()
-              if isinstance(layer, torch.nn.Linear)]
-    if not linear or linear[-1][1].out_features != 1000:
-        raise ValueError(f"--arch {arch} does not end in a linear classifier, so it cannot be "
-                         "turned into an embedding; take another network")
-    name, layer = linear[-1]
-    parent, _, child = name.rpartition(".")
-    setattr(network.get_submodule(parent), child, torch.nn.Identity())
-    return layer.in_features, name
+def load_weights(backbone, state, heads, source, arch):
+    """Loads a state dict into the backbone, without the layers of heads that it has not.
 
-
-def read_weights(path):
-    """A state dict from a file, without running code from it (weights_only=True).
-
-    Also the trunk's part of a checkpoint of this program, and {"state_dict": ...}. ValueError
-    where the file is damaged or something else, FileNotFoundError where it is not there.
+    state: {name: tensor}, edited in place, since its layers' versions, by which some layers rename,
+    travel with it. ValueError, naming source and arch, where they do not fit each other.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"--weights {path}: there is no such file") from None
-    except Exception as error:  # torch.load raises a dozen types for damaged or foreign files
-        raise ValueError(f"--weights {path} is not a state dict that torch can read safely: it is "
-                         "damaged, no torch file, or holds more than names and tensors (save "
-                         f"model.state_dict(), not the model); {type(error).__name__}") from error
-    try:
-        if isinstance(state, dict) and isinstance(state.get("models"), dict):
-            state = {name.removeprefix("backbone."): value
-                     for name, value in state["models"]["trunk"].items()}
-        elif isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-            state = state["state_dict"]
-        return checked_state(state)
-    except (KeyError, AttributeError, ValueError) as error:
-        raise ValueError(f"--weights {path}: it holds no state dict "
-                         "(names and tensors)") from error
-
-
-def checked_state(state):
-    """Returns the state if it is a state dict, names and tensors; else ValueError."""
-    if not isinstance(state, dict) or not all(isinstance(name, str) and torch.is_tensor(value)
-                                              for name, value in state.items()):
-        raise ValueError("it holds no state dict (names and tensors)")
-    return state
-
-
-def load_weights(backbone, state, source, arch, ignored_heads=()):
-    """Loads a state dict into the backbone, leaving out the layers named as ignored.
-
-    state: {name: tensor}. ValueError, naming source and arch, where they do not fit each other.
-    """
-    heads = tuple(f"{name}." for name in ignored_heads)
-    kept = {name: value for name, value in state.items() if not name.startswith(heads)}
-    # torchvision's files of densenet have the names of before 2017: norm.1 ...
-    if arch.startswith("densenet"):
-        kept = {re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])", r"\1\2", name): value
-                for name, value in kept.items()}
-    kept = collections.OrderedDict(kept)
-    kept._metadata = getattr(state, "_metadata", {})  # layer versions: some layers rename by them
-    if not isinstance(kept._metadata, dict) or not all(
-            isinstance(layer, dict) and isinstance(layer.get("version"), (int, type(None)))
-            for layer in kept._metadata.values()):
-        raise ValueError(f"{source} is damaged: its layers' versions are not whole numbers")
-    own = backbone.state_dict()
-    for name in own.keys() & kept.keys():
-        if (kept[name].is_complex() or own[name].is_floating_point()
-                and not kept[name].is_floating_point()):
-            raise ValueError(f"{source} is not of --arch {arch}: {name} is of "
-                             f"{kept[name].dtype}, where {own[name].dtype} is needed")
-    try:
-        missing, foreign = backbone.load_state_dict(kept, strict=False)
-    except (RuntimeError, ValueError) as error:
+        own = backbone.state_dict()
+        for name in list(state):
+            value = state.pop(name)
+            if name in own or not name.startswith(tuple(f"{head}." for head in heads)):
+                # torchvision's files of densenet have the names of before 2017: norm.1 ...
+                state[re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.", r"\1", name)] = value
+        missing, foreign = backbone.load_state_dict(state, strict=False)
+    except Exception as error:  # as many kinds as there are things other than a state dict
         raise ValueError(f"{source} is not of --arch {arch}: "
-                         f"{str(error).splitlines()[-1].strip()}") from error
-    # Files from before 2018 do not count the batches that batch normalisation saw; that is no
-    # loss.
-    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
+                         + str(error).split("\n")[-1].strip()) from error
     if missing or foreign:
         examples = [f"{len(names)} tensors {what} (as {names[0]})" for names, what in
                     ((missing, "are missing"), (foreign, "are not of this network")) if names]

@@ -89,7 +89,6 @@ def compute_features(opt, path):
 
     Raises ValueError or FileNotFoundError for data, networks and weights that cannot be used.
     """
-    netlib.check_arch(opt.arch)
     device = auxiliaries.select_device(opt.gpu)
     auxiliaries.seed_everything(opt.seed)  # for random weights
     _, sets, found = datasets.dataset_select(opt)

@@ -850,7 +850,8 @@ def test_every_loss_has_all_of_its_state_in_its_state_dict(name, options):
 def test_a_run_goes_on_on_another_device(broken, capsys):
     """Whose defaults of --amp and --channels_last are others; those that are given stay."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(netlib, "default_precision", lambda *_: ("none", True))
+        elsewhere = netlib.Network(netlib.ConvNet, defaults={"amp": "none", "channels_last": True})
+        patch.setitem(netlib.NETWORKS, "convnet", elsewhere)
         main.main([*broken, "--n_epochs", "1"])
     resumed = [*broken, "--n_epochs", "2", "--resume"]
     assert "--amp (was none, is bf16)" in error_of([*resumed, "--amp", "bf16"], capsys)
