@@ -82,7 +82,7 @@ def add_arguments(parser):
                        help="height and width of the network's input in pixels. Training crops it "
                             "at random (RandomResizedCrop, and a flip); testing resizes the "
                             "shorter side to 8/7 of it (256 for 224 and 227) and takes the "
-                            "centre. Default 224, googlenet 227 (reference runs); glyphs 32")
+                            "centre. Default that of --dataset or --arch, mostly 224")
     group.add_argument("--val_split", type=float, default=0.0, metavar="SHARE",
                        help="hold out this share of the training classes, always the same ones, "
                             "measure on them too and choose the best epoch there; the run then "
