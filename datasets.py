@@ -7,6 +7,7 @@ python datasets.py --dataset cub200 --source_path ./Datasets.
 """
 
 import collections
+import contextlib
 import glob
 import hashlib
 import http.client
@@ -16,14 +17,10 @@ import os
 import re
 import shutil
 import signal
-import stat
 import struct
 import sys
 import tarfile
 import tempfile
-import time
-import urllib.request
-import zipfile
 import zlib
 from typing import NamedTuple
 
@@ -826,193 +823,41 @@ def remark_on_subset(dataset, splits):
 # ---- download
 
 
-PAUSES = (1, 5, 20)  # seconds before each new try after a connection was dropped
-
-
 def download(dataset, source):
     """Puts a dataset from its public archive where its reader looks; nothing if it is there.
 
-    An archive that lies in the folder source already is used as it is. Raises FileNotFoundError
-    with where to ask for a dataset without a public archive; ValueError for an archive that is
-    not the published one or not safe to unpack; OSError where it cannot be had.
+    A whole archive that lies in the folder source already is used, one that is cut fetched anew.
+    Raises FileNotFoundError with where to ask for a dataset without a public archive; OSError
+    where it cannot be had.
     """
-    try:
-        DATASETS[dataset].read(source)
+    from torchvision.datasets.utils import download_url  # here, so that --help need not wait
+
+    row, target = DATASETS[dataset], os.path.join(source, dataset)
+    with contextlib.suppress(ValueError, OSError):
+        row.read(source)
         print(f"{dataset} is there already: nothing is downloaded (move it away to get it anew)")
         return
-    except (ValueError, OSError) as error:
-        if not auxiliaries.raised_on_purpose(error):
-            raise
-        missing = error
-    target = os.path.join(source, dataset)
-    if not DATASETS[dataset].archive:
+    if not row.archive:
         raise FileNotFoundError(f"--download has no public archive of {dataset}: "
-                                f"{DATASETS[dataset].ask.format(target)}. Accepted below "
-                                f"{source}: {DATASETS[dataset].layout}")
+                                f"{row.ask.format(target)}. Accepted below {source}: {row.layout}")
     if os.path.lexists(target):
-        try:
-            os.rmdir(target)  # an empty folder only
-        except OSError:
-            raise FileExistsError(f"{target} is there, but no usable {dataset} ({missing}): move "
-                                  "it away for --download to put the dataset there") from None
+        raise FileExistsError(f"{target} is there, but no usable {dataset}: move it away for "
+                              "--download to put the dataset there")
+    url, md5 = row.archive
+    name = url.rpartition("/")[2]
+    path = os.path.join(source, name)
+    print(auxiliaries.printable(f"downloading {url} to {path}"))
     try:
-        os.makedirs(source, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"--source_path {source}: no folder can be made there ({error})") from error
-    url, md5 = DATASETS[dataset].archive
-    path = os.path.join(source, url.rsplit("/", 1)[1])
-    if not os.path.exists(path):
-        fetch(url, md5, path)
-    elif md5_of(path) != md5:
-        raise ValueError(f"{path} does not have the MD5 checksum {md5}: it is cut, or another "
-                         "file. Move it away for --download to fetch it")
-    unpack(path, target)
+        download_url(url, source, name, md5)
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        raise OSError(f"{url} cannot be downloaded ({error}). Fetch it elsewhere, put it at "
+                      f"{path} (its MD5 checksum is {md5}) and run this again") from error
+    print(auxiliaries.printable(f"unpacking {path}"))
+    safe = {"filter": "data"} if path.endswith(".tgz") and hasattr(tarfile, "data_filter") else {}
+    with tempfile.TemporaryDirectory(dir=source) as place:  # beside target until it is whole
+        shutil.unpack_archive(path, place, **safe)
+        os.replace(os.path.join(place, os.path.splitext(name)[0]), target)
     print(auxiliaries.printable(f"unpacked in {target}; {path} is not needed any more"))
-
-
-def fetch(url, md5, path):
-    """Downloads url to path by way of path.part, from which a later call goes on.
-
-    Bytes without the checksum md5 are deleted (ValueError); OSError where they do not come.
-    """
-    part = f"{path}.part"
-    longest = os.path.getsize(part) if os.path.exists(part) else 0
-    resumed, pauses = longest > 0, []  # a server that sends nothing at first is not asked again
-    print(f"downloading {url} to {auxiliaries.printable(path)}"
-          + f", going on from {longest:,} bytes" * resumed)
-    while reason := receive(url, part):
-        size = os.path.getsize(part) if os.path.exists(part) else 0
-        if size > longest:
-            longest, pauses = size, list(PAUSES)
-        if not pauses:
-            raise OSError(f"{url} cannot be downloaded ({reason}). Try again later"
-                          + f" ({size:,} bytes are kept in {part})" * (size > 0)
-                          + f", or fetch it elsewhere, put it at {path} and run this again")
-        print(f"  {reason} after {size:,} bytes; trying again in {pauses[0]} s")
-        time.sleep(pauses.pop(0))
-    if md5_of(part) == md5:
-        return os.replace(part, path)
-    os.remove(part)
-    if not resumed:
-        raise ValueError(f"{url} does not have the MD5 checksum {md5} and was deleted: it changed "
-                         f"on its way or at its source. Try again, or put a good copy at {path}")
-    print("  what was there and what came do not make the archive: starting again")
-    fetch(url, md5, path)
-
-
-def receive(url, part):
-    """Appends to the file part what it lacks of url -> None, or in words why it is not whole.
-
-    Where the server cannot go on from the end of part, part starts again. OSError if the disk has
-    no room for the rest.
-    """
-    have = os.path.getsize(part) if os.path.exists(part) else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=60)
-    except (OSError, http.client.HTTPException) as error:
-        if not have or getattr(error, "code", None) != 416:
-            return str(error).strip("<>") or repr(error)
-        if error.headers["Content-Range"] == f"bytes */{have}":
-            return None
-        os.remove(part)  # it is longer than what the server has
-        return receive(url, part)
-    with response:
-        goes_on = response.status == 206
-        if goes_on and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            return "the server sent another part than the one that was asked for"
-        total = None if response.length is None else response.length + have * goes_on
-        free = shutil.disk_usage(os.path.dirname(part) or ".").free
-        if total is not None and total - have > free:
-            raise OSError(f"{part}: {total - have:,} bytes are to come and the disk has {free:,} "
-                          "free. Make room, or give another --source_path")
-        with open(part, "ab" if goes_on else "wb") as file:
-            return copy_response(response, file, total)
-
-
-def copy_response(response, file, total):
-    """Writes what a response sends -> None, or in words why it ended before the total bytes."""
-    start, begun, shown, reason = file.tell(), time.monotonic(), 0, None
-    while True:
-        try:
-            chunk = response.read(1 << 16)
-        except (OSError, http.client.HTTPException) as error:
-            chunk, reason = b"", f"the connection broke ({error})"
-        if not chunk:
-            break
-        file.write(chunk)
-        now, done = time.monotonic(), file.tell()
-        if total and sys.stdout.isatty() and (now - shown > 0.5 or done == total):
-            rate, shown = (done - start) / max(now - begun, 1e-3), now
-            line = (f"  {done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {rate / 1e6:,.1f} MB/s, "
-                    f"{auxiliaries.duration((total - done) / rate)} left")
-            print(f"\r{line:60}", end="", flush=True)
-    if shown:
-        print()
-    early = "the connection ended early" if total and file.tell() < total else None
-    return reason or early
-
-
-def md5_of(path):
-    """The MD5 checksum of a file's bytes, in hex."""
-    digest = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def unpack(path, target):
-    """Unpacks the folder that an archive holds, named as the archive is, to be the folder target.
-
-    It lies in a folder beside target until it is whole. Raises ValueError for a damaged archive
-    and one that has more than plain files and folders below the place of unpacking; OSError for
-    one larger than the free space of the disk. Nothing is left of either.
-    """
-    print(f"unpacking {auxiliaries.printable(path)}")
-    place = tempfile.mkdtemp(prefix=f"{os.path.basename(target)}.unpacking.",
-                             dir=os.path.dirname(target))
-    try:
-        free = left = shutil.disk_usage(place).free
-        for name, size, kind, opened in members(path):
-            steps = name.replace("\\", "/").split("/")
-            if kind is None or ".." in steps or not steps[0] or ":" in steps[0]:
-                raise ValueError(f"{path} is not unpacked: {name!r} in it is "
-                                 + ("outside of the folder" if kind else "a link or a device"))
-            left -= size
-            if left < 0:
-                raise OSError(f"{path} unpacks to more than the {free:,} bytes that the disk of "
-                              f"{target} has free. Make room, or give another --source_path")
-            file = os.path.join(place, *steps)
-            os.makedirs(file if kind == "folder" else os.path.dirname(file), exist_ok=True)
-            if kind == "file":
-                with opened() as member, open(file, "wb") as out:
-                    shutil.copyfileobj(member, out)
-        release = os.path.join(place, os.path.splitext(os.path.basename(path))[0])
-        if not os.path.isdir(release):
-            raise ValueError(f"{path} holds no folder {os.path.basename(release)}")
-        os.rename(release, target)
-        for killed in glob.glob(f"{glob.escape(target)}.unpacking.*"):
-            shutil.rmtree(killed, ignore_errors=True)
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path} cannot be unpacked ({error})") from error
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-
-
-def members(path):
-    """(name, size in bytes, "file", "folder" or None for others, opener) of all in an archive."""
-    if path.endswith(".zip"):
-        with zipfile.ZipFile(path) as archive:
-            for info in archive.infolist():
-                plain = stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR)
-                kind = ("folder" if info.is_dir() else "file") if plain else None
-                yield info.filename, info.file_size, kind, lambda: archive.open(info)
-    else:
-        with tarfile.open(path) as archive:
-            for info in archive:
-                kind = "folder" if info.isdir() else "file" if info.isreg() else None
-                yield info.name, info.size, kind, lambda: archive.extractfile(info)
 
 
 def main(argv=None):
@@ -1031,8 +876,7 @@ def main(argv=None):
     parser.add_argument("--download", action="store_true",
                         help=f"first fetch and unpack the data if it is not there: "
                              f"{', '.join(name for name in DATASETS if DATASETS[name].archive)}; "
-                             "for the others it says where to ask. A "
-                             "download that was stopped goes on, and an archive that lies in "
+                             "for the others it says where to ask. An archive that lies in "
                              "--source_path is used")
     with auxiliaries.one_message("datasets.py"):
         args = parser.parse_args(argv)
