@@ -3,8 +3,8 @@
 The metrics are pure functions on tensors, on the tensors' own device, in blocks: no N x N matrix
 is held. Distances are Euclidean. evaluate_embeddings is the one entry for all of them;
 evaluate_sets runs it on a network and evaluation sets, and this file on saved embeddings:
-python evaluate.py embeddings.npz. A new metric is a function, a name in METRICS and a line in
-evaluate_embeddings. Choosing the best epoch, saving and plotting its course is the caller's.
+python evaluate.py embeddings.npz. A new metric is a function and a row of METRICS. Choosing the
+best epoch, saving and plotting its course is the caller's.
 """
 
 import concurrent.futures
@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import threading
+import typing
 
 if __name__ == "__main__":  # Ctrl-C while torch is being loaded, which bears no exception
     signal.signal(signal.SIGINT, lambda *_: os._exit(
@@ -28,11 +29,8 @@ import auxiliaries
 
 BLOCK_ELEMENTS = 2 ** 25  # numbers held at a time: 128 MiB in float32
 ROUNDING = 2e-14  # squared distances that differ by less, relatively, are the same
-RANK_METRICS = ("recall", "precision@1", "mrr", "r_precision", "map@r", "map")
-CLUSTER_METRICS = ("nmi", "ami", "f1")
 NMI_AVERAGES = ("arithmetic", "geometric")  # the first is the default, here and below
 PROTOCOLS = ("all_vs_all", "random_gallery")
-METRICS = (*RANK_METRICS, *CLUSTER_METRICS, "dist_ratio", "rho", "distances")
 DEFAULT_METRICS = ("recall", "map@r", "nmi", "f1")
 DEFAULT_K_VALS = (1, 2, 4, 8)
 
@@ -103,54 +101,46 @@ def add_metric_arguments(group):
 # ---- metrics
 
 
-def recall_at_k(queries, query_labels, gallery=None, gallery_labels=None, k_vals=(1, 2, 4, 8),
-                own=None):
-    """The share of queries with a true match among their k nearest -> {"recall@k": float}.
+def recall(ranks, count, k_vals):
+    """Whether a true match is among the k nearest, for each k: {"recall@k": [Q] bool}.
 
-    queries [Q, D], query_labels [Q]; gallery [G, D] and gallery_labels [G], or None to compare the
-    queries with each other; own [Q] as in own_rows. Values in [0, 1]; errors as rank_metrics.
-    Jegou et al., TPAMI 2011; the literature's "R@k".
+    ranks [Q, T], count [Q], here and in the next five: see Metric. The mean is the share of
+    queries that find one, the literature's "R@k". Jegou et al., TPAMI 2011.
     """
-    return rank_metrics(queries, query_labels, gallery, gallery_labels, k_vals, own, ("recall",))
+    return {f"recall@{k}": ranks[:, 0] <= k for k in k_vals}
 
 
-def rank_metrics(queries, query_labels, gallery=None, gallery_labels=None, k_vals=(1, 2, 4, 8),
-                 own=None, metrics=RANK_METRICS, memory=None, same=None):
-    """Means over the queries of what rank_scores says -> dict of floats in [0, 1].
+def precision_at_1(ranks, count):
+    """Whether the nearest row is a true match: [Q] bool. The same as recall at 1."""
+    return ranks[:, 0] <= 1
 
-    queries [Q, D], query_labels [Q], gallery, gallery_labels, own, memory, same: as in
-    rank_scores. metrics: some of RANK_METRICS. "recall@k" for each k: share of queries with a true
-    match among their k nearest. "precision@1": the same as recall@1. "mrr": mean of one over the
-    rank of the nearest true match. "r_precision", "map@r", "map": as in rank_scores. Queries whose
-    class is nowhere in the gallery are left out of every mean. ValueError if that leaves none, or
-    for a k outside 1 to the number of neighbours.
+
+def reciprocal_rank(ranks, count):
+    """One over the rank of the nearest true match: [Q]. Its mean is the MRR."""
+    return 1 / ranks[:, 0]
+
+
+def r_precision(ranks, count):
+    """The share of true matches among the R nearest, where R is how many there are: [Q]."""
+    return (ranks <= count.unsqueeze(1)).sum(1) / count
+
+
+def average_precision_at_r(ranks, count):
+    """The mean over the R nearest of the precision at each true match among them, over R: [Q].
+
+    Musgrave et al., "A Metric Learning Reality Check", ECCV 2020: MAP@R.
     """
-    check_embeddings(queries, query_labels, gallery, gallery_labels)
-    if "recall" in metrics:
-        check_k_vals(k_vals, number_compared(queries, gallery, own))
-    every = not {"r_precision", "map@r", "map"}.isdisjoint(metrics)
-    if auxiliaries.num_ranks() == 1:
-        scores = rank_scores(queries, query_labels, gallery, gallery_labels, own, every, memory,
-                             same)
-    else:
-        scores = shared_rank_scores(queries, query_labels, gallery, gallery_labels, own, every,
-                                    memory, same)
-    scores = {name: values[scores["matches"] > 0].double() for name, values in scores.items()}
-    ranks = scores["first_rank"]
-    if not len(ranks):
-        raise ValueError("no query has a true match to find: each class needs two images, or one "
-                         "among the queries and one in the gallery")
-    means = {}
-    if "recall" in metrics:
-        means = {f"recall@{k}": (ranks <= k).double().mean().item() for k in k_vals}
-    if "precision@1" in metrics:
-        means["precision@1"] = (ranks <= 1).double().mean().item()
-    if "mrr" in metrics:
-        means["mrr"] = (1 / ranks).mean().item()
-    for name in ("r_precision", "map@r", "map"):
-        if name in metrics:
-            means[name] = scores[name].mean().item()
-    return means
+    return (precision(ranks) * (ranks <= count.unsqueeze(1))).sum(1) / count
+
+
+def average_precision(ranks, count):
+    """The mean over all true matches of the precision at the rank of each: [Q]."""
+    return precision(ranks).sum(1) / count
+
+
+def precision(ranks):
+    """At the rank of each true match, the share of true matches up to there: [Q, T]."""
+    return torch.arange(1, ranks.shape[1] + 1, device=ranks.device) / ranks
 
 
 def nmi(assignments, labels, average="arithmetic"):
@@ -216,13 +206,13 @@ def distance_ratio(embeddings, labels):
     return float(within.mean()) / between if between > 0 else float("inf")
 
 
-def spectral_decay(embeddings):
+def spectral_decay(embeddings, labels=None):
     """rho: how far the singular values are from equal, embeddings [N, D] -> float from 0 to inf.
 
     The Kullback-Leibler divergence of the singular values, divided by their sum, from the uniform
     distribution: -log D - mean(log s). 0: every direction is used alike; inf: one is not used at
-    all. Roth et al., "Revisiting Training Strategies and Generalization Performance in Deep Metric
-    Learning", ICML 2020, section 5.
+    all. Labels play no part. Roth et al., "Revisiting Training Strategies and Generalization
+    Performance in Deep Metric Learning", ICML 2020, section 5.
     """
     # Those of the triangular factor are those of the whole, to full precision.
     values = torch.linalg.svdvals(torch.linalg.qr(embeddings.double(), mode="r").R)
@@ -234,7 +224,7 @@ def spectral_decay(embeddings):
 
 
 def mean_distances(embeddings, labels):
-    """Mean distance of pairs of one class, and of pairs of two classes -> (float, float).
+    """Mean distance of pairs of one class, and of two: {"d_ap": float, "d_an": float}.
 
     embeddings [N, D], labels [N]. NaN where there is no such pair. All pairs are counted; those of
     two classes, of more than 4,096 rows, from products in float32.
@@ -244,10 +234,103 @@ def mean_distances(embeddings, labels):
     counts = torch.bincount(labels)
     same = int((counts * (counts - 1)).sum())
     different = len(labels) * (len(labels) - 1) - same
-    return (scale * float(sums_to_own_class(embeddings, labels).sum()) / same if same
+    return {"d_ap": scale * float(sums_to_own_class(embeddings, labels).sum()) / same if same
             else float("nan"),
-            scale * sum_across_classes(embeddings, labels) / different if different
-            else float("nan"))
+            "d_an": scale * sum_across_classes(embeddings, labels) / different if different
+            else float("nan")}
+
+
+class Metric(typing.NamedTuple):
+    """A row of METRICS. function gives a value, or {column: value}; which are floats but for ranks.
+
+    kind says what function gets, and when it is called:
+    "ranks": ranks [Q, T] of each query's true matches, ascending, infinite where it has fewer than
+    T; count [Q], how many it has, at least 1; both float64. It gives a value for each query, [Q];
+    the mean of those with a true match is logged.
+    "nearest": the same, but it needs only ranks[:, 0]. Where no metric needs more, that is faster.
+    "clusters": clusters [N] and classes [N] of all images, int64.
+    "set": embeddings [N, D] and classes [N] of all images.
+    better: max or min, whichever is the best value; {column: max or min} where they differ.
+    """
+
+    function: typing.Callable
+    kind: str
+    better: typing.Any
+
+
+METRICS = {
+    "recall": Metric(recall, "nearest", max),
+    "precision@1": Metric(precision_at_1, "nearest", max),
+    "mrr": Metric(reciprocal_rank, "nearest", max),
+    "r_precision": Metric(r_precision, "ranks", max),
+    "map@r": Metric(average_precision_at_r, "ranks", max),
+    "map": Metric(average_precision, "ranks", max),
+    "nmi": Metric(nmi, "clusters", max),
+    "ami": Metric(ami, "clusters", max),
+    "f1": Metric(f1, "clusters", max),
+    "dist_ratio": Metric(distance_ratio, "set", min),
+    "rho": Metric(spectral_decay, "set", min),
+    "distances": Metric(mean_distances, "set", {"d_ap": min, "d_an": max}),
+}
+RANK_METRICS = tuple(name for name in METRICS if METRICS[name].kind in ("ranks", "nearest"))
+CLUSTER_METRICS = tuple(name for name in METRICS if METRICS[name].kind == "clusters")
+
+
+def best_of(column):
+    """min or max, whichever is the best of a log's column, such as "set 1 recall@4" or "rho"."""
+    column = column.rpartition(" ")[2]
+    for name, metric in METRICS.items():
+        if isinstance(metric.better, dict) and column in metric.better:
+            return metric.better[column]
+        if name in (column, column.partition("@")[0]):
+            return metric.better
+    return max
+
+
+def measured(kinds, metrics, inputs, **options):
+    """{column: value} of those of metrics, names, that are of these kinds; all get the inputs.
+
+    options: further arguments of some metrics, {metric: {argument: value}}.
+    """
+    found = {}
+    for name, metric in METRICS.items():
+        if name in metrics and metric.kind in kinds:
+            value = metric.function(*inputs, **options.get(name, {}))
+            found |= value if isinstance(value, dict) else {name: value}
+    return found
+
+
+def recall_at_k(queries, query_labels, gallery=None, gallery_labels=None, k_vals=DEFAULT_K_VALS,
+                own=None):
+    """The share of queries with a true match among their k nearest -> {"recall@k": float}.
+
+    queries [Q, D], query_labels [Q]; gallery [G, D] and gallery_labels [G], or None to compare the
+    queries with each other; own [Q] as in own_rows. Values in [0, 1]; errors as rank_metrics.
+    """
+    return rank_metrics(queries, query_labels, gallery, gallery_labels, k_vals, own, ("recall",))
+
+
+def rank_metrics(queries, query_labels, gallery=None, gallery_labels=None, k_vals=DEFAULT_K_VALS,
+                 own=None, metrics=RANK_METRICS, memory=None, same=None):
+    """The rank metrics, means over the queries with a true match -> {column: float in [0, 1]}.
+
+    queries [Q, D], query_labels [Q], gallery, gallery_labels, own, memory, same: as in
+    rank_scores. metrics: some of RANK_METRICS. Queries whose class is nowhere in the gallery are
+    left out of every mean. ValueError if that leaves none, or for a k outside 1 to the number of
+    neighbours.
+    """
+    check_embeddings(queries, query_labels, gallery, gallery_labels)
+    if "recall" in metrics:
+        check_k_vals(k_vals, number_compared(queries, gallery, own))
+    rank = rank_scores if auxiliaries.num_ranks() == 1 else shared_rank_scores
+    scores = rank(queries, query_labels, gallery, gallery_labels, own, metrics, k_vals, memory,
+                  same)
+    found = scores["matches"] > 0
+    if not found.any():
+        raise ValueError("no query has a true match to find: each class needs two images, or one "
+                         "among the queries and one in the gallery")
+    return {name: values[found].mean().item() for name, values in scores.items()
+            if name not in ("matches", "first_rank")}
 
 
 # ---- sets
@@ -279,7 +362,7 @@ def evaluate_embeddings(queries, query_labels, gallery=None, gallery_labels=None
     check_embeddings(queries, query_labels, gallery, gallery_labels)
     if k_vals is None and "recall" in metrics:
         k_vals = allowed_k_vals(DEFAULT_K_VALS, number_compared(queries, gallery, own))
-    if not set(RANK_METRICS).isdisjoint(metrics):
+    if any(METRICS[name].kind in ("ranks", "nearest") for name in metrics):
         found |= rank_metrics(queries, query_labels, gallery, gallery_labels, k_vals, own,
                               metrics, memory)
     embeddings, labels = pooled(queries, query_labels, gallery, gallery_labels, own)
@@ -290,21 +373,10 @@ def evaluate_embeddings(queries, query_labels, gallery=None, gallery_labels=None
 def set_metrics(embeddings, labels, seed, metrics, nmi_average):
     """The metrics that are not ranks, of one set: embeddings [N, D], labels [N] -> dict."""
     found = {}
-    if not set(CLUSTER_METRICS).isdisjoint(metrics):
-        assignments, _ = kmeans(embeddings, len(labels.unique()), seed=seed)
-        if "nmi" in metrics:
-            found["nmi"] = nmi(assignments, labels, nmi_average)
-        if "ami" in metrics:
-            found["ami"] = ami(assignments, labels)
-        if "f1" in metrics:
-            found["f1"] = f1(assignments, labels)
-    if "dist_ratio" in metrics:
-        found["dist_ratio"] = distance_ratio(embeddings, labels)
-    if "rho" in metrics:
-        found["rho"] = spectral_decay(embeddings)
-    if "distances" in metrics:
-        found["d_ap"], found["d_an"] = mean_distances(embeddings, labels)
-    return found
+    if any(METRICS[name].kind == "clusters" for name in metrics):
+        clusters, _ = kmeans(embeddings, len(labels.unique()), seed=seed)
+        found = measured(("clusters",), metrics, (clusters, labels), nmi={"average": nmi_average})
+    return found | measured(("set",), metrics, (embeddings, labels))
 
 
 def scores_of_random_gallery(rows, labels, k_vals, seed=0, metrics=DEFAULT_METRICS,
@@ -603,7 +675,7 @@ def read_embeddings(path):
         value = np.asarray(arrays.get(name, ""))
         if value.dtype.kind != "U" or value.size != 1:
             raise ValueError(f"{path}: {name} is {auxiliaries.one_line(value)}; expected a text")
-    for name, allowed in (("metrics", METRICS), ("nmi_average", NMI_AVERAGES),
+    for name, allowed in (("metrics", tuple(METRICS)), ("nmi_average", NMI_AVERAGES),
                           ("vehicle_protocol", PROTOCOLS)):
         values = np.ravel(arrays.get(name, allowed[0])).tolist()
         if not values or not set(values) <= set(allowed):
@@ -798,23 +870,15 @@ def full_precision():
 
 
 @in_full_precision
-def rank_scores(queries, query_labels, gallery=None, gallery_labels=None, own=None, every=True,
-                memory=None, same=None):
-    """What the ranks of the true matches say about each query -> dict of vectors [Q].
+def rank_scores(queries, query_labels, gallery=None, gallery_labels=None, own=None,
+                metrics=RANK_METRICS, k_vals=DEFAULT_K_VALS, memory=None, same=None):
+    """The rank metrics of each query -> {column: [Q] float64}, and two int64 columns more.
 
     queries [Q, D], query_labels [Q]; gallery [G, D] and gallery_labels [G], or None; own [Q] as in
     own_rows. The rank of a query's j-th nearest true match is j plus the number of wrong gallery
     rows that are nearer; a wrong row exactly as near (to within float64 rounding) counts as
-    nearer, so ties never favour the model. With R true matches in the gallery:
-
-    "matches": R, int64; queries with 0 have 0 everywhere and belong in no mean.
-    "first_rank": rank of the nearest true match, int64. Recall at k asks whether it is at most k,
-    MRR is the mean of 1 / first_rank.
-    With every also, float64:
-    "r_precision": share of true matches among the R nearest.
-    "map@r": mean over the R nearest of the precision at each true match among them, divided by R
-    (Musgrave et al., "A Metric Learning Reality Check", ECCV 2020).
-    "map": mean over all true matches of the precision at its rank (average precision).
+    nearer, so ties never favour the model. "matches": how many true matches the gallery holds;
+    queries with 0 have 0 everywhere and belong in no mean. "first_rank": that of the nearest.
 
     One pass over blocks of distances, in float32; where two are too close to be told apart in it
     (nearer than four times the greatest error measured) they are compared again in float64, so
@@ -822,11 +886,13 @@ def rank_scores(queries, query_labels, gallery=None, gallery_labels=None, own=No
     an equal label: callable(query labels [B, 1, ...], gallery labels [1, G, ...]) -> bool [B, G];
     labels are then tensors of any kind whose first dimension is Q or G. It is slower.
     """
+    every = any(METRICS[name].kind == "ranks" for name in metrics)
     other_labels = query_labels if gallery is None else gallery_labels
     own = own_rows(queries, gallery, own)
     others = queries if gallery is None else gallery
     if same is not None:
-        return scores_by_comparison(queries, query_labels, others, other_labels, own, every, same)
+        return together(scores_of_ranks(*ranks, metrics, k_vals) for ranks in ranks_by_comparison(
+            queries, query_labels, others, other_labels, own, same))
     if own is not None and not torch.equal(other_labels[own], query_labels):
         raise ValueError("own must be the gallery's rows of the queries; their labels differ")
     # Gallery and queries sorted by class, classes by size: the true matches of a query are then
@@ -845,20 +911,19 @@ def rank_scores(queries, query_labels, gallery=None, gallery_labels=None, own=No
     width = int(sizes[query_classes].max())
     parts = torch.arange(len(queries), device=queries.device).split(
         rows_at_once(2 * len(others) + 16 * width, memory, queries.device))
-    scores = (in_threads(ranker.scores, parts) if queries.device.type == "cpu" else
-              [ranker.scores(part) for part in parts])
-    return {name: torch.cat([part[name] for part in scores])[order.argsort()]
-            for name in scores[0]}
+
+    def score(part):
+        return scores_of_ranks(*ranker.wrong_rows(part), metrics, k_vals)
+
+    scores = together(in_threads(score, parts) if queries.device.type == "cpu" else
+                      map(score, parts))
+    return {name: values[order.argsort()] for name, values in scores.items()}
 
 
-def first_match_ranks(queries, query_labels, gallery=None, gallery_labels=None, own=None,
-                      memory=None):
-    """Rank of each query's nearest true match, [Q] int64; 0 where the gallery holds none.
-
-    Arguments and rule as in rank_scores: queries [Q, D], query_labels [Q], ...
-    """
-    return rank_scores(queries, query_labels, gallery, gallery_labels, own, every=False,
-                       memory=memory)["first_rank"]
+def together(parts):
+    """Dicts of vectors [B], of some queries each -> one of vectors [Q]."""
+    parts = list(parts)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def shared_rank_scores(queries, query_labels, gallery, gallery_labels, own, *options):
@@ -916,12 +981,12 @@ class Ranker:
         """The gallery [G, D] in float64, made once it is needed."""
         return self.others.double()
 
-    def scores(self, rows):
-        """The vectors of rank_scores for some queries [B], given by their places."""
+    def wrong_rows(self, rows):
+        """What scores_of_ranks takes for some queries [B], given by their places."""
         count = self.sizes[rows] - int(self.own is not None)                      # [B]
         wrong = (self.wrong_nearer(rows, self.matches(rows)) if self.every else
                  self.wrong_before_nearest(rows))
-        return scores_of_ranks(wrong, count, self.every)
+        return wrong, count
 
     def matches(self, rows):
         """The columns of some queries' true matches, in any order: [B] -> [B, W], -1 for none."""
@@ -968,7 +1033,7 @@ class Ranker:
         1]: for the nearest.
         """
         if not matches.shape[1]:
-            return matches
+            return rows.new_zeros(len(rows), 1)
         low, own_class = self.own_class(rows)
         near = torch.mm(self.rows32[rows], self.columns32[:, low:low + own_class.shape[1]])
         keys = near.gather(1, (matches - low).clamp_min(0)).masked_fill_(matches < 0, torch.inf)
@@ -1051,29 +1116,22 @@ class Ranker:
         return torch.cat(wrong)
 
 
-def scores_of_ranks(wrong, count, every):
+def scores_of_ranks(wrong, count, metrics, k_vals):
     """The vectors of rank_scores [B] from the wrong rows before each true match.
 
-    wrong [B, W]: how many are as near as the j-th nearest true match, or nearer; count [B]: how
-    many true matches there are. Without every [B, 1] is enough.
+    wrong [B, W]: how many are as near as the j-th nearest true match, or nearer, for j from 1 to
+    W, W above 0; count [B]: how many true matches there are.
     """
     j = torch.arange(1, wrong.shape[1] + 1, device=wrong.device)
-    ranks = j + wrong                                                            # [B, W]
-    first = ranks[:, 0].masked_fill(count == 0, 0) if len(j) else torch.zeros_like(count)
-    scores = {"matches": count, "first_rank": first}
-    if every:
-        least = count.clamp_min(1)
-        precision = (j / ranks.double()).masked_fill(j > count.unsqueeze(1), 0)
-        within = (ranks <= count.unsqueeze(1)) & (precision > 0)
-        scores["r_precision"] = within.sum(1) / least.double()
-        scores["map@r"] = (precision * within).sum(1) / least
-        scores["map"] = precision.sum(1) / least
-    return scores
+    ranks = (j + wrong).double().masked_fill(j > count.unsqueeze(1), torch.inf)  # [B, W]
+    scores = measured(("nearest", "ranks"), metrics, (ranks, count.clamp_min(1).double()),
+                      recall={"k_vals": k_vals})
+    return {"matches": count, "first_rank": (1 + wrong[:, 0]).masked_fill(count == 0, 0),
+            **{name: values.double() for name, values in scores.items()}}
 
 
-def scores_by_comparison(queries, query_labels, others, other_labels, own, every, same):
-    """rank_scores by a comparison of labels of one's own, distances [B, G] in float64."""
-    found = []
+def ranks_by_comparison(queries, query_labels, others, other_labels, own, same):
+    """What scores_of_ranks takes, by a comparison of one's own: blocks, distances in float64."""
     for rows in blocks(len(queries), 8 * len(others)):
         sq_distances = torch.cdist(queries[rows].double(), others.double(),
                                    compute_mode="donot_use_mm_for_euclid_dist").square_()
@@ -1085,11 +1143,10 @@ def scores_by_comparison(queries, query_labels, others, other_labels, own, every
             true = true.scatter(1, own[rows].unsqueeze(1), False)
             sq_distances.scatter_(1, own[rows].unsqueeze(1), torch.inf)
         count = true.sum(1)
-        limits = sq_distances.masked_fill(~true, torch.inf).sort(1)[0][:, :int(count.max())]
+        limits = sq_distances.masked_fill(~true, torch.inf).sort(1)[0][:, :max(1, int(count.max()))]
         limits = limits.masked_fill(limits == torch.inf, -torch.inf) * (1 + ROUNDING)
         wrong = count_up_to(sq_distances.masked_fill_(true, torch.inf), limits)
-        found.append(scores_of_ranks(wrong, count, every))
-    return {name: torch.cat([part[name] for part in found]) for name in found[0]}
+        yield wrong, count
 
 
 def count_up_to(keys, limits):

@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import numpy as np
 
 import auxiliaries
+import evaluate
 
 RECIPES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "recipes.csv")
 # Options in which runs of one row of a table, or of one recipe, may differ.
@@ -89,7 +90,7 @@ class Result(typing.NamedTuple):
     def best(self, metric):
         """The literature's value: the best over the epochs, of this metric alone."""
         values = [row[metric] for row in self.rows[1:] or self.rows if metric in row]
-        return best_of(metric)(values, default=float("nan"))
+        return evaluate.best_of(metric)(values, default=float("nan"))
 
     def selected(self, metric):
         """The metric in the epoch that was chosen on held-out classes; nan if not measured."""
@@ -104,11 +105,6 @@ class Result(typing.NamedTuple):
     def holds_out(self):
         """Whether the run measured on held-out classes too, and chose its best epoch there."""
         return selecting_metric(self.rows).startswith("val ")
-
-
-def best_of(metric):
-    """min or max: what the best value of a metric is, for plots, tables and verdicts alike."""
-    return min if metric.endswith(("dist_ratio", "rho", "d_ap")) else max
 
 
 def selecting_metric(rows):
@@ -283,7 +279,7 @@ def table_of(dataset, groups, choose):
                 published = recipe.published[name]
                 cells[name][1] += (f" ({with_std(*published)}, {mean - published[0]:+.2f})")
             if mean == mean:
-                best[name] = best_of(name)(mean, best.get(name, mean))
+                best[name] = evaluate.best_of(name)(mean, best.get(name, mean))
         seeds = sorted(int(result.options["seed"]) for result in results)
         rows.append((arch, label, " ".join(map(str, seeds)), cells))
     header = ["architecture", "loss/sampling", "seeds", *names]
