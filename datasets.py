@@ -21,7 +21,6 @@ import struct
 import sys
 import tarfile
 import tempfile
-import zlib
 from typing import NamedTuple
 
 if __name__ == "__main__":  # Ctrl-C while torch is being loaded, which bears no exception
@@ -273,22 +272,19 @@ def find_beside(root, name):
 
 
 def read_cars(path, field, names, folder):
-    """A file of CARS196's annotations -> [(class, image's path)], one or more.
+    """A file of CARS196's annotations -> [(class, image's path)].
 
     field: which of its fields has the image's path below the folder; names: of the classes.
     """
-    rows, names = read_mat(path, "annotations"), dict(enumerate(names, start=1))
-    facts = [(row.get("class"), row.get(field)) if isinstance(row, dict) else (None, None)
-             for row in (rows if isinstance(rows, list) else [])]
-    if any(number is None for number, _ in facts):
-        raise ValueError(f"{path} has images without a class; for the test half they are in "
-                         "cars_test_annos_withlabels.mat")
-    if not facts or not all(np.isscalar(number) and names.get(number) and isinstance(name, str)
-                            for number, name in facts):
+    names = dict(enumerate(names, start=1))
+    try:
+        cars = [(names[row["class"]], row[field]) for row in read_mat(path, "annotations")]
+    except (KeyError, TypeError, IndexError):
         raise ValueError(f"{path}: not every image has a {field} and a class from 1 to "
-                         f"{len(names)}, the number of names")
-    paths = find_images(folder, [name for _, name in facts], path)
-    return [(names[number], path) for (number, _), path in zip(facts, paths)]
+                         f"{len(names)}; the test half's classes are in "
+                         "cars_test_annos_withlabels.mat") from None
+    paths = find_images(folder, [name for _, name in cars], path)
+    return [(name, path) for (name, _), path in zip(cars, paths)]
 
 
 def read_online_products(source):
@@ -707,22 +703,19 @@ def read_rows(path, columns, skip=0):
 def read_mat(path, variable):
     """A variable of a MATLAB 5 file, compressed as MATLAB writes it -> lists, dicts and scalars.
 
-    ValueError for anything else. The checksums are looked at first, since scipy's reader takes
-    the process down where such a file is damaged.
+    scipy's reader may take the process down where a damaged file is not compressed; such files
+    are refused, as are damaged ones, with a ValueError.
     """
     import scipy.io  # here, so that others need not wait for it
 
     try:
         with open(path, "rb") as file:
             content = file.read()
-        if content[124:128] != b"\0\1IM":
-            raise ValueError("it is no MATLAB 5 file")
         at = 128
         while at < len(content):
             kind, size = struct.unpack_from("<II", content, at)
-            if kind != 15:
-                raise ValueError("it is not compressed, as save -v7 does it")
-            zlib.decompress(content[at + 8:at + 8 + size])
+            if kind != 15 or content[124:128] != b"\0\1IM":
+                raise ValueError("not compressed as save -v7 does it")
             at += 8 + size
         return scipy.io.loadmat(io.BytesIO(content), simplify_cells=True)[variable]
     except Exception as error:  # a file that is cut or of another kind fails in many places

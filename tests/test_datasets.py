@@ -825,7 +825,7 @@ def test_a_cut_mat_file_is_refused(source):
     cars196_release(source)
     path = source / "cars196/cars_annos.mat"
     content = path.read_bytes()
-    for size in range(len(content)):
+    for size in range(0, len(content), 29):
         path.write_bytes(content[:size])
         error = use("cars196", source)
         assert isinstance(error, ValueError) and str(path) in str(error)
@@ -867,7 +867,7 @@ def test_the_test_annotations_without_classes_are_refused(tree, source):
     rows = [(1, 1, 5, 5, f"{i:05d}.jpg") for i in range(1, 6)]
     write_annotations(path, rows, (*BOX, "fname"))
     error = use("cars196", source)
-    assert isinstance(error, ValueError) and "images without a class" in str(error)
+    assert isinstance(error, ValueError) and "not every image has a fname and a class" in str(error)
     path.rename(path.with_name("cars_test_annos.mat"))
     error = use("cars196", source)
     assert isinstance(error, FileNotFoundError)
