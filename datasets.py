@@ -74,18 +74,21 @@ def add_arguments(parser):
                        metavar="DIR",
                        help="the folder that holds the dataset's folder (or that folder itself). "
                             "python datasets.py checks it. Default %(default)s")
-    group.add_argument("--image_size", type=int, default=None, metavar="PX",
+    group.add_argument("--image_size", type=auxiliaries.number(int, least=8, most=2048),
+                       default=None, metavar="PX",
                        help="height and width of the network's input in pixels. Training crops it "
                             "at random (RandomResizedCrop, and a flip); testing resizes the "
                             "shorter side to 8/7 of it (256 for 224 and 227) and takes the "
                             "centre. Default that of --dataset or --arch, mostly 224")
-    group.add_argument("--val_split", type=float, default=0.0, metavar="SHARE",
+    group.add_argument("--val_split", type=auxiliaries.number(float, least=0, below=1),
+                       default=0.0, metavar="SHARE",
                        help="hold out this share of the training classes, always the same ones, "
                             "measure on them too and choose the best epoch there; the run then "
                             "reports the last epoch, that choice, and the literature's, on the "
                             "test classes. Useful 0.1 to 0.5. Default %(default)s: the best epoch "
                             "on the test classes, as in the literature")
-    group.add_argument("--kernels", type=int, default=None, metavar="N",
+    group.add_argument("--kernels", type=auxiliaries.number(int, least=0), default=None,
+                       metavar="N",
                        help="processes that load images; 0 loads in the main process. Never "
                             "changes the numbers. Default 8 (reference runs) or the number of "
                             "cores, shared by the processes of torchrun, if that is less; glyphs "

@@ -210,8 +210,7 @@ def wrong_value(opt):
         numbers = value if isinstance(value, list) else [value]
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             return f"--{name} {value}: a finite number is needed"
-    for name, least in (("n_epochs", 0), ("kernels", 0), ("seed", 0), ("image_size", 8),
-                        ("embed_dim", 1), ("lr", 0), ("fc_lr_mul", 0), ("decay", 0),
+    for name, least in (("n_epochs", 0), ("seed", 0), ("embed_dim", 1), ("lr", 0), ("fc_lr_mul", 0), ("decay", 0),
                         ("beta_lr", 0), ("proxy_lr", 0), ("loss_lr", 0),
                         ("classifier_weight", 0), ("classifier_lr", 0), ("g_lr", 0),
                         ("metric_alone_epochs", 0), ("g_alone_epochs", 0),
@@ -227,12 +226,8 @@ def wrong_value(opt):
                 "epoch")
     if opt.eval_memory is not None and not opt.eval_memory > 0:
         return f"--eval_memory {opt.eval_memory}: some memory, in GiB, is needed"
-    if opt.image_size > 2048:
-        return f"--image_size {opt.image_size}: 2048 pixels is the most"
     if min(opt.tau) < 1:
         return f"--tau {min(opt.tau)}: epochs are counted from 1"
-    if not 0 <= opt.val_split < 1:
-        return f"--val_split {opt.val_split}: a share of the training classes, 0 or more, below 1"
     if not 0 < opt.gamma <= 1:
         return f"--gamma {opt.gamma}: the scheduler's factor is above 0 and at most 1"
     if opt.gamma == 1 and opt.scheduler == "plateau":

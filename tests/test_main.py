@@ -872,8 +872,8 @@ def test_every_flag_changes_the_run(action, small, tree, tmp_path, capsys, monke
         changed = [option, *VALUES[action.dest].split()]
     elif action.choices:
         changed = [option, next(choice for choice in action.choices if choice != current)]
-    elif action.type in (int, float):
-        changed = [option, str(current + 1 if action.type is int else 2 * current + 0.1)]
+    elif isinstance(current, (int, float)):
+        changed = [option, str(current + 1 if isinstance(current, int) else 2 * current + 0.1)]
     else:
         changed = [option, str(tmp_path / "elsewhere") if "path" in action.dest else "elsewhere"]
     unchanged = tuple(option.replace(str(tmp_path), "TMP") for option in base)
@@ -1062,7 +1062,7 @@ def test_progress_line_on_a_terminal_only(small, monkeypatch, capsys):
     (["--loss", "npair", "--l2npair", "-1"], ["--l2npair"]),
     (["--distance_cutoff", "nan"], ["--distance_cutoff"]),
     (["--tau", "-3", "0"], ["--tau -3"]),
-    (["--image_size", "100000"], ["--image_size 100000", "2048"]),
+    (["--image_size", "100000"], ["--image_size: 100000", "2048"]),
     (["--arch", "alexnet", "--not_pretrained", "--image_size", "32"],
      ["alexnet", "--image_size 32"]),
     (["--arch", "vit_b_16", "--not_pretrained", "--image_size", "64"],

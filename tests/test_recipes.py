@@ -272,8 +272,8 @@ def test_given_flags_win_over_the_recipe_wherever_they_stand():
     (["--seeds", "0", "4294967296"], ["--seeds 0 4294967296", "from 0 to 4294967295"]),
     (["--seeds"], ["--seeds"]),
     (["--recipe", "cub200/margin-distance", "--loss", "npair"], ["cannot use --sampling"]),
-    (["--val_split", "1"], ["--val_split 1.0"]), (["--val_split", "-0.1"], ["--val_split -0.1"]),
-    (["--val_split", "nan"], ["--val_split nan"]),
+    (["--val_split", "1"], ["--val_split: 1"]), (["--val_split", "-0.1"], ["--val_split: -0.1"]),
+    (["--val_split", "nan"], ["--val_split: nan"]),
 ])
 def test_bad_input_is_refused_before_there_is_a_folder(small, options, said, capsys):
     message = error_of([*small, *options], capsys)
