@@ -8,6 +8,7 @@ options; network_select does. A network of your own is a class beside ConvNet an
 import argparse
 import functools
 import os
+import pathlib
 import re
 import sys
 import typing
@@ -277,11 +278,9 @@ def network_select(opt, unit_norm, sections=None):
 
 def default_amp(device):
     """The default of --amp: bf16 on a CPU that multiplies bfloat16 matrices in hardware (AMX)."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            return "bf16" if device == "cpu" and "amx_bf16" in file.read() else "none"
-    except OSError:  # not Linux
-        return "none"
+    cpuinfo = pathlib.Path("/proc/cpuinfo")  # on Linux
+    has_units = cpuinfo.exists() and "amx_bf16" in cpuinfo.read_text()
+    return "bf16" if device == "cpu" and has_units else "none"
 
 
 @torch.inference_mode()
