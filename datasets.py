@@ -95,11 +95,10 @@ def add_arguments(parser):
                             "and --cache device 0")
     group.add_argument("--cache", choices=("none", "ram", "device"), default="none",
                        help="decode each image once, reduced to the shorter side that testing "
-                            "takes it to, and keep it in main memory or on the --gpu; crops are "
-                            "cut and resized on the device. Test pictures stay the same; training "
-                            "crops are cut from the reduced image, so numbers differ a little. "
-                            "256 x 341 pixels are 256 KiB. Default %(default)s: read files in "
-                            "each epoch")
+                            "takes it to, and keep it in main memory or on the --gpu. Test "
+                            "pictures stay the same; training crops are cut from the reduced "
+                            "image, so numbers differ a little. 256 x 341 pixels are 256 KiB. "
+                            "Default %(default)s: read files in each epoch")
 
 
 def problems_of(splits):
@@ -151,25 +150,19 @@ def dataset_select(opt, device="cpu", views=1):
         found.splits.update(hold_out(found.splits["train"], opt.val_split))
     for problem in problems_of(found.splits):
         raise ValueError(f"--dataset {opt.dataset}: {problem} ({found.layout})")
-    train = found.splits["train"]
-    if opt.cache != "none" and isinstance(train.images, np.ndarray):
-        raise ValueError(f"--cache {opt.cache}: the images of --dataset {opt.dataset} are in "
-                         "memory already, leave it out")
-    if opt.cache == "none":
-        train_transform, test_transform = row.transforms(opt.image_size, views)
-        parts = {name: images.ImageDataset(split, test_transform)
-                 for name, split in found.splits.items()}
-        parts["train"] = images.ImageDataset(train, train_transform, opt.seed, views, share,
-                                             images.read_pixels)
-    else:
+    stored = {}
+    if opt.cache != "none":
+        if isinstance(found.splits["train"].images, np.ndarray):
+            raise ValueError(f"--cache {opt.cache}: the images of --dataset {opt.dataset} are in "
+                             "memory already, leave it out")
         stored = images.cache_splits(opt.cache, found.splits, images.shorter_side(opt.image_size),
                                      device)
-        on_device = opt.cache == "device"
-        parts = {name: images.CachedDataset(split, stored[name], opt.image_size,
-                                            on_device=on_device)
-                 for name, split in found.splits.items()}
-        parts["train"] = images.CachedDataset(train, stored["train"], opt.image_size, opt.seed,
-                                              on_device, share)
+    train_transform, test_transform = row.transforms(opt.image_size, views)
+    parts = {}
+    for name, split in found.splits.items():
+        given = ((train_transform, opt.seed, views, share, images.read_pixels)
+                 if name == "train" else (test_transform,))
+        parts[name] = images.ImageDataset(split, *given, stored=stored.get(name))
     return parts["train"], evaluation_sets(parts), found
 
 

@@ -427,8 +427,8 @@ def embed(network, dataset, device, batch_size=112, num_workers=0, progress=None
                                          sampler=share,
                                          worker_init_fn=auxiliaries.heed_parent_alone,
                                          generator=torch.Generator(),  # draws nothing globally
-                                         collate_fn=getattr(dataset, "collate", None),
-                                         pin_memory=torch.device(device).type == "cuda")
+                                         pin_memory=torch.device(device).type == "cuda"
+                                         and not getattr(dataset, "on_device", False))
     embeddings, labels, start = None, torch.empty(len(share), dtype=torch.int64), 0
     for images, batch_labels in loader:
         rows = network(images.to(device, non_blocking=True)).float()

@@ -1,8 +1,8 @@
-"""How a picture becomes a tensor: image files, transforms, the cache, crops cut on the device.
+"""How a picture becomes a tensor: image files, transforms, the cache of decoded images.
 
-ImageDataset turns images and labels into (image, label) items, CachedDataset those that were
-decoded before. Which images a dataset has and where they lie: datasets.py. A transform of one's
-own stands beside crop_transforms.
+ImageDataset turns images and labels into (image, label) items. Which images a dataset has and
+where they lie: datasets.py. A transform of one's own stands beside crop_transforms and is named in
+its dataset's row.
 """
 
 import collections
@@ -34,21 +34,28 @@ class ImageDataset(torch.utils.data.Dataset):
     dataset[i] is a pure function of i and the transform. A random transform is given by seed: its
     draws then depend on (seed, epoch, i) alone, so they are the same for any number of loading
     processes, and each repeat of an image within one batch gets draws of its own. With views = 2
-    items are (first view, second view, label), each view drawn by itself. read makes of a path
-    what the transform takes: read_image or, for a transform of tensors, the faster
-    read_pixels. Normalisation is the network's business (netlib.Trunk), so images travel as bytes.
-    share (n, of): a batch gives the n-th of so many equal parts, for training in several
-    processes. An image that cannot be read raises ValueError with its path.
+    items are (first view, second view, label), each view drawn by itself. share (n, of): a batch
+    gives the n-th of so many equal parts, for training in several processes. read makes of a path
+    what the transform takes: read_image or, for a transform of tensors, the faster read_pixels.
+    stored, where it is given, has the images decoded. Normalisation is the network's business
+    (netlib.Trunk), so images travel as bytes. An image that cannot be read raises ValueError with
+    its path.
     """
 
-    def __init__(self, split, transform, seed=None, views=1, share=(0, 1), read=None):
+    def __init__(self, split, transform, seed=None, views=1, share=(0, 1), read=None, stored=None):
         self.images, self.labels, self.class_names = split
-        self.share = share
         self.transform = transform
         self.seed = seed
         self.views = views
+        self.share = share
         self.read = read or read_image
+        self.stored = stored
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by the workers too
+
+    @property
+    def on_device(self):
+        """Whether items lie on a GPU already, from which no DataLoader need copy them."""
+        return self.stored is not None and self.stored.pixels.is_cuda
 
     def set_epoch(self, epoch):
         """Random transforms draw anew in each epoch (any non-negative int)."""
@@ -72,7 +79,10 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def item(self, i, repeat):
         """Item i, drawn for the repeat-th time in one batch -> (image, label)."""
-        image = self.read(self.images[i]) if isinstance(self.images, list) else self.load(i)
+        if self.stored is not None:
+            image = self.stored.image(i)
+        else:
+            image = self.read(self.images[i]) if isinstance(self.images, list) else self.load(i)
         with self.draws(i, repeat):
             return *(self.transform(image) for _ in range(self.views)), self.labels[i]
 
@@ -92,6 +102,8 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def load(self, i):
         """The untransformed image i -> PIL image in RGB."""
+        if self.stored is not None:
+            return Image.fromarray(self.stored.image(i).permute(1, 2, 0).cpu().numpy())
         if isinstance(self.images, np.ndarray):
             return Image.fromarray(self.images[i]).convert("RGB")
         return read_image(self.images[i])
@@ -151,18 +163,16 @@ def read_pixels(path):
 def crop_transforms(image_size, views=1):
     """(training, test transform) of photographs to uint8 [3, image_size, image_size].
 
-    Both take a PIL image. The training transform, a random crop and flip, takes uint8 [3, H, W]
-    too; there torch resizes, faster than PIL and like it but for rounding: of a hundred values one
-    or two are a level off, of ten million one is two levels off. Any number of views are drawn by
-    the same transform.
+    Both take a PIL image or uint8 [3, H, W]. Tensors are resized by torch, faster than PIL and
+    like it but for rounding: of a hundred values one or two are a level off, of ten million one is
+    two levels off. Any number of views are drawn by the same transform.
     """
-    from torchvision import transforms as T  # here, so that --help need not wait for it
-    from torchvision.transforms import v2
+    from torchvision.transforms import v2  # here, so that --help need not wait for it
 
     return (v2.Compose([v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip(),
                         v2.PILToTensor()]),
-            T.Compose([T.Resize(shorter_side(image_size)), T.CenterCrop(image_size),
-                       T.PILToTensor()]))
+            v2.Compose([v2.Resize(shorter_side(image_size)), v2.CenterCrop(image_size),
+                        v2.PILToTensor()]))
 
 
 def fit_transforms(image_size, views=1):
@@ -198,167 +208,11 @@ class Stored(NamedTuple):
     sizes: np.ndarray
     starts: np.ndarray
 
-
-class CachedDataset(ImageDataset):
-    """Items of a split whose images are Stored: where to cut, and the label; collate cuts.
-
-    dataset[i] is (place, label), place the seven integers of Crops. With a seed the box and the
-    flip are those that RandomResizedCrop and RandomHorizontalFlip draw for (seed, epoch, i), in
-    the stored image instead of the one in the file, so the training pictures differ a little from
-    those without a cache; without a seed it is the centre, and the picture exactly the same.
-    Batches need collate, which every DataLoader takes as collate_fn. on_device: the pixels lie
-    where the batches go, which then carry none.
-    """
-
-    def __init__(self, split, stored, image_size, seed=None, on_device=False, share=(0, 1)):
-        super().__init__(split, None, seed, share=share)
-        self.stored = stored
-        self.image_size = image_size
-        self.on_device = on_device
-
-    def item(self, i, repeat):
-        height, width = self.stored.sizes[i].tolist()
-        if self.seed is None:
-            side = self.image_size
-            box, flip = (round((height - side) / 2), round((width - side) / 2), side, side), 0
-        else:
-            with self.draws(i, repeat):
-                box, flip = draw_crop(height, width)
-        return (int(self.stored.starts[i]), width, *box, flip), self.labels[i]
-
-    def collate(self, items):
-        """Items -> (Crops, labels int64 [B])."""
-        places, labels = (torch.tensor(part) for part in zip(*items))
-        if not self.on_device:
-            return Crops(*cut_out(self.stored.pixels, places), self.image_size), labels
-        return Crops(self.stored.pixels, places, self.image_size), labels
-
-    def load(self, i):
-        """The stored image i -> PIL image in RGB."""
-        height, width = self.stored.sizes[i].tolist()
-        start = int(self.stored.starts[i])
-        pixels = self.stored.pixels[start:start + height * width].cpu().numpy()
-        return Image.fromarray(pixels.reshape(height, width, 3))
-
-
-def draw_crop(height, width):
-    """torchvision's RandomResizedCrop and RandomHorizontalFlip for an image of this size.
-
-    Draws what they draw -> ((top, left, height, width), flip), flip 1 for a mirrored crop.
-    """
-    from torchvision import transforms as T
-
-    image = torch.empty(1).expand(1, height, width)  # its size is all that is looked at
-    box = T.RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))  # its defaults
-    return box, int(torch.rand(1) < 0.5)
-
-
-def cut_out(pixels, places):
-    """The boxes alone, one after another: pixels [P, 3], places [B, 7] -> the same of the copy.
-
-    The copy lies in shared memory in a loading process.
-    """
-    areas = places[:, 4] * places[:, 5]
-    boxes = torch.empty(int(areas.sum()), 3, dtype=torch.uint8)
-    if torch.utils.data.get_worker_info():
-        boxes.share_memory_()
-    source, target = pixels.numpy(), boxes.numpy()
-    places = places.clone()
-    starts = areas.cumsum(0) - areas
-    for start, (first, stride, top, left, height, width, _) in zip(starts.tolist(),
-                                                                   places.tolist()):
-        rows = source[first + top * stride:first + (top + height) * stride]
-        target[start:start + height * width].reshape(height, width, 3)[:] = (
-            rows.reshape(height, stride, 3)[:, left:left + width])
-    places[:, 0], places[:, 1], places[:, 2:4] = starts, places[:, 5], 0
-    return boxes, places
-
-
-class Crops:
-    """A batch of pictures that are cut out and resized where they are wanted, by to.
-
-    pixels: uint8 [P, 3], images row by row; places: int64 [B, 7], for each picture where its image
-    begins in pixels, the image's width, the box's top, left, height and width, and 1 to mirror it;
-    size: height and width of the pictures.
-    """
-
-    def __init__(self, pixels, places, size):
-        self.pixels = pixels
-        self.places = places
-        self.size = size
-
-    def __len__(self):
-        return len(self.places)
-
-    def pin_memory(self):
-        """A copy from which a GPU reads by itself; pixels that are there already stay."""
-        pixels = self.pixels.pin_memory() if self.pixels.device.type == "cpu" else self.pixels
-        return Crops(pixels, self.places.pin_memory(), self.size)
-
-    def to(self, device, dtype=None, non_blocking=False):
-        """The pictures on the device -> uint8 [B, 3, size, size], or of the dtype."""
-        pixels = self.pixels.to(device, non_blocking=non_blocking)
-        return crop_batch(pixels, self.places, self.size).to(dtype or torch.uint8)
-
-
-# Bytes of float32 that crop_batch pads to at a time, by the device's type: a GPU likes few large
-# blocks, a CPU those that stay in its cache.
-CROP_BYTES = {"cuda": 2 ** 28, "cpu": 2 ** 22}
-
-
-@torch.no_grad()
-def crop_batch(pixels, places, size):
-    """Cuts a box out of each image and resizes it -> uint8 [B, 3, size, size] on pixels' device.
-
-    pixels [P, 3] and places [B, 7] as in Crops, places on the CPU. Resizes as PIL's BILINEAR does,
-    with a triangle that widens where the picture shrinks; PIL rounds between columns and rows as
-    well, so values differ from its by one level at most. Boxes of size x size come out as they
-    are. Those of like area are padded to the largest, as many at a time as CROP_BYTES holds.
-    """
-    images = torch.empty(len(places), 3, size, size, dtype=torch.uint8, device=pixels.device)
-    limit = CROP_BYTES.get(pixels.device.type, CROP_BYTES["cuda"])
-    order = (places[:, 4] * places[:, 5]).argsort(stable=True)
-    count = max(1, limit // (12 * int(places[:, 4].max()) * int(places[:, 5].max())))
-    with torch.autocast(pixels.device.type, enabled=False):
-        for chosen in order.split(count):
-            images[chosen.to(images.device, non_blocking=True)] = crop_padded(
-                pixels, places[chosen], size)
-    return images
-
-
-def crop_padded(pixels, places, size):
-    """crop_batch, all boxes at once -> uint8 [B, 3, size, size]."""
-    highest, widest = places[:, 4:6].amax(0).tolist()
-    as_they_are = bool((places[:, 4:] == torch.tensor([size, size, 0])).all())
-    places = places.to(pixels.device, non_blocking=True)
-    starts, strides, tops, lefts, heights, widths, flips = places.T.unsqueeze(2)    # [B, 1] each
-    along = torch.arange(max(highest, widest), device=pixels.device)
-    rows = starts + (tops + torch.minimum(along[:highest], heights - 1)) * strides  # [B, H]
-    columns = lefts + torch.minimum(along[:widest], widths - 1)                     # [B, W]
-    indices = (rows.unsqueeze(2) + columns.unsqueeze(1)).flatten()                  # [B x H x W]
-    boxes = pixels.index_select(0, indices).view(len(places), highest, widest, 3)
-    if as_they_are:
-        return boxes.permute(0, 3, 1, 2)
-    boxes = boxes.transpose(2, 3).contiguous().float().view(len(places), -1, widest)
-    across = resize_weights(widths, widest, size)                                   # [B, S, W]
-    across = torch.where(flips.unsqueeze(2) > 0, across.flip(1), across)
-    boxes = torch.bmm(boxes, across.mT).view(len(places), highest, -1)              # [B, H, 3S]
-    boxes = torch.bmm(resize_weights(heights, highest, size), boxes)                # [B, S, 3S]
-    # Weights are not negative and sum to 1, so no value leaves 0 to 255.
-    return boxes.add_(0.5).to(torch.uint8).view(-1, size, 3, size).transpose(1, 2)
-
-
-def resize_weights(lengths, longest, size):
-    """What source pixels weigh in each target pixel -> float32 [B, size, longest], sums are 1.
-
-    lengths: int64 [B, 1], how many of the longest source pixels there are.
-    """
-    scale = (lengths / size).unsqueeze(2)                                           # [B, 1, 1]
-    places = torch.arange(max(size, longest), device=lengths.device) + 0.5
-    distances = places[:longest] - places[:size].unsqueeze(1) * scale               # [B, S, L]
-    weights = (1 - distances.abs_().div_(scale.clamp(min=1))).clamp_(min=0)
-    weights *= (places[:longest] < lengths).unsqueeze(1)
-    return weights.div_(weights.sum(2, keepdim=True))
+    def image(self, i):
+        """Image i -> uint8 [3, H, W], which is not copied."""
+        height, width = self.sizes[i].tolist()
+        start = int(self.starts[i])
+        return self.pixels[start:start + height * width].view(height, width, 3).permute(2, 0, 1)
 
 
 def cache_splits(kind, splits, side, device="cpu"):

@@ -563,7 +563,8 @@ class BaseTrainer:
                        worker_init_fn=auxiliaries.heed_parent_alone,
                        persistent_workers=lasting and self.dataloader_num_workers > 0,
                        generator=torch.Generator(),
-                       pin_memory=torch.device(self.data_device).type == "cuda")
+                       pin_memory=torch.device(self.data_device).type == "cuda"
+                       and not getattr(self.dataset, "on_device", False))
         if isinstance(self.sampler, torch.utils.data.BatchSampler):
             return torch.utils.data.DataLoader(self.dataset, batch_sampler=self.sampler, **options)
         sampler = self.sampler

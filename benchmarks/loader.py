@@ -3,8 +3,7 @@
 python benchmarks/loader.py --dataset cub200 --source_path ./Datasets prints a table: the chain of
 ImageFolder (PIL, RandomResizedCrop, flip, ToTensor, Normalize), this project's loader, and each
 --cache, with --workers processes each. Medians over --rounds rounds in turn, the same files in the
-same order. Making the caches is not counted. Crops from a cache are cut in the main process, on
-the device; "uncut" is without that, what is left to do beside a GPU.
+same order. Making the caches is not counted.
 """
 
 import argparse
@@ -39,14 +38,13 @@ class Usual(torch.utils.data.Dataset):
         return self.transform(default_loader(self.split.images[i])), self.split.labels[i]
 
 
-def rate(dataset, order, args, workers, device, cut):
-    """Images/s from the second batch on; order: lists of indices; cut: take them to the device."""
-    loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=order, num_workers=workers, pin_memory=device.type == "cuda",
-        collate_fn=getattr(dataset, "collate", None))
+def rate(dataset, order, args, workers, device):
+    """Images/s from the second batch on; order: lists of indices."""
+    pin = device.type == "cuda" and not getattr(dataset, "on_device", False)
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=order, num_workers=workers,
+                                         pin_memory=pin)
     for number, (images, _) in enumerate(loader):
-        if cut:
-            images = images.to(device, non_blocking=True)
+        images.to(device, non_blocking=True)
         if number == 0:
             if device.type == "cuda":
                 torch.cuda.synchronize()
@@ -71,15 +69,14 @@ def benchmark(args, device):
     order = order.view(-1, args.bs).tolist()
     print("| images/s |" + "".join(f" {workers} workers |" for workers in args.workers))
     print("|---|" + "---|" * len(args.workers))
-    rates, names = {}, [*sets, *(f"{name}, uncut" for name in sets if "cache" in name)]
+    rates = {}
     for _ in range(args.rounds):
-        for name in names:
-            dataset, cut = sets[name.removesuffix(", uncut")], not name.endswith("uncut")
+        for name, dataset in sets.items():
             for workers in args.workers:
                 if not (workers and "device" in name):
                     rates.setdefault((name, workers), []).append(
-                        rate(dataset, order, args, workers, device, cut))
-    for name in names:
+                        rate(dataset, order, args, workers, device))
+    for name in sets:
         cells = [f"{statistics.median(rates[name, workers]):.0f}"
                  if (name, workers) in rates else "" for workers in args.workers]
         print(f"| {name} | {' | '.join(cells)} |")

@@ -1,4 +1,4 @@
-"""Image files, items and their draws, transforms, the cache and crops cut on the device."""
+"""Image files, items and their draws, transforms, the cache of decoded images."""
 
 import io
 import os
@@ -481,88 +481,10 @@ def cached(gallery, kind, image_size=16):
 
 
 def batches_of(dataset, batches, workers=0):
-    """The pictures of batches of indices, cut out, and their labels."""
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers,
-                        collate_fn=dataset.collate)
-    pictures, labels = zip(*[(crops.to("cpu"), labels) for crops, labels in loader])
+    """The pictures of batches of indices and their labels."""
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers)
+    pictures, labels = zip(*loader)
     return torch.cat(pictures), torch.cat(labels)
-
-
-def pil_crops(image, boxes, flips, size):
-    """PIL's crop and bilinear resize of boxes (top, left, height, width) -> [B, 3, size, size]."""
-    made = []
-    for (top, left, height, width), flip in zip(boxes, flips):
-        crop = image.crop((left, top, left + width, top + height))
-        crop = np.asarray(crop.resize((size, size), Image.Resampling.BILINEAR))
-        made.append(crop[:, ::-1] if flip else crop)
-    return torch.from_numpy(np.stack(made)).permute(0, 3, 1, 2)
-
-
-def crops_of(image, boxes, flips, size):
-    """The same by crop_batch, from a store in which another image lies before this one."""
-    pixels = np.concatenate([np.zeros((7, 3), np.uint8), np.asarray(image).reshape(-1, 3)])
-    places = torch.tensor([(7, image.width, *box, flip) for box, flip in zip(boxes, flips)])
-    return images.crop_batch(torch.from_numpy(pixels), places, size)
-
-
-def random_boxes(width, height, count, seed=0):
-    generator = np.random.default_rng(seed)
-    heights, widths = generator.integers(1, height + 1, count), generator.integers(1, width + 1,
-                                                                                    count)
-    boxes = [(int(generator.integers(height - h + 1)), int(generator.integers(width - w + 1)),
-              int(h), int(w)) for h, w in zip(heights, widths)]
-    return boxes, generator.integers(0, 2, count).tolist()
-
-
-@pytest.mark.parametrize("width, height, size", [
-    (60, 40, 24), (300, 256, 224), (144, 18, 16), (1, 50, 32), (50, 1, 32), (1, 1, 8),
-    (8, 8, 64), (300, 9, 8), (9, 300, 8)])
-def test_crops_are_within_a_level_of_pil(width, height, size):
-    image = photograph(size=(width, height), seed=width)
-    boxes, flips = random_boxes(width, height, 12)
-    boxes.append((0, 0, height, width))
-    crops = crops_of(image, boxes, flips + [0], size)
-    assert crops.dtype == torch.uint8 and crops.shape == (13, 3, size, size)
-    assert (crops.int() - pil_crops(image, boxes, flips + [0], size).int()).abs().max() <= 1
-
-
-def test_boxes_of_the_size_come_out_bit_for_bit():
-    image = photograph(size=(70, 50))
-    exact, flips = [(3, 5, 32, 32), (18, 38, 32, 32), (0, 0, 32, 32)], [0, 1, 1]
-    for others in ([], [(0, 0, 50, 70), (4, 4, 1, 9)]):  # others are resized beside them
-        crops = crops_of(image, exact + others, flips + [0] * len(others), 32)
-        assert torch.equal(crops[:3], pil_crops(image, exact, flips, 32))
-    assert torch.equal(crops_of(image, exact, [0, 0, 0], 32), pil_crops(image, exact, [0] * 3, 32))
-
-
-def test_crops_in_blocks_and_under_autocast(monkeypatch):
-    image = photograph(size=(70, 50))
-    boxes, flips = random_boxes(70, 50, 30, seed=1)
-    whole = crops_of(image, boxes, flips, 24)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(crops_of(image, boxes, flips, 24), whole)
-    for limit in (1, 12 * 70 * 50 * 4):
-        monkeypatch.setitem(images.CROP_BYTES, "cpu", limit)
-        crops = crops_of(image, boxes, flips, 24)
-        assert (crops.int() - whole.int()).abs().max() <= 1
-        assert (crops.int() - pil_crops(image, boxes, flips, 24).int()).abs().max() <= 1
-
-
-@pytest.mark.parametrize("size", [(40, 30), (1, 300), (300, 1), (11, 7), (20, 160), (1, 1)])
-def test_draws_are_those_of_torchvision(size):
-    from torchvision import transforms as T
-    width, height = size
-    crop, flip = T.RandomResizedCrop(16), T.RandomHorizontalFlip()
-    steps = torch.arange(3 * width * height, dtype=torch.float64).view(3, height, width)
-    for seed in range(40):
-        torch.manual_seed(seed)
-        expected = crop.get_params(steps, crop.scale, crop.ratio)
-        mirrored = flip(steps)
-        state = torch.get_rng_state()
-        torch.manual_seed(seed)
-        box, flipped = images.draw_crop(height, width)
-        assert box == expected and torch.equal(torch.get_rng_state(), state)
-        assert torch.equal(mirrored, steps.flip(-1) if flipped else steps)
 
 
 @pytest.mark.parametrize("kind", ["ram", "device"])
@@ -590,7 +512,7 @@ def test_cached_training_crops_are_those_of_the_stored_images(gallery, tmp_path)
     train = cached(gallery, "ram")[0]
     transform = T.Compose([T.RandomResizedCrop(16), T.RandomHorizontalFlip(), T.PILToTensor()])
     oracle = images.ImageDataset(stored_as_files(train, tmp_path / "stored"), transform,
-                                   train.seed)
+                                 train.seed)
     batch = [3, 0, 5, 5, 7, 15, 5, 11]
     for epoch in (0, 1, 6):
         train.set_epoch(epoch)
@@ -598,7 +520,7 @@ def test_cached_training_crops_are_those_of_the_stored_images(gallery, tmp_path)
         pictures, labels = batches_of(train, [batch])
         expected = oracle.__getitems__(batch)
         difference = pictures.int() - torch.stack([image for image, _ in expected]).int()
-        assert difference.abs().max() <= 1
+        assert difference.abs().max() <= 2
         assert labels.tolist() == [label for _, label in expected]
     assert not torch.equal(pictures[2], pictures[3])  # an image twice in a batch: its own draws
 
@@ -617,33 +539,22 @@ def test_cached_numbers_are_those_of_any_cache_and_any_number_of_processes(galle
     assert not torch.equal(batches_of(train, batches)[0], seen[0])
 
 
-def test_drawing_from_a_cache_leaves_other_random_numbers_alone(gallery):
-    train = cached(gallery, "ram")[0]
-    state = torch.get_rng_state()
-    first = train.__getitems__([0, 0, 1])
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(77)
-    assert train.__getitems__([0, 0, 1]) == first and train[0] == first[0] != first[1]
-
-
-def test_images_on_the_device_are_not_copied(gallery):
-    train = cached(gallery, "device")[0]
-    crops, _ = train.collate([train[0], train[9]])
-    assert crops.pixels is train.stored.pixels and len(crops) == 2
-    assert crops.to("cpu", torch.float32).dtype == torch.float32
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_crops_on_a_gpu(gallery):
-    for kind in ("ram", "device"):
-        train = cached(gallery, "ram")[0]
-        expected = batches_of(train, [[0, 1, 2, 3]])[0]
-        opt = options("folder", gallery)
-        opt.cache = kind
-        train = datasets.dataset_select(opt, device="cuda")[0]
-        crops, _ = train.collate([train[i] for i in range(4)])
-        pictures = crops.pin_memory().to("cuda", non_blocking=True)
-        assert pictures.is_cuda and (pictures.cpu().int() - expected.int()).abs().max() <= 1
+def test_a_cache_on_a_gpu(gallery):
+    expected = batches_of(cached(gallery, "ram")[0], [[0, 1, 2, 3]])[0]
+    opt = options("folder", gallery)
+    opt.cache = "device"
+    train = datasets.dataset_select(opt, device="cuda")[0]
+    pictures, _ = batches_of(train, [[0, 1, 2, 3]])
+    assert train.on_device and pictures.is_cuda
+    assert (pictures.cpu().int() - expected.int()).abs().max() <= 2
+
+
+def test_two_views_from_a_cache_are_two_draws(gallery):
+    opt = options("folder", gallery)
+    opt.cache = "ram"
+    first, second, _ = datasets.dataset_select(opt, views=2)[0][0]
+    assert first.shape == second.shape == (3, 16, 16) and not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("kind", ["ram", "device"])
