@@ -360,9 +360,8 @@ def load_weights(backbone, state, heads, source, arch):
         raise ValueError(f"{source} is not of --arch {arch}: "
                          + str(error).split("\n")[-1].strip()) from error
     if missing or foreign:
-        examples = [f"{len(names)} tensors {what} (as {names[0]})" for names, what in
-                    ((missing, "are missing"), (foreign, "are not of this network")) if names]
-        raise ValueError(f"{source} is not of --arch {arch}: {', '.join(examples)}")
+        raise ValueError(f"{source} is not of --arch {arch}: {len(missing)} tensors are missing and "
+                         f"{len(foreign)} are not of this network (as {[*missing, *foreign][0]})")
 
 
 def first_line(error):
