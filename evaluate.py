@@ -12,15 +12,13 @@ import contextlib
 import functools
 import json
 import math
-import os
 import signal
 import sys
 import threading
 import typing
 
-if __name__ == "__main__":  # Ctrl-C while torch is being loaded, which bears no exception
-    signal.signal(signal.SIGINT, lambda *_: os._exit(
-        print("evaluate.py: stopped by SIGINT", file=sys.stderr) or 130))
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads
 
 import numpy as np
 import torch
@@ -39,13 +37,14 @@ def add_arguments(parser):
     """Adds the group 'evaluation' to an argparse parser; --k_vals is a list, the rest scalars."""
     group = parser.add_argument_group("evaluation", "what is measured on the test classes after "
                                                     "each epoch")
-    group.add_argument("--k_vals", type=int, nargs="+", default=None, metavar="K",
+    group.add_argument("--k_vals", type=auxiliaries.number(int, least=1), nargs="+", metavar="K",
                        help="recall at k is the share of queries with a true match among their k "
                             "nearest; at most the number of images compared with. Default 1 2 4 "
                             "8; online_products 1 10 100 1000; in-shop 1 10 20 30 50; vehicle_id "
                             "1 5 (the literature's), as far as there are so many images")
     add_metric_arguments(group)
-    group.add_argument("--cluster_every", type=int, default=1, metavar="N",
+    group.add_argument("--cluster_every", type=auxiliaries.number(int, least=1), default=1,
+                       metavar="N",
                        help="measure nmi, ami and f1 in every N-th evaluated epoch only, and "
                             "after epoch --n_epochs. Default %(default)s (reference code)")
     group.add_argument("--save_embeddings", action="store_true",
@@ -57,10 +56,11 @@ def add_arguments(parser):
                             "images: small is compact; the same as dist_ratio among --metrics. "
                             "(The reference code's is of cosine distances and normalised centres, "
                             "on the training images)")
-    group.add_argument("--eval_every", type=int, default=1, metavar="N",
+    group.add_argument("--eval_every", type=auxiliaries.number(int, least=1), default=1,
+                       metavar="N",
                        help="evaluate after every N epochs, and after the last one. Default "
                             "%(default)s (reference code)")
-    group.add_argument("--eval_bs", type=int, default=None, metavar="B",
+    group.add_argument("--eval_bs", type=auxiliaries.number(int, least=1), metavar="B",
                        help="images that are embedded at once for the evaluation; more need more "
                             "memory. Default twice --bs")
     group.add_argument("--plot_embeddings", choices=("pca", "tsne"), default=None,
@@ -91,7 +91,7 @@ def add_metric_arguments(group):
                             "reference code); random_gallery takes one random image of each "
                             "vehicle as gallery, the rest as queries, and averages ten repeats "
                             f"(the dataset's own). Default {PROTOCOLS[0]}")
-    group.add_argument("--eval_memory", type=float, default=None, metavar="GIB",
+    group.add_argument("--eval_memory", type=auxiliaries.number(float, above=0), metavar="GIB",
                        help="the most memory for the blocks of distances that ranks are counted "
                             "in, in GiB; very little is slower, the results are the same. Default "
                             "1 on the CPU, of which small blocks use a part, a quarter of what is "
@@ -338,36 +338,36 @@ def rank_metrics(queries, query_labels, gallery=None, gallery_labels=None, k_val
 
 @torch.no_grad()
 def evaluate_embeddings(queries, query_labels, gallery=None, gallery_labels=None, k_vals=None,
-                        seed=0, own=None, metrics=DEFAULT_METRICS, nmi_average="arithmetic",
-                        memory=None):
-    """The metrics of one evaluation set -> dict of floats.
+                        seed=0, own=None, metrics=DEFAULT_METRICS, nmi_average=NMI_AVERAGES[0],
+                        memory=None, vehicle_protocol=PROTOCOLS[0]):
+    """The metrics of one evaluation set -> {column: float}, in the order of METRICS.
 
     queries [Q, D] and query_labels [Q], compared with gallery [G, D], gallery_labels [G] or,
     without one, with each other; own [Q] as in own_rows. Tensors, arrays or lists; labels that are
     no tensors may be texts. k_vals: by default those of DEFAULT_K_VALS that the gallery allows.
-    metrics: some of METRICS. The keys are "recall@k" for each k, "precision@1", "mrr",
-    "r_precision", "map@r", "map" (rank_metrics); "nmi", "ami", "f1" of k-means clusters of queries
-    and gallery together, as many as there are classes, starting from the seed; "dist_ratio", "rho"
-    (spectral_decay), "d_ap" and "d_an" (mean_distances) of the same. memory: bytes for blocks of
-    distances.
+    metrics: names of METRICS. All but the rank metrics are of queries and gallery together, of
+    which k-means, starting from the seed, makes as many clusters as there are classes.
+    vehicle_protocol: "random_gallery" takes the rank metrics of a set without a gallery from
+    random_gallery. memory: bytes for blocks of distances.
     """
-    found = {}
     queries, gallery, own = (part if part is None else torch.as_tensor(part)
                              for part in (queries, gallery, own))
     labels = [part for part in (query_labels, gallery_labels) if part is not None]
     if not all(map(torch.is_tensor, labels)):
-        classes = number_labels([np.asarray(part) for part in labels]).to(queries.device)
-        query_labels, *gallery_labels = classes.split([len(part) for part in labels])
-        gallery_labels = gallery_labels[0] if gallery_labels else None
+        labels = [part.to(queries.device) for part in number_labels(*labels)]
+    query_labels, gallery_labels = labels[0], None if gallery is None else labels[1]
     check_embeddings(queries, query_labels, gallery, gallery_labels)
+    random = gallery is None and vehicle_protocol == "random_gallery"
     if k_vals is None and "recall" in metrics:
-        k_vals = allowed_k_vals(DEFAULT_K_VALS, number_compared(queries, gallery, own))
+        k_vals = allowed_k_vals(DEFAULT_K_VALS, len(query_labels.unique()) if random else
+                                number_compared(queries, gallery, own))
+    found = {}
     if any(METRICS[name].kind in ("ranks", "nearest") for name in metrics):
-        found |= rank_metrics(queries, query_labels, gallery, gallery_labels, k_vals, own,
-                              metrics, memory)
-    embeddings, labels = pooled(queries, query_labels, gallery, gallery_labels, own)
-    return found | auxiliaries.from_first(functools.partial(
-        set_metrics, embeddings, labels, seed, metrics, nmi_average))
+        found = (random_gallery(queries, query_labels, k_vals, metrics, seed, memory=memory)
+                 if random else rank_metrics(queries, query_labels, gallery, gallery_labels,
+                                             k_vals, own, metrics, memory))
+    pool = pooled(queries, query_labels, gallery, gallery_labels, own)
+    return found | auxiliaries.from_first(lambda: set_metrics(*pool, seed, metrics, nmi_average))
 
 
 def set_metrics(embeddings, labels, seed, metrics, nmi_average):
@@ -377,16 +377,6 @@ def set_metrics(embeddings, labels, seed, metrics, nmi_average):
         clusters, _ = kmeans(embeddings, len(labels.unique()), seed=seed)
         found = measured(("clusters",), metrics, (clusters, labels), nmi={"average": nmi_average})
     return found | measured(("set",), metrics, (embeddings, labels))
-
-
-def scores_of_random_gallery(rows, labels, k_vals, seed=0, metrics=DEFAULT_METRICS,
-                             nmi_average="arithmetic", memory=None):
-    """As evaluate_embeddings of rows [N, D] and labels [N], its rank metrics by random_gallery."""
-    ranked = [name for name in metrics if name in RANK_METRICS]
-    scores = random_gallery(rows, labels, k_vals, ranked, seed, memory=memory) if ranked else {}
-    others = [name for name in metrics if name not in RANK_METRICS]
-    return scores | evaluate_embeddings(rows, labels, seed=seed, metrics=others,
-                                        nmi_average=nmi_average)
 
 
 def random_gallery(rows, labels, k_vals=(1, 5), metrics=("recall", "map@r"), seed=0, repeats=10,
@@ -420,7 +410,7 @@ def embed(network, dataset, device, batch_size=112, num_workers=0, progress=None
     network: anything that turns images [B, 3, H, W] on the device into embeddings [B, D]; it
     should be in eval mode. Both results are on the device. Of several processes each embeds its
     share, batch_size images at once, and all have the whole result. progress: callable(images
-    done, of how many), called after each batch.
+    done, of how many in the share), called after each batch.
     """
     share = auxiliaries.share_of(len(dataset))
     loader = torch.utils.data.DataLoader(dataset, batch_size=batch_size, num_workers=num_workers,
@@ -438,13 +428,13 @@ def embed(network, dataset, device, batch_size=112, num_workers=0, progress=None
         labels[start:start + len(rows)] = batch_labels
         start += len(rows)
         if progress:
-            progress(min(start * auxiliaries.num_ranks(), len(dataset)), len(dataset))
+            progress(start, len(share))
     return tuple(auxiliaries.gather_shares(part, len(dataset))
                  for part in (embeddings, labels.to(device)))
 
 
-def evaluate_sets(network, sets, device, k_vals=(1, 2, 4, 8), batch_size=112, num_workers=0,
-                  vehicle_protocol="all_vs_all", progress=None, **scoring):
+def evaluate_sets(network, sets, device, k_vals=DEFAULT_K_VALS, batch_size=112, num_workers=0,
+                  progress=None, **scoring):
     """Embeds each set and scores it -> (metrics, [(queries, gallery or None), ...]).
 
     sets: tuples (name, queries, gallery) as datasets.EvaluationSet: a dataset of queries, and the
@@ -452,40 +442,36 @@ def evaluate_sets(network, sets, device, k_vals=(1, 2, 4, 8), batch_size=112, nu
     hold the queries too, as in ("val", val, [train, val]): each is left out of its own neighbours.
     Labels of one set's datasets are of one numbering. Each dataset is embedded once. metrics: one
     dict, its keys preceded by the set's name where it has one. The second result holds the sets'
-    embeddings, [Q, D] and [G, D]. vehicle_protocol "random_gallery": the rank metrics of sets
-    without a gallery are those of random_gallery. progress: as in embed. scoring: seed, metrics,
-    nmi_average, memory for evaluate_embeddings.
+    embeddings, [Q, D] and [G, D]. progress: as in embed. scoring: seed, metrics, nmi_average,
+    memory, vehicle_protocol, as in evaluate_embeddings; scoring_select gives all of a run's.
     """
-    rows, metrics, embedded, sets = {}, {}, [], list(sets)
-
-    def embed_once(dataset):
-        if id(dataset) not in rows:
-            rows[id(dataset)] = embed(network, dataset, device, batch_size, num_workers,
-                                      progress)
-        return rows[id(dataset)]
-
+    metrics, embedded = {}, []
+    embed_once = functools.cache(lambda dataset: embed(network, dataset, device, batch_size,
+                                                       num_workers, progress))
     for name, queries, gallery in sets:
         query_rows, query_labels = embed_once(queries)
         gallery_rows = gallery_labels = own = None
         if gallery is not None:
-            parts = gallery if isinstance(gallery, (list, tuple)) else [gallery]
-            if not parts or sum(part is queries for part in parts) > 1:
-                raise ValueError(f"the set {name!r} has a gallery of {len(parts)} datasets; it "
-                                 "must have one or more, the queries among them once at most")
+            parts = list(gallery) if isinstance(gallery, (list, tuple)) else [gallery]
             gallery_rows, gallery_labels = map(torch.cat, zip(*map(embed_once, parts)))
-            place = 0
-            for part in parts:
-                if part is queries:
-                    own = torch.arange(place, place + len(queries), device=query_rows.device)
-                place += len(part)
-        compared = query_rows, query_labels, gallery_rows, gallery_labels
-        if vehicle_protocol == "random_gallery" and gallery is None:
-            scores = scores_of_random_gallery(query_rows, query_labels, k_vals, **scoring)
-        else:
-            scores = evaluate_embeddings(*compared, k_vals, own=own, **scoring)
-        metrics |= {f"{name} {key}".strip(): value for key, value in scores.items()}
+            if queries in parts:
+                start = sum(map(len, parts[:parts.index(queries)]))
+                own = torch.arange(start, start + len(queries), device=query_rows.device)
+        scores = evaluate_embeddings(query_rows, query_labels, gallery_rows, gallery_labels,
+                                     k_vals, own=own, **scoring)
+        metrics |= {f"{name} {column}".strip(): value for column, value in scores.items()}
         embedded.append((query_rows, gallery_rows))
     return metrics, embedded
+
+
+def scoring_select(opt, epoch, device):
+    """The options of the evaluation after an epoch -> keyword arguments of evaluate_sets."""
+    clusters = epoch == opt.n_epochs or epoch % (opt.cluster_every * opt.eval_every) == 0
+    return {"k_vals": opt.k_vals, "num_workers": opt.kernels, "seed": opt.seed,
+            "batch_size": -(-opt.eval_bs // auxiliaries.num_ranks()),
+            "metrics": [name for name in opt.metrics if clusters or name not in CLUSTER_METRICS],
+            "nmi_average": opt.nmi_average, "vehicle_protocol": opt.vehicle_protocol,
+            "memory": memory_bytes(opt.eval_memory, device)}
 
 
 def own_rows(queries, gallery=None, own=None):
@@ -527,10 +513,6 @@ def check_embeddings(queries, query_labels, gallery, gallery_labels):
                                      (gallery, gallery_labels, "gallery")):
         if embeddings is None:
             continue
-        if not (torch.is_tensor(embeddings) and torch.is_tensor(labels)):
-            raise ValueError(f"{name} embeddings are a {type(embeddings).__name__}, labels a "
-                             f"{type(labels).__name__}; both must be tensors, but for "
-                             "evaluate_embeddings, which takes arrays and lists")
         if (embeddings.dim() != 2 or len(embeddings) != len(labels) or not len(labels)
                 or not embeddings.shape[1]):
             raise ValueError(f"{name} embeddings of shape {list(embeddings.shape)} with "
@@ -557,8 +539,6 @@ def pooled(queries, query_labels, gallery=None, gallery_labels=None, own=None):
 def memory_bytes(gib, device):
     """--eval_memory, a scalar, in bytes; by default 1 GiB, on a GPU a quarter of what is free."""
     if gib is not None:
-        if not 0 < gib < math.inf:
-            raise ValueError(f"--eval_memory {gib}: some memory, in GiB, is needed")
         return int(gib * 2 ** 30)
     if device.type != "cuda":
         return 2 ** 30
@@ -632,145 +612,45 @@ def draw_embeddings(path, dataset, embeddings, method="pca", seed=0, most=2000, 
 
 
 def save_embeddings(path, embeddings, labels, **settings):
-    """Writes embeddings [N, D], labels [N] and the run's settings for score_files.
+    """Writes embeddings [N, D], labels [N] and the run's settings, which JSON can hold, to a file.
 
-    settings: k_vals, seed, metrics, nmi_average, vehicle_protocol, device, gallery_file.
+    main takes as settings what its flags leave open, and device and gallery_file.
     """
     with auxiliaries.written_whole(path) as file:
-        np.savez(file, embeddings=embeddings.cpu().numpy(), labels=np.asarray(labels), **settings)
+        np.savez(file, embeddings=embeddings.cpu().numpy(), labels=np.asarray(labels),
+                 settings=json.dumps(settings))
 
 
 def read_embeddings(path):
-    """The arrays of an npz file: embeddings [N, D], float, labels [N] of any type, and others.
+    """An npz file -> (embeddings [N, D] float, labels [N] of any type, the run's settings, a dict).
 
-    FileNotFoundError, or ValueError where the file is not such a one; nothing in it is executed.
+    A file from elsewhere has no settings. FileNotFoundError, or ValueError where the file is not
+    such a one; nothing in it is executed.
     """
     try:
-        with open(path, "rb") as opened:  # numpy leaves it open where it is damaged
-            file = np.load(opened, allow_pickle=False)
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("it holds one array, without a name")
-            with file:
-                arrays = {name: file[name] for name in file.files}
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+            embeddings, labels = file["embeddings"], file["labels"]
+            settings = dict(json.loads(str(file["settings"]))) if "settings" in file else {}
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {path}") from None
     except Exception as error:  # numpy raises half a dozen types for damaged or pickled files
-        raise ValueError(f"{path} cannot be read as an npz file of plain arrays: "
-                         f"{auxiliaries.one_line(error) or type(error).__name__}") from error
-    missing = [name for name in ("embeddings", "labels")
-               if not isinstance(arrays.get(name), np.ndarray)]
-    if missing:
-        raise ValueError(f"{path} has no array {missing[0]}; it must have embeddings [N, D] and "
-                         f"labels [N], it has {auxiliaries.one_line(', '.join(arrays)) or 'none'}")
-    embeddings, labels = arrays["embeddings"], arrays["labels"]
+        raise ValueError(f"{path} cannot be read as an npz file of arrays embeddings [N, D] and "
+                         f"labels [N]: {auxiliaries.one_line(error) or type(error).__name__}"
+                         ) from error
     if embeddings.ndim != 2 or embeddings.dtype.kind not in "fiu" or labels.ndim != 1:
         raise ValueError(f"{path}: embeddings {list(embeddings.shape)} of {embeddings.dtype} and "
                          f"labels {list(labels.shape)}; expected numbers [N, D] and labels [N]")
-    for name, shapes in (("seed", ((), (1,))), ("k_vals", ((), (np.size(arrays.get("k_vals")),)))):
-        value = np.asarray(arrays.get(name, 1))  # bytes, where it is no array
-        if value.shape not in shapes or value.dtype.kind not in "iu" or not value.size:
-            raise ValueError(f"{path}: {name} is {auxiliaries.one_line(value)}; expected a whole "
-                             "number, for k_vals one or more")
-    for name in ("device", "gallery_file"):
-        value = np.asarray(arrays.get(name, ""))
-        if value.dtype.kind != "U" or value.size != 1:
-            raise ValueError(f"{path}: {name} is {auxiliaries.one_line(value)}; expected a text")
-    for name, allowed in (("metrics", tuple(METRICS)), ("nmi_average", NMI_AVERAGES),
-                          ("vehicle_protocol", PROTOCOLS)):
-        values = np.ravel(arrays.get(name, allowed[0])).tolist()
-        if not values or not set(values) <= set(allowed):
-            raise ValueError(f"{path}: {name} is {auxiliaries.one_line(values)}; it may be "
-                             f"{', '.join(allowed)}")
-    if embeddings.dtype != np.float64:
-        size = embeddings.dtype.itemsize
-        exact = (np.float32 if size <= 2 or size == 4 and embeddings.dtype.kind == "f"
-                 else np.float64)
-        arrays["embeddings"] = embeddings.astype(exact)
-    return arrays
+    exact = np.float32 if np.can_cast(embeddings.dtype, np.float32) else np.float64
+    return embeddings.astype(exact), labels, settings
 
 
-def number_labels(arrays):
-    """Arrays of labels [N] of any types -> one int64 tensor for all, equal for equal labels.
+def number_labels(*labels):
+    """Arrays or lists of labels, [N] each -> as many int64 tensors, numbered together, in order.
 
-    Numbered in their order, so that a run's own labels keep theirs. Numbers of different types are
-    equal as numbers; where some labels are strings all are. The result has the shape of the arrays
-    in a row, [N1 + N2 + ...]. ValueError for labels that cannot be compared.
+    Numbers of different types are equal as numbers; where some labels are texts, all are.
     """
-    try:
-        arrays = [np.char.decode(labels) if labels.dtype.kind == "S" else labels
-                  for labels in arrays]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the label {error.object!r} is bytes that are not UTF-8 text; save "
-                         "labels as numbers or strings") from error
-    for labels in arrays:
-        if labels.dtype.kind not in "iufbU" or labels.dtype.kind == "f" and np.isnan(labels).any():
-            raise ValueError(f"labels of type {labels.dtype}, or NaN among them; save labels as "
-                             "numbers or strings")
-    if any(labels.dtype.kind == "U" for labels in arrays):
-        arrays = [labels.astype(str) for labels in arrays]
-    lists = [labels.tolist() for labels in arrays]
-    numbers = {label: i for i, label in enumerate(sorted(set().union(*lists)))}
-    return torch.tensor([numbers[label] for labels in lists for label in labels])
-
-
-def score_files(args):
-    """The metrics of saved embeddings, by the options of main -> (metrics, what was compared).
-
-    What the options leave open is as in the run that saved the file, if it says so. The second
-    result is a dict of scalars and strings.
-    """
-    files = [read_embeddings(path) for path in (args.embeddings, args.gallery) if path]
-    classes = number_labels([file["labels"] for file in files])
-    labels = classes.split([len(file["labels"]) for file in files])
-
-    def setting(name, *default):
-        given = getattr(args, name, None)
-        return np.ravel(files[0].get(name, default) if given is None else given).tolist()
-
-    on_gpu = "cuda" in setting("device") and torch.cuda.is_available()
-    device = auxiliaries.select_device((0 if on_gpu else -1) if args.gpu is None else args.gpu)
-    rows = [torch.from_numpy(file["embeddings"]).to(device) for file in files]
-    labels = [part.to(device) for part in labels]
-    gallery = (rows[1], labels[1]) if args.gallery else (None, None)
-    check_embeddings(rows[0], labels[0], *gallery)
-    (seed,), (average,), (protocol,) = (setting("seed", 1), setting("nmi_average", "arithmetic"),
-                                        setting("vehicle_protocol", "all_vs_all"))
-    if not 0 <= seed < 2 ** 32:
-        raise ValueError(f"--seed {seed}: a seed is from 0 to {2 ** 32 - 1}")
-    metrics = METRICS if "all" in setting("metrics") else setting("metrics", *DEFAULT_METRICS)
-    random = protocol == "random_gallery"
-    if random and args.gallery:
-        raise ValueError("--vehicle_protocol random_gallery draws its own gallery; leave out "
-                         "--gallery")
-    available = len(labels[0].unique()) if random else number_compared(rows[0], gallery[0])
-    k_vals = args.k_vals or allowed_k_vals(setting("k_vals", *DEFAULT_K_VALS), available)
-    of_classes = {*RANK_METRICS, *CLUSTER_METRICS}.intersection(metrics)
-    if of_classes and len(classes.unique()) < 2:
-        raise ValueError("all labels are of one class; there is nothing to tell apart")
-    scoring = dict(seed=seed, metrics=metrics, nmi_average=average,
-                   memory=memory_bytes(args.eval_memory, device))
-    scores = (scores_of_random_gallery(rows[0], labels[0], k_vals, **scoring) if random else
-              evaluate_embeddings(rows[0], labels[0], *gallery, k_vals, **scoring))
-    sizes = torch.bincount(labels[-1], minlength=int(classes.max()) + 1)
-    return scores, {
-        "queries": len(rows[0]), "classes": len(labels[0].unique()),
-        "compared_with": f"a gallery of {len(rows[1]):,}" if args.gallery else protocol,
-        "without_match": int((sizes[labels[0]] < (1 if args.gallery else 2)).sum()),
-        "zero_vectors": sum(int((part == 0).all(1).sum()) for part in rows),
-        "queries_in_gallery": common_rows(*(file["embeddings"] for file in files)),
-        "seed": seed, "nmi_average": average,
-        "not_given": "" if args.gallery else "".join(setting("gallery_file"))}
-
-
-def common_rows(rows, others=None):
-    """How many rows [N, D] of an array stand among others [G, D]; 0 without others."""
-    if others is None:
-        return 0
-    kind = np.result_type(rows, others)
-    width = kind.itemsize * rows.shape[1]  # plus 0: -0 is the same number
-    rows, others = (np.ascontiguousarray(part.astype(kind) + 0).view(f"V{width}").ravel()
-                    for part in (rows, others))
-    return int(np.isin(rows, others).sum())
+    numbers = np.unique(np.concatenate(labels), return_inverse=True)[1]
+    return torch.from_numpy(numbers).split([len(part) for part in labels])
 
 
 def main(argv=None):
@@ -778,39 +658,67 @@ def main(argv=None):
     parser = auxiliaries.Parser(
         prog="evaluate.py",
         description="Scores embeddings from any model, saved as arrays embeddings [N, D] and "
-                    "labels [N] (numbers or strings) in an npz file. What is not given is as in "
-                    "the run that saved the file; where none did, as the defaults below say.")
+                    "labels [N] (numbers or texts) in an npz file. What is not given is as in the "
+                    "run that saved the file; where none did, as the defaults below say.")
     parser.add_argument("embeddings", help="npz file of the queries")
     parser.add_argument("--gallery", metavar="FILE", help="npz file that the queries are compared "
                         "with. Default: with each other, each left out of its own neighbours")
     add_metric_arguments(parser)
-    parser.set_defaults(metrics=None, nmi_average=None, vehicle_protocol=None)  # as in the file
-    parser.add_argument("--k_vals", type=int, nargs="+", metavar="K",
-                        help="recall at k. Default: those in the file, else 1 2 4 8, as far as "
-                             "there are images to be compared with")
-    parser.add_argument("--seed", type=int, metavar="S",
-                        help="of the clusters. Default: the one in the file, else 1")
+    parser.add_argument("--k_vals", type=auxiliaries.number(int, least=1), nargs="+", metavar="K",
+                        help="recall at k. Default 1 2 4 8, as far as there are images to be "
+                             "compared with")
+    parser.add_argument("--seed", type=auxiliaries.number(int, least=0, below=2 ** 32), default=1,
+                        metavar="S", help="of the clusters. Default %(default)s")
     parser.add_argument("--gpu", type=int, metavar="ID",
                         help="CUDA device, -1 for the CPU. Default: as the run that saved the "
                              "file, else the CPU")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.set_defaults(device="cpu", gallery_file="")
     with auxiliaries.one_message("evaluate.py"):
         args = parser.parse_args(argv)
-        try:
-            with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
-                scores, about = score_files(args)
-        except ValueError as error:
-            files = [path for path in (args.embeddings, args.gallery) if path]
-            if (not auxiliaries.raised_on_purpose(error)
-                    or any(path in str(error) for path in files)):
-                raise
-            raise ValueError(f"{' and '.join(files)}: {error}") from error
+        rows, labels, settings = zip(*map(read_embeddings,
+                                          filter(None, (args.embeddings, args.gallery))))
+        parser.set_defaults(**settings[0])
+        args = parser.parse_args(argv)
+        # What is noted or warned of must not stand among the JSON.
+        with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+            scores, about = score(rows, labels, args)
         print_scores(scores, about, args.json)
     return scores
 
 
+def score(rows, labels, args):
+    """The metrics of saved embeddings -> (scores, what was compared), dicts of scalars and texts.
+
+    rows: arrays [Q, D] or [Q, D] and [G, D], with their labels, arrays [Q] and [G].
+    """
+    if args.gallery and args.vehicle_protocol == "random_gallery":
+        raise ValueError("--vehicle_protocol random_gallery draws its own gallery; leave out "
+                         "--gallery")
+    on_gpu = args.device == "cuda" and torch.cuda.is_available()
+    device = auxiliaries.select_device((0 if on_gpu else -1) if args.gpu is None else args.gpu)
+    labels = number_labels(*labels)
+    parts = [part.to(device) for pair in zip(map(torch.from_numpy, rows), labels) for part in pair]
+    scores = evaluate_embeddings(
+        *parts, k_vals=args.k_vals, seed=args.seed, nmi_average=args.nmi_average,
+        metrics=METRICS if "all" in args.metrics else args.metrics,
+        memory=memory_bytes(args.eval_memory, device), vehicle_protocol=args.vehicle_protocol)
+    sizes = torch.bincount(labels[-1], minlength=int(labels[0].max()) + 1)
+    rows = [part.astype(np.result_type(*rows)) + 0 for part in rows]  # -0 is 0
+    others = {row.tobytes() for row in rows[1]} if args.gallery else ()
+    return scores, {
+        "queries": len(rows[0]), "classes": len(labels[0].unique()),
+        "compared_with": f"a gallery of {len(rows[1]):,}" if args.gallery else
+                         args.vehicle_protocol,
+        "without_match": int((sizes[labels[0]] == (0 if args.gallery else 1)).sum()),
+        "zero_vectors": sum(int((part == 0).all(1).sum()) for part in rows),
+        "queries_in_gallery": sum(row.tobytes() in others for row in rows[0]),
+        "seed": args.seed, "nmi_average": args.nmi_average,
+        "not_given": "" if args.gallery else args.gallery_file}
+
+
 def print_scores(scores, about, as_json):
-    """Prints the dicts of scalars that score_files gives as a table, or as JSON."""
+    """Prints the dicts that score gives as a table, or as JSON."""
     if as_json:
         print(json.dumps({name: value if math.isfinite(value) else None
                           for name, value in scores.items()} | about))
@@ -1462,5 +1370,4 @@ def sum_across_classes(rows, labels):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

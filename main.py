@@ -214,8 +214,8 @@ def wrong_value(opt):
                         ("beta_lr", 0), ("proxy_lr", 0), ("loss_lr", 0),
                         ("classifier_weight", 0), ("classifier_lr", 0), ("g_lr", 0),
                         ("metric_alone_epochs", 0), ("g_alone_epochs", 0),
-                        ("g_triplets_per_anchor", 1), ("eval_every", 1), ("patience", 1),
-                        ("plateau_patience", 1), ("cluster_every", 1), ("eval_bs", 1),
+                        ("g_triplets_per_anchor", 1), ("patience", 1),
+                        ("plateau_patience", 1),
                         ("checkpoint_every", 1)):
         if getattr(opt, name) is not None and getattr(opt, name) < least:
             return f"--{name} {getattr(opt, name)}: the least value is {least}"
@@ -224,8 +224,6 @@ def wrong_value(opt):
     if "recall" not in opt.metrics:
         return (f"--metrics {' '.join(opt.metrics)}: recall is missing, which chooses the best "
                 "epoch")
-    if opt.eval_memory is not None and not opt.eval_memory > 0:
-        return f"--eval_memory {opt.eval_memory}: some memory, in GiB, is needed"
     if min(opt.tau) < 1:
         return f"--tau {min(opt.tau)}: epochs are counted from 1"
     if not 0 < opt.gamma <= 1:
@@ -409,15 +407,10 @@ class Run:
 
     def measure(self, trainer):
         """The metrics of the network as it is."""
-        opt, chosen = self.opt, self.opt.metrics
-        if trainer.epoch % (opt.cluster_every * opt.eval_every) and trainer.epoch != opt.n_epochs:
-            chosen = [name for name in chosen if name not in evaluate.CLUSTER_METRICS]
-        memory = evaluate.memory_bytes(opt.eval_memory, self.device)
+        scoring = evaluate.scoring_select(self.opt, trainer.epoch, self.device)
         metrics, self.embedded = evaluate.evaluate_sets(
-            trainer.compute_embeddings, self.evaluation_sets, self.device, opt.k_vals,
-            -(-opt.eval_bs // auxiliaries.num_ranks()), opt.kernels, opt.vehicle_protocol,
-            progress=self.progress.count, seed=opt.seed, metrics=chosen,
-            nmi_average=opt.nmi_average, memory=memory)
+            trainer.compute_embeddings, self.evaluation_sets, self.device,
+            progress=self.progress.count, **scoring)
         return metrics
 
     def after_iteration(self, trainer):

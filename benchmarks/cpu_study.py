@@ -75,13 +75,13 @@ def read_features(path):
     train_classes, a number that --save_features adds, says how many of the sorted classes train;
     half of them without it. ValueError for another file, or fewer than 4 classes.
     """
-    arrays = evaluate.read_embeddings(path)
-    rows, labels = arrays["embeddings"].astype(np.float32), arrays["labels"]
+    rows, labels, settings = evaluate.read_embeddings(path)
+    rows = rows.astype(np.float32)
     if len(rows) != len(labels) or not np.isfinite(rows).all():
         raise ValueError(f"--features {path}: {len(rows)} embeddings and {len(labels)} labels; "
                          "there must be as many, and no NaN or infinity")
-    labels = evaluate.number_labels([labels]).numpy()
-    return split(rows, labels, int(arrays.get("train_classes", len(set(labels)) // 2)))
+    labels = np.unique(labels, return_inverse=True)[1]
+    return split(rows, labels, settings.get("train_classes", len(set(labels)) // 2))
 
 
 def compute_features(opt, path):

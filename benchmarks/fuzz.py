@@ -14,6 +14,7 @@ import contextlib
 import faulthandler
 import io
 import itertools
+import json
 import os
 import pickle
 import re
@@ -467,9 +468,9 @@ def weights_target(folder):
 def embeddings_target(folder):
     """read_embeddings and evaluate.main on npz files: headers, types, settings, objects."""
     rows, labels = np.random.default_rng(0).normal(size=(12, 4)), np.arange(12) // 3
-    whole = {"embeddings": rows.astype(np.float32), "labels": labels, "k_vals": [1, 2], "seed": 3,
-             "metrics": ["recall", "nmi", "map"], "nmi_average": "geometric", "device": "cpu",
-             "vehicle_protocol": "all_vs_all", "gallery_file": ""}
+    whole = {"embeddings": rows.astype(np.float32), "labels": labels, "settings": json.dumps(
+        {"k_vals": [1, 2], "seed": 3, "metrics": ["recall", "nmi", "map"], "device": "cpu",
+         "nmi_average": "geometric", "vehicle_protocol": "all_vs_all", "gallery_file": ""})}
     strange = [np.zeros(0), np.array(None), np.array([None] * 12), np.full((12, 4), np.nan),
                rows.astype(">f8"), rows.astype(np.longdouble) * 1e300, rows * 1e300, rows * 1e-300,
                rows.astype(complex), labels.astype("S"), labels.astype(str), labels * 1.5,
@@ -502,8 +503,8 @@ def embeddings_target(folder):
 
 def score(path, given):
     """Reads and scores a file of embeddings, and asserts that the scores are possible."""
-    arrays = evaluate.read_embeddings(str(path))
-    assert arrays["embeddings"].ndim == 2 and arrays["labels"].ndim == 1
+    embeddings, labels, _ = evaluate.read_embeddings(str(path))
+    assert embeddings.ndim == 2 and labels.ndim == 1
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             scores = evaluate.main([str(path), *given])

@@ -116,7 +116,8 @@ def test_first_half_of_the_classes_trains(tmp_path):
     assert test.labels.tolist() == [1, 0, 2, 1] and train.rows.dtype == np.float32
     batch, numbers = train.__getitems__([2, 0])
     assert batch.tolist() == rows[[6, 0]].tolist() and numbers.tolist() == [0, 1]
-    np.savez(tmp_path / "names.npz", embeddings=rows, labels=labels, train_classes=3)
+    np.savez(tmp_path / "names.npz", embeddings=rows, labels=labels,
+             settings='{"train_classes": 3}')
     assert len(set(cpu_study.read_features(tmp_path / "names.npz")[0].labels)) == 3
 
 
@@ -157,7 +158,7 @@ def test_errors_say_what_is_wrong(file, tmp_path):
     torch.save({"wrong": torch.ones(1)}, tmp_path / "wrong.pth")
     for argv, message in (
             (["--features", tmp_path / "none.npz"], "there is no file"),
-            (["--features", tmp_path / "nameless.npz"], "no array labels"),
+            (["--features", tmp_path / "nameless.npz"], "labels is not a file"),
             (["--features", tmp_path / "three.npz"], "3 classes, of which 1 would train"),
             (["--features", tmp_path / "short.npz"], "6 embeddings and 5 labels"),
             (["--features", file, "--losses", "tripel"], "there is no loss tripel; there are"),

@@ -7,7 +7,6 @@ in every precision, and ties and duplicates, on which metrics differ, turn up al
 import itertools
 import json
 import math
-import zipfile
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -1686,13 +1685,14 @@ def test_random_gallery_needs_a_class_of_two_rows_and_a_k_within_the_classes():
 
 @pytest.mark.parametrize("metrics", [evaluate.METRICS, evaluate.DEFAULT_METRICS, ("nmi",),
                                      ("map", "recall")], ids=len)
-def test_scores_of_random_gallery_are_its_ranks_and_the_clusters_of_all_rows(metrics):
+def test_metrics_by_random_gallery_are_its_ranks_and_the_clusters_of_all_rows(metrics):
     rows, labels = blobs([9, 3, 14, 5], 5, 0.8)
     ranked = [name for name in metrics if name in evaluate.RANK_METRICS]
     expected = evaluate.evaluate_embeddings(rows, labels, k_vals=(1, 2), seed=4, metrics=metrics)
     if ranked:
         expected |= evaluate.random_gallery(rows, labels, (1, 2), ranked, seed=4)
-    assert evaluate.scores_of_random_gallery(rows, labels, (1, 2), 4, metrics) == expected
+    assert expected == evaluate.evaluate_embeddings(
+        rows, labels, k_vals=(1, 2), seed=4, metrics=metrics, vehicle_protocol="random_gallery")
 
 
 # ---- embeddings of a network
@@ -1900,9 +1900,8 @@ def test_the_vehicle_protocol_is_that_of_sets_without_a_gallery(protocol):
                                                vehicle_protocol=protocol, **scoring)
     (rows, _), (_, gallery_rows) = embedded
     labels = torch.tensor(alone.labels), torch.tensor(gallery.labels)
-    small = (evaluate.scores_of_random_gallery(rows, labels[0], (1, 2), **scoring)
-             if protocol == "random_gallery"
-             else evaluate.evaluate_embeddings(rows, labels[0], k_vals=(1, 2), **scoring))
+    small = evaluate.evaluate_embeddings(rows, labels[0], k_vals=(1, 2),
+                                         vehicle_protocol=protocol, **scoring)
     shop = evaluate.evaluate_embeddings(rows, labels[0], gallery_rows, labels[1], (1, 2),
                                         **scoring)
     assert metrics == {f"{name} {key}": value for name, scores in (("small", small),
@@ -2186,13 +2185,6 @@ def test_sets_may_come_from_a_generator():
     assert made[0] == listed[0]
 
 
-def test_a_gallery_of_nothing_or_of_the_queries_twice():
-    dataset = torch.utils.data.TensorDataset(unit_rows(6, 3), torch.arange(6) % 2)
-    for gallery in ([], [dataset, dataset]):
-        with pytest.raises(ValueError, match="gallery of . datasets"):
-            evaluate.evaluate_sets(lambda rows: rows, [("val", dataset, gallery)], "cpu", [1])
-
-
 # ---- alone, on saved embeddings
 
 
@@ -2201,8 +2193,10 @@ def file_of(path, **arrays):
     return str(path)
 
 
-def small_file(path, count=40, drawn=0, **arrays):
+def small_file(path, count=40, drawn=0, settings=None, **arrays):
     """An npz file of embeddings [count, 6] and labels of 5 classes, or the arrays given."""
+    if settings:
+        arrays["settings"] = json.dumps(settings)
     return file_of(path, **{"embeddings": unit_rows(count, 6, drawn).numpy(),
                             "labels": np.arange(count) % 5, **arrays})
 
@@ -2234,24 +2228,23 @@ def test_a_saved_file_gives_the_same_numbers_to_the_last_digit(tmp_path, capsys,
 def test_the_arrays_of_a_file_come_back_as_they_were(tmp_path):
     rows, labels = unit_rows(9, 4), torch.arange(9) % 3
     evaluate.save_embeddings(tmp_path / "e.npz", rows, labels, k_vals=[1, 2], seed=5)
-    arrays = evaluate.read_embeddings(tmp_path / "e.npz")
-    assert {name: array.tolist() for name, array in arrays.items()} == {
-        "embeddings": rows.tolist(), "labels": labels.tolist(), "k_vals": [1, 2], "seed": 5}
-    assert arrays["embeddings"].dtype == np.float32
+    embeddings, numbers, settings = evaluate.read_embeddings(tmp_path / "e.npz")
+    assert embeddings.tolist() == rows.tolist() and embeddings.dtype == np.float32
+    assert numbers.tolist() == labels.tolist() and settings == {"k_vals": [1, 2], "seed": 5}
 
 
 @pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f8", ">f8", "<f2", "<i4", "u1"])
 def test_embeddings_of_every_real_type_are_read(tmp_path, dtype):
     rows = (unit_rows(30, 4).numpy() * 100).astype(dtype)
     path = small_file(tmp_path / "e.npz", 30, embeddings=rows)
-    values = evaluate.read_embeddings(path)["embeddings"]
+    values = evaluate.read_embeddings(path)[0]
     assert values.tolist() == rows.tolist()  # none is rounded
     assert evaluate.main([path]) == evaluate.evaluate_embeddings(
         torch.from_numpy(values), torch.arange(30) % 5, seed=1)
 
 
 def test_options_come_before_what_the_file_says(tmp_path, capsys):
-    path = small_file(tmp_path / "e.npz", k_vals=np.array([2, 5]), seed=np.array(3))
+    path = small_file(tmp_path / "e.npz", settings={"k_vals": [2, 5], "seed": 3})
     rows, labels = unit_rows(40, 6), torch.arange(40) % 5
     _, scores = printed(capsys, path)
     assert scores == evaluate.evaluate_embeddings(rows, labels, k_vals=[2, 5], seed=3)
@@ -2328,9 +2321,8 @@ def test_the_default_k_are_those_that_a_small_file_has(tmp_path, capsys):
     note = "note: no recall at 8, as each query has 5 images to be compared with"
     assert note in lines
     assert_refused(capsys, "--k_vals 8: .*1 to 5", path, "--k_vals", 1, 8)
-    saved = small_file(tmp_path / "s.npz", k_vals=[2, 10, 20], **arrays)  # by a run
-    lines, scores = printed(capsys, saved, "--metrics", "recall")
-    assert list(scores) == ["recall@2"] and note.replace("8", "10 20") in lines
+    saved = small_file(tmp_path / "s.npz", settings={"k_vals": [1, 8]}, **arrays)  # by a run
+    assert_refused(capsys, "--k_vals 8: .*1 to 5", saved)
     found = evaluate.evaluate_embeddings(torch.eye(6), torch.arange(6) % 2, metrics=["recall"])
     assert list(found) == ["recall@1", "recall@2", "recall@4"]
     assert capsys.readouterr().out.strip() == note
@@ -2365,9 +2357,6 @@ def test_arrays_and_lists_are_scored_as_tensors_are(kind, gallery):
     assert evaluate.evaluate_embeddings(*given, **options) == pytest.approx(expected)
     given[1::2] = [kind([f"class {label}" for label in part]) for part in given[1::2]]
     assert evaluate.evaluate_embeddings(*given, **options) == pytest.approx(expected)
-    with pytest.raises(ValueError, match=f"query embeddings are a {type(given[0]).__name__}.*"
-                                         "evaluate_embeddings"):
-        evaluate.rank_metrics(*given)
 
 
 def test_lists_of_whole_numbers_are_scored():
@@ -2392,8 +2381,9 @@ def test_a_file_is_scored_as_its_run_was(tmp_path, capsys):
                     vehicle_protocol="random_gallery", device="cpu", gallery_file="")
     evaluate.save_embeddings(tmp_path / "e.npz", rows, labels, **settings)
     lines, scores = printed(capsys, tmp_path / "e.npz")
-    assert scores == evaluate.scores_of_random_gallery(rows, labels, [2], 5, settings["metrics"],
-                                                       "geometric")
+    assert scores == evaluate.evaluate_embeddings(
+        rows, labels, k_vals=[2], seed=5, metrics=settings["metrics"], nmi_average="geometric",
+        vehicle_protocol="random_gallery")
     assert "random_gallery" in lines[0] and "geometric" in lines[0]
     _, scores = printed(capsys, tmp_path / "e.npz", "--vehicle_protocol", "all_vs_all",
                         "--metrics", "nmi", "--nmi_average", "arithmetic")
@@ -2423,10 +2413,9 @@ NAMES = np.array(["cat", "dog", "emu", "a long name", "ö"])
     (NAMES, NAMES), (NAMES, NAMES.astype("<U99")), (NAMES[:4].astype("S"), NAMES[:4]),
     (np.arange(5), np.arange(5).astype(str)), (np.arange(5).astype("u1"), np.arange(5) + 0),
     (np.arange(5) * 1.5, np.arange(5) * 1.5), (np.arange(5) * 1.0, np.arange(5)),
-    (2 ** 60 + np.arange(5), 2 ** 60 + np.arange(5).astype("u8")),
     (np.array([False, True]), np.array([False, True]))],
     ids=["strings", "wide", "bytes", "numbers and strings", "ints", "floats", "float and int",
-         "signed and unsigned", "bools"])
+         "bools"])
 def test_labels_of_any_type_mean_the_same_in_both_files(tmp_path, labels, gallery_labels):
     number = len(labels)
     queries = small_file(tmp_path / "q.npz", 20, labels=labels[np.arange(20) % number])
@@ -2452,15 +2441,7 @@ BAD_ARRAYS = {
     "short labels": ({"labels": np.arange(39) % 5}, r"\[40, 6\] with 39 labels"),
     "no labels": ({"labels": np.arange(0)}, r"\[40, 6\] with 0 labels"),
     "labels in two dimensions": ({"labels": np.zeros((40, 1))}, r"labels \[40, 1\]"),
-    "one class": ({"labels": np.zeros(40)}, "one class"),
     "no match": ({"labels": np.arange(40)}, "no query has a true match"),
-    "k": ({"k_vals": np.array([0, 1])}, "--k_vals 0: .*1 to 39"),
-    "no k": ({"k_vals": np.zeros(0, int)}, "k_vals is .*one or more"),
-    "labels that are NaN": ({"labels": np.full(40, np.nan)}, "NaN among them"),
-    "labels of two fields": ({"labels": np.zeros(40, dtype=[("a", "i4"), ("b", "i4")])}, "type"),
-    "an unknown metric": ({"metrics": np.array(["recall", "accuracy"])}, "metrics is .*accuracy"),
-    "an unknown mean": ({"nmi_average": np.array("harmonic")}, "nmi_average is .*harmonic"),
-    "a protocol that is a number": ({"vehicle_protocol": np.array(3)}, "vehicle_protocol is"),
     "one row": ({"embeddings": np.eye(6)[:1], "labels": np.zeros(1)}, "image|match|class"),
     "no row": ({"embeddings": np.eye(6)[:0], "labels": np.zeros(0)}, r"\[0, 6\]"),
     "no dimension": ({"embeddings": np.zeros((40, 0))}, r"\[40, 0\]"),
@@ -2469,10 +2450,8 @@ BAD_ARRAYS = {
     "strings": ({"embeddings": np.full((40, 6), "1.0")}, "expected numbers"),
     "complex numbers": ({"embeddings": np.ones((40, 6), complex)}, "expected numbers"),
     "objects": ({"embeddings": np.full((40, 6), None)}, "[Oo]bject|pickle"),
+    "settings that are none": ({"settings": "[1, 2]"}, "cannot be read"),
     "labels as objects": ({"labels": np.array(["a", "b"] * 20, object)}, "[Oo]bject|pickle"),
-    "two seeds": ({"seed": np.array([1, 2])}, "seed"),
-    "k_vals as a table": ({"k_vals": np.ones((2, 2), int)}, "k_vals"),
-    "k_vals as words": ({"k_vals": np.array(["many"])}, "many"),
 }
 
 
@@ -2501,10 +2480,10 @@ def test_a_bad_gallery_is_refused_in_one_line(tmp_path, capsys, arrays, message)
 
 
 @pytest.mark.parametrize("arrays, message", [
-    ({}, "no array embeddings.*has none"), ({"embeddings": np.eye(3)}, "no array labels"),
-    ({"features": np.eye(3)}, "no array embeddings.*has features")])
+    ({}, "embeddings is not"), ({"embeddings": np.eye(3)}, "labels is not"),
+    ({"features": np.eye(3)}, "embeddings is not")])
 def test_a_file_without_the_arrays_is_refused(tmp_path, capsys, arrays, message):
-    assert_refused(capsys, rf"e\.npz has {message}", file_of(tmp_path / "e.npz", **arrays))
+    assert_refused(capsys, rf"e\.npz .*\[N, D\].*{message}", file_of(tmp_path / "e.npz", **arrays))
 
 
 class Harmful:
@@ -2517,10 +2496,11 @@ class Harmful:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("name", ["embeddings", "labels", "k_vals", "more"])
+@pytest.mark.parametrize("name", ["embeddings", "labels", "settings"])
 def test_pickled_objects_are_refused_and_not_executed(tmp_path, capsys, name):
     objects = np.array([Harmful(tmp_path / "touched")], object)
-    path = small_file(tmp_path / "e.npz", **{name: objects})
+    path = file_of(tmp_path / "e.npz", **{"embeddings": unit_rows(40, 6).numpy(),
+                                          "labels": np.arange(40) % 5, name: objects})
     assert_refused(capsys, "[Oo]bject|pickle", path)
     assert not (tmp_path / "touched").exists()
     np.load(path, allow_pickle=True)[name]
@@ -2534,42 +2514,12 @@ def test_a_file_that_is_no_npz_is_refused(tmp_path, capsys, content):
     assert_refused(capsys, r"e\.npz cannot be read as an npz file", tmp_path / "e.npz")
 
 
-@pytest.mark.parametrize("damage", ["half", "flipped", "members without arrays"])
+@pytest.mark.parametrize("damage", ["half", "flipped"])
 def test_a_damaged_file_is_refused(tmp_path, capsys, damage):
     content = bytearray(Path(small_file(tmp_path / "e.npz")).read_bytes())
-    if damage == "members without arrays":
-        with zipfile.ZipFile(tmp_path / "e.npz", "w") as archive:
-            archive.writestr("embeddings", "text")
-            archive.writestr("labels", "text")
-    else:
-        content[300] ^= 255
-        (tmp_path / "e.npz").write_bytes(content[:len(content) // 2] if damage == "half"
-                                         else content)
+    content[300] ^= 255
+    (tmp_path / "e.npz").write_bytes(content[:len(content) // 2] if damage == "half" else content)
     assert_refused(capsys, r"e\.npz", tmp_path / "e.npz")
-
-
-@pytest.mark.parametrize("name, value", [
-    ("seed", np.array("x\ny")), ("k_vals", np.eye(2)), ("gallery_file", np.array(5)),
-    ("gallery_file", np.array(["a", "b"])), ("device", np.array([1.0])),
-    ("metrics", np.full(900, 1.5))])
-def test_a_setting_of_another_kind_is_refused_in_one_line(tmp_path, capsys, name, value):
-    path = small_file(tmp_path / "e.npz", **{name: value})
-    with pytest.raises(ValueError, match=rf"e\.npz: {name} is") as caught:
-        evaluate.read_embeddings(path)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
-
-
-def test_a_setting_that_is_no_array_is_refused(tmp_path):
-    path = small_file(tmp_path / "e.npz")
-    with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr("seed", b"text")
-    with pytest.raises(ValueError, match=r"e\.npz: seed is .*b'text'"):
-        evaluate.read_embeddings(path)
-
-
-def test_what_is_wrong_with_the_content_names_the_file(tmp_path, capsys):
-    path = small_file(tmp_path / "e.npz", embeddings=np.full((3, 2), np.nan), labels=[0, 0, 1])
-    assert_refused(capsys, r"e\.npz: 3 of 3 query embeddings are not finite", path)
 
 
 @pytest.mark.parametrize("dtype, kept", [(">f8", np.float64), (np.longdouble, np.float64),
@@ -2578,14 +2528,14 @@ def test_what_is_wrong_with_the_content_names_the_file(tmp_path, capsys):
 def test_no_digit_of_embeddings_is_lost(tmp_path, dtype, kept):
     rows = np.array([[1 / 3, 2 / 3]]).astype(dtype)
     np.savez(tmp_path / "e.npz", embeddings=rows, labels=[0])
-    found = evaluate.read_embeddings(str(tmp_path / "e.npz"))["embeddings"]
+    found = evaluate.read_embeddings(str(tmp_path / "e.npz"))[0]
     assert found.dtype == kept and found.dtype.isnative
     assert (found == rows.astype(kept)).all()
 
 
 def test_an_npy_file_is_refused_in_words(tmp_path, capsys):
     np.save(tmp_path / "e.npy", np.eye(3))
-    assert_refused(capsys, r"e\.npy cannot be read as an npz file (?!.*context manager)",
+    assert_refused(capsys, r"e\.npy cannot be read as an npz file",
                    tmp_path / "e.npy")
 
 
@@ -2596,16 +2546,10 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path, capsys):
     assert_refused(capsys, "[Dd]irectory|cannot be read", tmp_path)
 
 
-@pytest.mark.parametrize("options", [["--eval_memory", "inf"], ["--eval_memory", "nan"],
-                                     ["--eval_memory", "-1"], ["--k_vals", "0"],
-                                     ["--k_vals", "1", "40"], ["--seed", "9" * 30]], ids=str)
+@pytest.mark.parametrize("options", [
+    ["--metrics", "recal"], ["--k_vals", "x"], ["--k_vals", "0"], ["--nmi_average", "mean"],
+    ["--seed", "9" * 30], ["--eval_memory", "inf"], ["--eval_memory", "0"], []], ids=str)
 def test_options_without_sense_are_refused(tmp_path, capsys, options):
-    assert_refused(capsys, ".", small_file(tmp_path / "e.npz"), *options)
-
-
-@pytest.mark.parametrize("options", [["--metrics", "recal"], ["--k_vals", "x"],
-                                     ["--nmi_average", "mean"], []], ids=str)
-def test_options_that_do_not_exist_are_refused(tmp_path, capsys, options):
     arguments = [small_file(tmp_path / "e.npz"), *options] if options else []
     with pytest.raises(SystemExit):
         evaluate.main(arguments)
@@ -2617,7 +2561,7 @@ def test_the_help_says_the_defaults(capsys):
         evaluate.main(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "None" not in shown
-    for default in ("recall map@r nmi f1 (", "arithmetic (", "all_vs_all", "1 2 4 8", "else 1"):
+    for default in ("recall map@r nmi f1 (", "arithmetic (", "all_vs_all", "1 2 4 8", "else the CPU"):
         assert default in shown.partition("Default ")[2]
     assert "as in the run that saved the file" in shown
 

@@ -771,7 +771,7 @@ def trace(options, capsys, monkeypatch):
         original(loader, *args, **kwargs)
 
     def remembering(*args, **kwargs):
-        memory.append((kwargs["memory"], args[4]))  # and the batch size
+        memory.append((kwargs["memory"], kwargs["batch_size"]))
         return evaluated(*args, **kwargs)
 
     def saving(path, *args, **kwargs):
@@ -1050,7 +1050,7 @@ def test_progress_line_on_a_terminal_only(small, monkeypatch, capsys):
     (["--source_path", "no_such_folder"], ["no_such_folder", "<class>"]),
     (["--dataset", "cub200", "--source_path", "no_such_folder"], ["no_such_folder", "images.txt"]),
     (["--k_vals", "1", "400"], ["400", "23", "--k_vals"]),
-    (["--k_vals", "0"], ["--k_vals 0"]),
+    (["--k_vals", "0"], ["--k_vals: 0"]),
     (["--weights", "no_such_file"], ["no_such_file"]),
     (["--weights", "x", "--not_pretrained"], ["--weights", "--not_pretrained"]),
     (["--gamma", "0"], ["--gamma"]),
@@ -1092,13 +1092,13 @@ def test_progress_line_on_a_terminal_only(small, monkeypatch, capsys):
     (["--cache", "vram"], ["vram", "device"]),
     (["--metrics", "nmi", "f1"], ["--metrics nmi f1", "recall"]),
     (["--metrics", "recal"], ["recal", "map@r"]),
-    (["--eval_memory", "0"], ["--eval_memory 0"]),
-    (["--cluster_every", "0"], ["--cluster_every 0"]),
+    (["--eval_memory", "0"], ["--eval_memory: 0"]),
+    (["--cluster_every", "0"], ["--cluster_every: 0"]),
     (["--vehicle_protocol", "random_gallery"], ["--vehicle_protocol", "vehicle_id", "folder"]),
     (["--g_weights", "1", "1", "-1", "1"], ["--g_weights 1.0 1.0 -1.0 1.0"]),
     (["--scheduler", "plateau", "--gamma", "1"], ["--gamma 1.0", "plateau"]),
     *[([f"--{name}", "0"], [f"--{name} 0: the least value is 1"])
-      for name in ("patience", "eval_every", "plateau_patience")],
+      for name in ("patience", "plateau_patience")],
     *[(["--trainer", "TwoStreamMetricLoss", "--loss", name],
        ["--trainer TwoStreamMetricLoss", f"--loss {name}", "marginloss, triplet, snr"])
       for name in ("npair", "proxynca", "crossentropy", "arcface", "contrastive")],
