@@ -23,9 +23,8 @@ import tarfile
 import tempfile
 from typing import NamedTuple
 
-if __name__ == "__main__":  # Ctrl-C while torch is being loaded, which bears no exception
-    signal.signal(signal.SIGINT, lambda *_: os._exit(
-        print("datasets.py: stopped by SIGINT", file=sys.stderr) or 130))
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is being loaded
 
 import numpy as np
 import torch
@@ -844,5 +843,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())
