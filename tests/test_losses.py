@@ -2,14 +2,14 @@
 
 Values and gradients are compared on given tuples and on the loss's own sampling, whose draw is
 repeated under the same seed. Then invariances, number types, degenerate batches, what is known to
-be wrong elsewhere, bad input, the table that --loss reads, and the checks of --check.
+be wrong elsewhere, bad input, the table that --loss reads, and the checks of check_loss.py.
 """
 
 import argparse
 import inspect
 import math
 import re
-import runpy
+import subprocess
 import sys
 
 import numpy as np
@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import check_loss
 import losses
 import samplers
 from losses import (LOSSES, AngularLoss, ArcFaceLoss, CircleLoss, ContrastiveLoss, CosFaceLoss,
@@ -1195,51 +1196,6 @@ def test_triplet_and_margin_losses_say_how_many_tuples_are_active():
 
 
 # ---- invariances
-
-@one_of_each
-def test_order_of_the_batch_does_not_matter(variant):
-    """Images, labels and tuple indices permuted together: same value, gradients permuted alike."""
-    loss, (embeddings, labels) = build(variant), make_batch(variant)
-    triplets = torch.tensor(given(variant, labels, some_triplets(labels)))
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(3))
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order))               # where each image went
-    moved = loss(embeddings[order], labels[order], place[triplets])
-    assert_same(loss, embeddings, moved, loss(embeddings, labels, triplets))
-
-
-@one_of_each
-def test_names_of_the_classes_do_not_matter(variant):
-    """Classes renumbered, own weights moved along: the own sampling gives the same value."""
-    loss, (embeddings, labels) = build(variant), make_batch(variant)
-    renamed, new = build(variant), torch.tensor([2, 0, 3, 1])
-    for old_weight, weight in zip(loss.parameters(), renamed.parameters()):
-        weight.data[new] = old_weight.data
-    values = []
-    for module, names in ((loss, labels), (renamed, new[labels])):
-        torch.manual_seed(4)
-        values.append(module(embeddings, names))
-    torch.testing.assert_close(values[0], values[1], rtol=1e-12, atol=0)
-
-
-@one_of_each
-def test_rotation_does_not_matter(variant):
-    """Embeddings, and proxies or classifier rows with them, turned by an orthogonal matrix.
-
-    It does for the signal-to-noise ratio, whose variance is along the axes.
-    """
-    loss, (embeddings, labels) = build(variant), make_batch(variant)
-    triplets = torch.tensor(given(variant, labels, some_triplets(labels)))
-    generator = torch.Generator().manual_seed(5)
-    rotation = torch.linalg.qr(torch.randn(DIM, DIM, dtype=torch.float64, generator=generator))[0]
-    before = loss(embeddings, labels, triplets)
-    for weight in loss.parameters():
-        if weight.dim() >= 2:
-            weight.data = weight.data @ rotation
-    after = loss(embeddings @ rotation, labels, triplets)
-    same = torch.allclose(after, before, rtol=1e-9)
-    assert same == getattr(loss, "rotation_invariant", True) == (not isinstance(loss, SNRLoss))
-
 
 @pytest.mark.parametrize("variant", COSINE_LOSSES)
 def test_directions_alone_matter(variant):
@@ -2466,16 +2422,16 @@ def test_every_sampling_trains(name, sampling):
     assert loss(F.normalize(raw, dim=1), labels, triplets).item() < before
 
 
-# ---- the checks of --check
+# ---- the checks of check_loss.py
 
 CHECKS = {"contract", "types and sizes", "degenerate", "gradient", "order", "names of classes",
           "rotation", "bad input", "learning", "memory"}
 
 
 def checked(capsys, *names):
-    """losses.main(["--check", ...]) -> what it returns, {loss: {check: message}}."""
+    """check_loss.main([NAME, ...]) -> what it returns, {loss: {check: message}}."""
     capsys.readouterr()
-    failed = losses.main(["--check", *names])
+    failed = check_loss.main(list(names))
     table = {}
     *lines, last = capsys.readouterr().out.splitlines()
     for line in lines:
@@ -2810,13 +2766,12 @@ def test_one_loss_that_fails_does_not_end_the_checks(monkeypatch, capsys):
     assert failed == ["broken", "also"] and list(table) == ["broken", "triplet", "also"]
     assert "not a scalar" in table["broken"]["contract"]
     with pytest.raises(SystemExit):
-        losses.main(["--check", "nonsense"])
+        check_loss.main(["nonsense"])
     assert "nonsense" in capsys.readouterr().err
 
 
-def test_the_file_runs_as_a_command(monkeypatch, capsys):
-    """python losses.py --check NAME: exit status 0 where all passed."""
-    monkeypatch.setattr(sys, "argv", ["losses.py", "--check", "npair"])
-    with pytest.raises(SystemExit) as status:
-        runpy.run_path(losses.__file__, run_name="__main__")
-    assert not status.value.code and "all checks passed" in capsys.readouterr().out
+def test_the_checker_runs_as_a_command():
+    """python tests/check_loss.py NAME, from any folder."""
+    done = subprocess.run([sys.executable, check_loss.__file__, "npair"], capture_output=True,
+                          text=True, cwd="/")
+    assert done.returncode == 0 and "all checks passed" in done.stdout

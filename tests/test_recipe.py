@@ -31,7 +31,7 @@ def recipe(text):
     assert line, f"no line for LOSSES with {class_name} in README.md"
     new = line[2] not in losses.LOSSES and not hasattr(losses, class_name)
     assert new, f"README.md's recipe adds {class_name}, {line[2]!r}, which losses.py has already"
-    for command in (f"python losses.py --check {line[2]}",
+    for command in (f"python tests/check_loss.py {line[2]}",
                     f"python main.py --dataset glyphs --loss {line[2]}"):
         assert command in section, f"README.md's recipe does not say {command}"
     return class_name, line[2], code, flags, line[1]
@@ -70,10 +70,12 @@ def test_the_readmes_recipe_adds_a_loss(tmp_path):
     files = sorted(path.name for path in ROOT.glob("*.py"))
     for file in files:
         shutil.copy(ROOT / file, tmp_path)
+    (tmp_path / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "check_loss.py", tmp_path / "tests")
     follow(code, flags, line, tmp_path)
     assert filecmp.cmpfiles(ROOT, tmp_path, files, shallow=False)[1:] == (["losses.py"], [])
 
-    assert "all checks passed" in python(tmp_path, "losses.py", "--check", name)
+    assert "all checks passed" in python(tmp_path, "tests/check_loss.py", name)
 
     run = [*RUN, "--loss", name, "--save_path"]
     logs = {}
