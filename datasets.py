@@ -208,7 +208,7 @@ def fingerprint(splits):
 
 def read_cub200(source):
     """CUB200-2011: classes in the order of their folders' names, the first half trains."""
-    root = find_root(source, "cub200", ("cub200", "CUB_200_2011"),
+    root = find_root(source, ("cub200", "CUB_200_2011"),
                      lambda root: os.path.isdir(f"{root}/images"))
     if not os.path.exists(f"{root}/images.txt"):
         return halves(f"class folders in {root}/images", *class_folders(f"{root}/images"))
@@ -234,7 +234,7 @@ def read_cars196(source):
                 or any(os.path.splitext(path)[1].lower() in images.IMAGE_SUFFIXES
                        for path in glob.iglob(f"{glob.escape(root)}/*/*")))
 
-    root = find_root(source, "cars196", ("cars196", "stanford_cars", "car_data"), usable)
+    root = find_root(source, ("cars196", "stanford_cars", "car_data"), usable)
     if os.path.isdir(f"{root}/cars_train") and not os.path.isdir(f"{root}/car_ims"):
         names = read_mat(find_beside(root, "cars_meta.mat"), "class_names")
         cars = [car for half, file in (("train", "cars_train_annos.mat"),
@@ -285,8 +285,7 @@ def read_cars(path, field, names, folder):
 
 def read_online_products(source):
     """Stanford Online Products: Ebay_train.txt and Ebay_test.txt say which class is where."""
-    root = find_root(source, "online_products",
-                     ("online_products", "Stanford_Online_Products"),
+    root = find_root(source, ("online_products", "Stanford_Online_Products"),
                      lambda root: any(os.path.exists(f"{folder}/Ebay_train.txt")
                                       for folder in (f"{root}/Info_Files", root)))
     lists = f"{root}/Info_Files" if os.path.exists(f"{root}/Info_Files/Ebay_train.txt") else root
@@ -294,12 +293,7 @@ def read_online_products(source):
     splits = {}
     for split in ("train", "test"):
         path = f"{lists}/Ebay_{split}.txt"
-        rows = read_rows(path, columns=4)
-        if rows.pop(0)[0].isdigit():
-            raise ValueError(f"{path}: its first line should name the columns (image_id class_id "
-                             "super_class_id path), but it is an image")
-        if not rows:
-            raise ValueError(f"{path}: the list file is empty")
+        rows = read_rows(path, columns=4, skip=1)  # the first line names the columns
         paths = find_images(folder, [row[3] for row in rows], path)
         splits[split] = labelled(paths, [row[1] for row in rows])
     return Found(f"{lists}/Ebay_*.txt with images in {folder}", splits, [])
@@ -311,7 +305,7 @@ def read_in_shop(source):
     Its paths begin with img/ for both resolutions, img and img_highres; img is taken if both are
     there, as in the reference.
     """
-    root = find_root(source, "in-shop", ("in-shop", "In-shop Clothes Retrieval Benchmark"),
+    root = find_root(source, ("in-shop", "In-shop Clothes Retrieval Benchmark"),
                      lambda root: os.path.exists(f"{root}/Eval/list_eval_partition.txt"))
     path = f"{root}/Eval/list_eval_partition.txt"
     folders = [unpacked(f"{parent}/{name}") for name in ("img", "img_highres")
@@ -324,11 +318,9 @@ def read_in_shop(source):
         raise ValueError(f"{path}: its first line promises "
                          f"{auxiliaries.one_line(promised, 40)} images, it lists {len(rows)}: the "
                          "file is cut or was changed")
-    unknown = {row[2] for row in rows} - {"train", "query", "gallery"}
-    if unknown:
-        raise ValueError(f"{path}: evaluation status "
-                         f"{auxiliaries.one_line(', '.join(sorted(unknown)))}; it is one of "
-                         "train, query, gallery")
+    for unknown in {row[2] for row in rows} - {"train", "query", "gallery"}:
+        raise ValueError(f"{path}: evaluation status {auxiliaries.one_line(unknown)}; it is one "
+                         "of train, query, gallery")
     paths = find_images(folder, [row[0].removeprefix("img/") for row in rows], path)
     tested = [row[1] for row in rows if row[2] != "train"]
     splits = {}
@@ -344,7 +336,7 @@ def read_in_shop(source):
 
 def read_vehicle_id(source):
     """PKU VehicleID: train_list.txt trains; the test lists of 800, 1600 and 2400 vehicles test."""
-    root = find_root(source, "vehicle_id", ("vehicle_id", "VehicleID_V1.0", "VehicleID"),
+    root = find_root(source, ("vehicle_id", "VehicleID_V1.0", "VehicleID"),
                      lambda root: os.path.isdir(f"{root}/train_test_split"))
     splits = {}
     for split, name in (("train", "train_list"), ("test_800", "test_list_800"),
@@ -377,7 +369,7 @@ def read_folder(source):
 
 def read_tiny_imagenet(source):
     """Tiny ImageNet: train/ trains and val/ tests, with the same 200 classes in both."""
-    root = find_root(source, "tiny_imagenet", ("tiny_imagenet", "tiny-imagenet-200"),
+    root = find_root(source, ("tiny_imagenet", "tiny-imagenet-200"),
                      lambda root: os.path.exists(f"{root}/val/val_annotations.txt"))
     by_class, odd = class_folders(f"{root}/train")
     path = f"{root}/val/val_annotations.txt"
@@ -533,12 +525,13 @@ DATASETS = {
 # ---- what the readers share
 
 
-def find_root(source, dataset, names, usable):
+def find_root(source, names, usable):
     """The folder of a dataset that is usable: source/name, or source itself.
 
-    An archive may lie unpacked in a folder of any of its names. FileNotFoundError with the
-    layouts, and how the data is had, if there is none.
+    names: the dataset's, then its archive's, which may lie unpacked in a folder of either name.
+    FileNotFoundError with the layouts, and how the data is had, if there is none.
     """
+    dataset = names[0]
     row, given = DATASETS[dataset], f" --source_path {source}" * (source != "./Datasets")
     expected = (f"accepted below it: {row.layout}. python datasets.py --dataset {dataset} "
                 f"--download{given} " + ("fetches it" if row.archive else
