@@ -1,7 +1,6 @@
-"""README's "Add a loss in four steps", done as it stands there to a copy of the tree.
+"""The README's new loss and new network, added as it stands there to a copy of the tree.
 
-The names are read from the README: the class from its code, the table's name from the line for
-LOSSES, the flags from the constructor's parameters.
+Each is blocks of code, first a class and last a row of a table; names are read from them.
 """
 
 import filecmp
@@ -12,48 +11,48 @@ import subprocess
 import sys
 from pathlib import Path
 
-import losses
+import pytest
+
+from test_main import make_tree
 
 ROOT = Path(__file__).resolve().parent.parent
-TITLE = "### Add a loss in four steps"
-RUN = ("main.py", "--dataset", "glyphs", "--n_epochs", "1", "--gpu", "-1", "--kernels", "0",
-       "--image_size", "8", "--savename", "run")
+# Below a title of the README's: the file that changes, and its table.
+RECIPES = {"### Add a loss": ("losses.py", "LOSSES"), "### Add a network": ("netlib.py", "NETWORKS")}
+
+TRAIN = """
+import sys
+import torch
+import main, netlib
+loss, flag, value, network, tree = sys.argv[1:]
+small = ["--dataset", "folder", "--source_path", tree, "--gpu", "-1", "--kernels", "0", "--bs", "8",
+         "--k_vals", "1", "--n_epochs", "1"]
+fast = [*small, "--arch", "convnet", "--image_size", "16", "--embed_dim", "8"]
+main.main([*fast, "--loss", loss, "--savename", "loss"])
+main.main([*fast, "--loss", loss, f"--{flag}", value, "--savename", "flag"])
+
+row = netlib.NETWORKS[network]
+state = {name: value / 2 for name, value in row.make().state_dict().items()}
+torch.save({**state, f"{row.heads[0]}.weight": torch.zeros(9, 9)}, "weights.pth")
+folder = main.main([*small, "--arch", network, "--weights", "weights.pth", "--lr", "0",
+                    "--savename", "network"])
+trunk = torch.load(f"{folder}/checkpoint.pth.tar")["models"]["trunk"]
+assert all(torch.equal(trunk[f"backbone.{name}"], value) for name, value in state.items())
+options = torch.load(f"{folder}/checkpoint.pth.tar")["options"]
+assert row.defaults.items() <= options.items() and row.mean != netlib.IMAGENET_MEAN
+"""
 
 
-def recipe(text):
-    """The README's recipe -> (class's name, table's name, its code, its flags, its table line)."""
-    section = re.split(r"^##", text.split(TITLE)[1], maxsplit=1, flags=re.M)[0]
-    blocks = [re.sub(r"^   ", "", block, flags=re.M)  # the indent of a list's item
-              for block in re.findall(r"```python\n(.*?)```", section, re.S)]
-    code, flags = blocks
-    class_name = re.search(r"class (\w+)", code)[1]
-    line = re.search(rf'`("([^"`]+)": \({class_name}, [^`]*\),)`', section)
-    assert line, f"no line for LOSSES with {class_name} in README.md"
-    new = line[2] not in losses.LOSSES and not hasattr(losses, class_name)
-    assert new, f"README.md's recipe adds {class_name}, {line[2]!r}, which losses.py has already"
-    for command in (f"python tests/check_loss.py {line[2]}",
-                    f"python main.py --dataset glyphs --loss {line[2]}"):
-        assert command in section, f"README.md's recipe does not say {command}"
-    return class_name, line[2], code, flags, line[1]
+def recipe(title):
+    """The README's recipe -> (its text, the class's code, the row, the flags of a loss)."""
+    section = (ROOT / "README.md").read_text().split(title)[1]
+    section = re.split(r"^##", section, maxsplit=1, flags=re.M)[0]
+    code, *flags, row = (re.sub(r"^   ", "", block, flags=re.M)  # the indent of a list's item
+                 for block in re.findall(r"```python\n(.*?)```", section, re.S))
+    return section, code, row, "".join(flags)
 
 
-def flags_of(code):
-    """{flag: default} of the class's numbers: the constructor's parameters."""
-    signature = re.search(r"def __init__\(self, (.*?)\):", code, re.S)[1]
-    return {flag: float(value) for flag, value in re.findall(r"(\w+)=(-?\d[\d.e-]*)", signature)}
-
-
-def follow(code, flags, line, folder):
-    """Does the three steps of the recipe to losses.py in the folder."""
-    text = (folder / "losses.py").read_text()
-    for mark, added in ((r"^# name: \(class", code.rstrip() + "\n\n\n"),
-                        (r"^LOSSES = \{\n(?:    .*\n)*(?=\})", f"    {line}\n"),
-                        (r"^def add_arguments\(.*\n(?:(?:    .*)?\n)*(?=\n\n)", flags)):
-        places = list(re.finditer(mark, text, re.M))
-        assert len(places) == 1, f"{mark} stands {len(places)} times in losses.py"
-        place = places[0].start() if mark.startswith("^#") else places[0].end()
-        text = text[:place] + added + text[place:]
-    (folder / "losses.py").write_text(text)
+def name_of(row):
+    return re.match(r' {4}"(\w+)": ', row)[1]
 
 
 def python(folder, *command):
@@ -64,25 +63,44 @@ def python(folder, *command):
     return done.stdout
 
 
-def test_the_readmes_recipe_adds_a_loss(tmp_path):
-    """One file changes; the loss passes its checks and trains; each of its flags has an effect."""
-    class_name, name, code, flags, line = recipe((ROOT / "README.md").read_text())
-    files = sorted(path.name for path in ROOT.glob("*.py"))
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A copy of the tree with the parts of each recipe in their files."""
+    folder = tmp_path_factory.mktemp("copy")
+    files = [path.name for path in ROOT.glob("*.py")]
     for file in files:
-        shutil.copy(ROOT / file, tmp_path)
-    (tmp_path / "tests").mkdir()
-    shutil.copy(ROOT / "tests" / "check_loss.py", tmp_path / "tests")
-    follow(code, flags, line, tmp_path)
-    assert filecmp.cmpfiles(ROOT, tmp_path, files, shallow=False)[1:] == (["losses.py"], [])
+        shutil.copy(ROOT / file, folder)
+    shutil.copytree(ROOT / "tests", folder / "tests")
+    for title, (file, table) in RECIPES.items():
+        _, code, row, flags = recipe(title)
+        text = (folder / file).read_text()
+        assert name_of(row) not in text, f"{file} has what the README adds"
+        text, count = re.subn(rf"^{table} = {{\n(.*?)^}}", lambda found: (
+            f"{code}\n\n{table} = {{\n{found[1]}{row}}}"), text, flags=re.M | re.S)
+        assert count == 1
+        text = re.sub(r"^def add_arguments\(.*\n(?:(?:    .*)?\n)*(?=\n\n)",
+                      lambda found: found[0] + flags, text, count=1, flags=re.M)
+        (folder / file).write_text(text)
+    changed = filecmp.cmpfiles(ROOT, folder, files, shallow=False)[1]
+    assert sorted(changed) == ["losses.py", "netlib.py"]
+    return folder
 
-    assert "all checks passed" in python(tmp_path, "tests/check_loss.py", name)
 
-    run = [*RUN, "--loss", name, "--save_path"]
-    logs = {}
-    for flag in ("none", "none again", *flags_of(code)):
-        changed = [f"--{flag}", str(flags_of(code)[flag] / 2)] if flag in flags_of(code) else []
-        python(tmp_path, *run, flag, *changed)
-        logs[flag] = (tmp_path / flag / "glyphs" / "run" / "log_train_Base.csv").read_text()
-    assert len(logs) > 2, f"{class_name} has no flag of its own to show"
-    assert logs.pop("none again") == logs["none"]
-    assert len(set(logs.values())) == len(logs), f"one of {list(logs)} changes nothing"
+def test_the_readmes_loss_passes_its_checks(copy):
+    section, _, row, _ = recipe("### Add a loss")
+    assert f"python main.py --dataset glyphs --loss {name_of(row)}" in section
+    command = re.search(rf"python (\S+ {name_of(row)})", section)[1]
+    assert "all checks passed" in python(copy, *command.split())
+
+
+def test_the_readmes_loss_and_network_train(copy, tmp_path):
+    """The loss's flag has an effect; the network takes a file, its row's defaults and scale."""
+    _, code, row, _ = recipe("### Add a loss")
+    flag, value = re.search(r"def __init__\(self, (\w+)=([\d.]+)", code).groups()
+    section, _, network, _ = recipe("### Add a network")
+    assert f"python main.py --dataset glyphs --arch {name_of(network)}" in section
+    tree = make_tree(tmp_path / "tree", classes=4, images=4)
+    python(copy, "-c", TRAIN, name_of(row), flag, str(float(value) / 2), name_of(network), str(tree))
+    logs = [(copy / f"Training_Results/folder/{name}/log_train_Base.csv").read_text()
+            for name in ("loss", "flag", "network")]
+    assert len(set(logs)) == 3
