@@ -14,7 +14,6 @@ import json
 import math
 import signal
 import sys
-import threading
 import typing
 
 if __name__ == "__main__":
@@ -823,8 +822,7 @@ def rank_scores(queries, query_labels, gallery=None, gallery_labels=None, own=No
     def score(part):
         return scores_of_ranks(*ranker.wrong_rows(part), metrics, k_vals)
 
-    scores = together(in_threads(score, parts) if queries.device.type == "cpu" else
-                      map(score, parts))
+    scores = together(in_threads(score, parts, queries.device))
     return {name: values[order.argsort()] for name, values in scores.items()}
 
 
@@ -882,7 +880,6 @@ class Ranker:
         self.rows32 = queries.new_ones(len(queries), queries.shape[1] + 1)
         torch.neg(queries, out=self.rows32[:, :-1])
         self.columns32 = torch.cat([others, half.unsqueeze(1)], 1).t()
-        self.kept = threading.local()
 
     @functools.cached_property
     def others64(self):
@@ -891,10 +888,8 @@ class Ranker:
 
     def wrong_rows(self, rows):
         """What scores_of_ranks takes for some queries [B], given by their places."""
-        count = self.sizes[rows] - int(self.own is not None)                      # [B]
-        wrong = (self.wrong_nearer(rows, self.matches(rows)) if self.every else
-                 self.wrong_before_nearest(rows))
-        return wrong, count
+        count = self.sizes[rows] - int(self.own is not None)                     # [B]
+        return self.wrong_nearer(rows, self.matches(rows)), count
 
     def matches(self, rows):
         """The columns of some queries' true matches, in any order: [B] -> [B, W], -1 for none."""
@@ -904,28 +899,6 @@ class Ranker:
         if self.own is not None:
             matches = matches.masked_fill(matches == self.own[rows, None], -1)
         return matches
-
-    def wrong_before_nearest(self, rows):
-        """wrong_nearer for the nearest true match alone, in fewer steps: [B, 1]."""
-        low, own_class = self.own_class(rows)
-        near = torch.mm(self.rows32[rows], self.columns32[:, low:low + own_class.shape[1]])
-        near.masked_fill_(~own_class, torch.inf)
-        if self.own is not None:
-            near.scatter_(1, self.own[rows, None] - low, torch.inf)
-        tolerance = self.tolerance[rows, None]
-        true = near.amin(1, keepdim=True) if near.shape[1] else tolerance + torch.inf  # [B, 1]
-        limits = torch.cat([true - tolerance, true + tolerance], 1)
-        limits = limits.masked_fill_(limits == torch.inf, -torch.inf)            # [B, 2]
-        columns = len(self.others)
-        # Few limits are quickly compared: tiles of keys then stay in a processor's cache.
-        tile = columns if near.is_cuda else 8192
-        wrong, perhaps = sum(
-            count_up_to(self.wrong_keys(rows, first, min(first + tile, columns), low, own_class),
-                        limits) for first in range(0, columns, tile)).chunk(2, 1)
-        doubtful = (perhaps > wrong).squeeze(1).nonzero().squeeze(1)
-        if len(doubtful):
-            wrong[doubtful] = self.wrong_nearer(rows[doubtful], self.matches(rows[doubtful]))
-        return wrong
 
     def own_class(self, rows):
         """Which columns are of some queries' [B] own class -> (the first column, [B, N] bool)."""
@@ -942,14 +915,14 @@ class Ranker:
         """
         if not matches.shape[1]:
             return rows.new_zeros(len(rows), 1)
+        wrong_keys = torch.mm(self.rows32[rows], self.columns32)                 # [B, G]
+        keys = wrong_keys.gather(1, matches.clamp_min(0)).masked_fill_(matches < 0, torch.inf)
         low, own_class = self.own_class(rows)
-        near = torch.mm(self.rows32[rows], self.columns32[:, low:low + own_class.shape[1]])
-        keys = near.gather(1, (matches - low).clamp_min(0)).masked_fill_(matches < 0, torch.inf)
-        true = sorted_rows(keys) if self.every else keys.amin(1, keepdim=True)
+        wrong_keys[:, low:low + own_class.shape[1]].masked_fill_(own_class, torch.inf)
+        true = keys.sort(1)[0] if self.every else keys.amin(1, keepdim=True)
         tolerance = self.tolerance[rows, None]
         limits = torch.cat([true - tolerance, true + tolerance], 1)
         limits = limits.masked_fill_(limits == torch.inf, -torch.inf)            # [B, 2 W]
-        wrong_keys = self.wrong_keys(rows, 0, len(self.others), low, own_class)  # [B, G]
         wrong, perhaps = count_up_to(wrong_keys, limits).chunk(2, 1)
         doubtful = perhaps - wrong                                               # [B, W]
         columns, pairs = int(doubtful.sum()), int((doubtful > 0).sum())
@@ -963,24 +936,6 @@ class Ranker:
                 wrong[a, b] += self.nearer_of_doubtful(rows, a, b, matches[a], keys[a], true[a, b],
                                                        wrong_keys)
         return wrong
-
-    def wrong_keys(self, rows, first, stop, low, own_class):
-        """Keys of some columns, infinity where the column is of the query's own class: [B, N].
-
-        low, own_class: as own_class gives them. The result is overwritten by the next call in the
-        same thread.
-        """
-        # Each thread writes to memory of its own again and again: fresh memory is slow.
-        number = len(rows) * (stop - first)
-        if getattr(self.kept, "memory", torch.empty(0)).numel() < number:
-            self.kept.memory = self.rows32.new_empty(number)
-        keys = self.kept.memory[:number].view(len(rows), stop - first)
-        torch.mm(self.rows32[rows], self.columns32[:, first:stop], out=keys)
-        begin, end = max(low, first), min(low + own_class.shape[1], stop)
-        if begin < end:
-            keys[:, begin - first:end - first].masked_fill_(own_class[:, begin - low:end - low],
-                                                            torch.inf)
-        return keys
 
     def nearer_of_doubtful(self, rows, a, b, matches, keys, true, wrong_keys):
         """Of the wrong columns in doubt how many are as near as a match, or nearer: [P].
@@ -1060,34 +1015,24 @@ def ranks_by_comparison(queries, query_labels, others, other_labels, own, same):
 def count_up_to(keys, limits):
     """How many keys [B, G] of each row are at most each of the row's limits [B, T]: [B, T] int64.
 
-    A few limits are compared with every key; many are looked up in the rows, sorted, after keys
-    above all limits were made equal, which sorts faster. numpy, whose comparisons and sorts are
-    several times faster on a CPU, works on some rows at a time, which stay in its cache.
+    A few limits are compared with every key; many are looked up in the sorted rows. numpy, whose
+    comparisons and sorts are several times faster on a CPU, works on some rows at a time, which
+    stay in its cache; keys above all limits are made equal, which sorts faster.
     """
-    if keys.dtype != torch.float32 or keys.is_cuda:
-        if 1 <= limits.shape[1] <= 2:
-            return torch.cat([(keys <= limit.unsqueeze(1)).sum(1, keepdim=True)
-                              for limit in limits.unbind(1)], 1)
+    if keys.is_cuda:
         return torch.searchsorted(keys.sort(1)[0], limits, right=True)
     counts = torch.empty(limits.shape, dtype=torch.int64)
-    width = keys.shape[1]
+    keys, above = keys.numpy(), torch.nextafter(limits.amax(1, keepdim=True),
+                                                limits.new_tensor(torch.inf)).numpy()
     if limits.shape[1] <= 2:
-        # Filled up to whole words, of which the set bits are counted.
-        mask = np.zeros((len(keys), -(-width // 64) * 64), dtype=bool)
-        for j in range(limits.shape[1]):
-            np.less_equal(keys.numpy(), limits[:, j:j + 1].numpy(), out=mask[:, :width])
-            words = np.packbits(mask, axis=1).view(np.uint64)
-            counts[:, j] = torch.from_numpy(np.bitwise_count(words).sum(1, dtype=np.int64))
+        for j, limit in enumerate(limits.unbind(1)):
+            counts[:, j] = torch.from_numpy((keys <= limit.unsqueeze(1).numpy()).sum(1))
         return counts
-    above = torch.nextafter(limits.amax(1), torch.tensor(torch.inf)).numpy()
-    step = max(1, 2 ** 18 // width)
-    kept = np.empty((min(step, len(keys)), width), dtype=np.float32)
+    step = max(1, 2 ** 18 // keys.shape[1])
     for first in range(0, len(keys), step):
-        part = keys[first:first + step].numpy()
-        part = np.minimum(part, above[first:first + step, None], out=kept[:len(part)])
-        part.sort(axis=1)
-        counts[first:first + step] = torch.searchsorted(
-            torch.from_numpy(part), limits[first:first + step], right=True)
+        part = slice(first, first + step)
+        ordered = torch.from_numpy(np.sort(np.minimum(keys[part], above[part]), axis=1))
+        counts[part] = torch.searchsorted(ordered, limits[part], right=True)
     return counts
 
 
@@ -1097,33 +1042,19 @@ def between(keys, places, below, above):
     keys [R, G], places [P]: which of its rows each below [P] and above [P] is for. In the order of
     places; both int64.
     """
+    below, above = below.unsqueeze(1), above.unsqueeze(1)
     if keys.is_cuda:
         some = keys[places]
-        row, column = ((some > below.unsqueeze(1)) & (some <= above.unsqueeze(1))
-                       ).nonzero(as_tuple=True)
-        return row, column
+        return ((some > below) & (some <= above)).nonzero(as_tuple=True)
     # numpy does this several times faster, on some rows at a time that stay in a cache.
-    keys, places, bounds = keys.numpy(), places.numpy(), (below.numpy(), above.numpy())
-    step = max(1, 2 ** 18 // keys.shape[1])
-    kept = np.empty((step, keys.shape[1]), dtype=keys.dtype)
-    masks = np.empty((2, step, keys.shape[1]), dtype=bool)
-    rows, columns = [], []
+    keys, places, below, above = (part.numpy() for part in (keys, places, below, above))
+    step, found = max(1, 2 ** 18 // keys.shape[1]), []
     for first in range(0, len(places), step):
-        part = slice(first, min(first + step, len(places)))
-        some = np.take(keys, places[part], axis=0, out=kept[:part.stop - first], mode="clip")
-        least, most = (np.less_equal(some, bound[part, None], out=mask[:len(some)])
-                       for bound, mask in zip(bounds, masks))
-        row, column = np.divmod(np.flatnonzero(np.greater(most, least, out=most)), keys.shape[1])
-        rows.append(row + first)
-        columns.append(column)
-    return torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(columns))
-
-
-def sorted_rows(values):
-    """[B, W] with each row in ascending order; numpy's sort is the faster one on a CPU."""
-    if values.is_cuda:
-        return values.sort(1)[0]
-    return torch.from_numpy(np.sort(values.numpy(), axis=1))
+        part = slice(first, first + step)
+        some = keys[places[part]]
+        inside = np.flatnonzero((some > below[part]) & (some <= above[part]))
+        found.append(inside + first * keys.shape[1])
+    return map(torch.from_numpy, np.divmod(np.concatenate(found), keys.shape[1]))
 
 
 def knn(queries, gallery=None, k=1, own=None):
@@ -1182,12 +1113,14 @@ def blocks(rows, columns):
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def in_threads(function, parts):
-    """[function(part) for each part], in as many threads as torch uses, torch in one each.
+def in_threads(function, parts, device):
+    """[function(part) for each part], on a CPU in as many threads as torch uses, torch in one each.
 
     A product of matrices that fits a cache is as fast in one thread, and what is done with it is
     then done by all threads; shapes as function's.
     """
+    if device.type != "cpu":
+        return [function(part) for part in parts]
     number = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -1216,8 +1149,7 @@ def kmeans(embeddings, num_clusters, iterations=20, seed=0):
     embeddings [N, D]. Centroids start at distinct rows drawn with the seed; a cluster that loses
     all its rows restarts at the row farthest from its centroid. At most `iterations` updates (20,
     as in the reference code), fewer once no row changes cluster. ValueError for more clusters than
-    rows. A centroid that did not move cannot lose a row except to one that did, so only distances
-    that can have changed are computed.
+    rows.
     """
     if not 1 <= num_clusters <= len(embeddings):
         raise ValueError(f"{num_clusters} clusters of {len(embeddings)} embeddings; k-means needs "
@@ -1235,39 +1167,14 @@ def kmeans(embeddings, num_clusters, iterations=20, seed=0):
     for _ in range(iterations):
         counts = torch.bincount(assignments, minlength=num_clusters)             # [K]
         sums = sums_of_groups(embeddings, assignments, num_clusters)
-        previous, centroids = centroids, sums / counts.clamp_min(1).unsqueeze(1)
+        centroids = sums / counts.clamp_min(1).unsqueeze(1)                      # [K, D]
         empty = (counts == 0).nonzero().squeeze(1)
         centroids[empty] = embeddings[sq_distances.topk(len(empty)).indices]
-        moved = (centroids != previous).any(1)                                   # [K]
         before = assignments
-        assignments, sq_distances = moved_centroids(embeddings, sq_norms, centroids, moved,
-                                                    assignments, sq_distances)
+        assignments, sq_distances = nearest_centroids(embeddings, sq_norms, centroids)
         if torch.equal(assignments, before):
             break
     return assignments, (centroids + centre) * scale
-
-
-def moved_centroids(embeddings, sq_norms, centroids, moved, assignments, sq_distances):
-    """As nearest_centroids of embeddings [N, D], when only the centroids in moved [K] are new.
-
-    assignments, sq_distances [N]: what nearest_centroids gave before. Rows whose own centroid
-    stayed where it was are compared with those that moved alone.
-    """
-    own_moved = moved[assignments]                                               # [N]
-    if moved.float().mean() + own_moved.float().mean() > 1.5:
-        return nearest_centroids(embeddings, sq_norms, centroids)
-    assignments, sq_distances = assignments.clone(), sq_distances.clone()
-    rows, columns = own_moved.nonzero().squeeze(1), moved.nonzero().squeeze(1)
-    assignments[rows], sq_distances[rows] = nearest_centroids(embeddings[rows], sq_norms[rows],
-                                                              centroids)
-    rows = (~own_moved).nonzero().squeeze(1)
-    if len(columns) and len(rows):
-        nearest, distances = nearest_centroids(embeddings[rows], sq_norms[rows],
-                                               centroids[columns])
-        nearer = distances < sq_distances[rows]
-        assignments[rows[nearer]] = columns[nearest[nearer]]
-        sq_distances[rows[nearer]] = distances[nearer]
-    return assignments, sq_distances
 
 
 def nearest_centroids(embeddings, sq_norms, centroids):
@@ -1275,29 +1182,21 @@ def nearest_centroids(embeddings, sq_norms, centroids):
 
     embeddings [N, D], sq_norms [N]: their squared lengths.
     """
-    assignments = torch.empty(len(embeddings), dtype=torch.int64, device=embeddings.device)
-    sq_distances = torch.empty_like(sq_norms)
+    index, least = torch.empty_like(sq_norms, dtype=torch.int64), torch.empty_like(sq_norms)
     half_norms, columns = centroids.square().sum(1) / 2, centroids.t()
 
     def assign(rows):
         # |c|^2 / 2 - x.c orders the centroids c of a row x as the distances do.
         keys = torch.addmm(half_norms, embeddings[rows], columns, alpha=-1)      # [B, K]
-        if keys.is_cuda:
-            least, index = keys.min(1)
-        else:  # numpy's argmin is several times faster on a CPU
-            index = torch.from_numpy(keys.numpy().argmin(1))
-            least = keys.gather(1, index.unsqueeze(1)).squeeze(1)
-        assignments[rows], sq_distances[rows] = index, least
+        # numpy's argmin is several times faster on a CPU.
+        index[rows] = keys.argmin(1) if keys.is_cuda else torch.from_numpy(keys.numpy().argmin(1))
+        least[rows] = keys.gather(1, index[rows].unsqueeze(1)).squeeze(1)
 
-    number = len(embeddings) * len(centroids)
-    if embeddings.is_cuda or number <= 2 ** 20:  # as much as threads take to start
-        for rows in blocks(len(embeddings), len(centroids)):
-            assign(rows)
-    else:  # blocks small enough for a cache, and for memory that is used again
-        step = max(128, 2 ** 18 // len(centroids))
-        in_threads(assign, [slice(start, start + step)
-                            for start in range(0, len(embeddings), step)])
-    return assignments, (2 * sq_distances + sq_norms).clamp_min_(0)
+    step = max(128, 2 ** 18 // len(centroids))  # a cache holds so much, and it is used again
+    in_threads(assign, blocks(len(embeddings), len(centroids)) if embeddings.is_cuda else [
+        slice(start, start + step) for start in range(0, len(embeddings), step)],
+        embeddings.device)
+    return index, (2 * least + sq_norms).clamp_min_(0)
 
 
 def sums_of_groups(rows, groups, number):
@@ -1366,7 +1265,7 @@ def sum_across_classes(rows, labels):
         return 2 * total
 
     starts = range(0, len(rows), 256)
-    return sum(map(sum_from, starts) if rows.is_cuda else in_threads(sum_from, starts))
+    return sum(in_threads(sum_from, starts, rows.device))
 
 
 if __name__ == "__main__":

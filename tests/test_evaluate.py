@@ -933,7 +933,7 @@ def test_ranks_keep_to_the_memory(monkeypatch, spread, tight):
     rows[:tight + 1] = rows[:1] + spread * unit_rows(tight + 1, 64, 1)[:1500]
     labels[:tight] = 0
     monkeypatch.setattr(evaluate, "in_threads",  # Largest sees one thread alone
-                        lambda function, parts: [function(part) for part in parts])
+                        lambda function, parts, device: [function(part) for part in parts])
     with Largest() as largest:
         evaluate.rank_scores(rows, labels, memory=2 ** 20)
     assert largest.bytes <= 4 * 2 ** 20  # the embeddings alone are 0.8 MB in float64
@@ -1125,9 +1125,8 @@ def lloyd(embeddings, clusters, iterations, seed):
 
 
 @pytest.mark.parametrize("first_seed", range(0, 300, 100))
-def test_kmeans_equals_plain_lloyd(monkeypatch, first_seed):
-    wrong, partial = [], 0
-    calls = spied(monkeypatch, evaluate, "nearest_centroids")
+def test_kmeans_equals_plain_lloyd(first_seed):
+    wrong = []
     for seed in range(first_seed, first_seed + 100):
         generator = torch.Generator().manual_seed(seed)
         count, dimensions = 20 + seed % 61, 1 + seed % 9
@@ -1139,10 +1138,7 @@ def test_kmeans_equals_plain_lloyd(monkeypatch, first_seed):
         assignments, _ = evaluate.kmeans(rows, clusters, iterations, seed)
         if assignments.tolist() != lloyd(rows, clusters, iterations, seed).tolist():
             wrong.append(seed)
-        partial += any(len(arguments[0]) < count for arguments, _ in calls)
-        calls.clear()
     assert not wrong, f"{len(wrong)} of 100 seeds differ"
-    assert partial > 20  # some distances were left out
 
 
 @pytest.mark.parametrize("first_seed", [0, 100])
@@ -1168,21 +1164,6 @@ def test_kmeans_is_no_worse_than_scikit_learn_from_many_starts(first_seed):
             reference.fit(rows.double().numpy())
         assert objective(rows, *evaluate.kmeans(rows, clusters, seed=seed)) <= (
             reference.inertia_ * (1 + 1e-4))
-
-
-def test_moved_centroids_takes_what_cannot_have_changed_from_before():
-    generator = torch.Generator().manual_seed(0)
-    for count, moving in itertools.product((1, 5, 40), (0, 1, 3, 8)):
-        rows = torch.randn(count, 6, generator=generator)
-        centroids = torch.randn(8, 6, generator=generator)
-        sq_norms = rows.square().sum(1)
-        before = evaluate.nearest_centroids(rows, sq_norms, centroids)
-        moved = torch.arange(8) < moving
-        centroids = centroids + moved.unsqueeze(1) * torch.randn(8, 6, generator=generator)
-        found = evaluate.moved_centroids(rows, sq_norms, centroids, moved, *before)
-        assert found[0].tolist() == float64_distances(rows, centroids).argmin(1).tolist()
-        again = evaluate.nearest_centroids(rows, sq_norms, centroids)
-        torch.testing.assert_close(found[1], again[1])
 
 
 def test_mean_distances_of_more_rows_than_are_taken_in_float64():
