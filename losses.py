@@ -7,13 +7,9 @@ batch holds no valid tuple. indices_tuple replaces the loss's own sampler: a [T,
 of tuples, or a tuple of index vectors, (a, p, n) or (a1, p, a2, n), as the miners of other
 libraries return them.
 
-unit_norm says whether the loss wants embeddings of length one, samplings which --sampling it takes
-(the default first), min_samples_per_class how many images of a class a batch should hold at least
-(default_samples_per_class: unless the user says, without it 4). A loss in which tuples can be
-satisfied sets self.active in forward, the share of tuples that were not, a 0-dimensional tensor
-for the log. lr_factor: how much faster than the network its own weights learn by default.
-To add a loss: write the class here, its flags in add_arguments, its line in LOSSES; then python
-tests/check_loss.py NAME looks for what is commonly wrong with a new loss.
+A loss in which tuples can be satisfied sets self.active in forward, the share of tuples that were
+not, a 0-dimensional tensor for the log. To add a loss: write its class, with its flags, and its
+line in LOSSES; python tests/check_loss.py NAME then looks for what is commonly wrong.
 """
 
 import functools
@@ -25,151 +21,63 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 
 import samplers
-from samplers import Sampler, check_form, draw_columns, pairwise_sq_distances
+from samplers import (Sampler, check_form, check_range, draw_columns, pairwise_sq_distances)
 
 # The first is the default.
-TRIPLET_SAMPLINGS = ("distance", "semihard", "facenet", "softhard", "random", "hard",
-                     "multisimilarity", "all", "rho")
+TRIPLET_SAMPLINGS = tuple(name for name in samplers.METHODS if name != "npair")
 # none: all pairs of the batch. Without rho, some of whose anchors have a negative alone.
 PAIR_SAMPLINGS = ("none", *(name for name in TRIPLET_SAMPLINGS if name != "rho"))
 
 
-def add_arguments(parser):
-    """Adds the group 'loss' to an argparse parser; its hyper-parameters are scalars."""
-    group = parser.add_argument_group("loss", "what is minimised, and its hyper-parameters")
+class Loss(torch.nn.Module):
+    """Base of the losses, forward(embeddings [B, D], labels [B], indices_tuple=None) -> scalar.
 
-    def number(name, default, text, kind=float, **options):
-        group.add_argument(f"--{name}", type=kind, default=default, help=text,
-                           metavar=name.split("_")[-1].upper(), **options)
+    The class says unit_norm, whether it wants embeddings of length one; samplings, which
+    --sampling it takes, the default first; min_samples_per_class, how many images of a class a
+    batch should hold at least, and default_samples_per_class unless the user says; lr_flag, the
+    option with the learning rate of its own weights, and lr_factor, how much faster than the
+    network they learn by default; flags, {option: help}, its constructor's parameters that no
+    other loss has said before. sampling: one of samplings, "none" for no sampler. form, see
+    add_arguments, and sampling_options: samplers.Sampler's. repr shows the hyper-parameters, and
+    the sampler if there is one.
+    """
 
-    group.add_argument("--loss", choices=LOSSES, default="marginloss",
-                       help="marginloss (Wu et al. 2017), triplet (Schroff et al. 2015), npair "
-                            "(Sohn 2016), proxynca (Movshovitz-Attias et al. 2017), crossentropy: "
-                            "a linear classifier on the embedding; the README says what the "
-                            "others are. Default %(default)s, as in the reference runs")
-    group.add_argument("--form", choices=samplers.FORMS, default="paper",
-                       help="which of its two forms a loss or a sampling has: reference is what "
-                            "the code of Roth et al. 2020 computes, for angular, arcface, "
-                            "histogram, lifted, marginloss, multisimilarity, npair, quadruplet, "
-                            "softtriple and random sampling; the docstrings say what differs. All "
-                            "others have one form. Default %(default)s; the rev- recipes set it")
-    group.add_argument("--margin", type=float, default=0.2, metavar="M",
-                       help="triplet: margin between squared distances; marginloss: half-width "
-                            "around beta in plain distance, both on the unit sphere (distances 0 "
-                            "to 2); facenet sampling uses the same margin. Useful 0.05 to 1. "
-                            "Default %(default)s (both papers)")
-    group.add_argument("--beta", type=float, default=1.2, metavar="B",
-                       help="marginloss: first value of the boundary between positive and "
-                            "negative pairs, a plain distance; useful 0.5 to 1.4. Default "
-                            "%(default)s (paper)")
-    group.add_argument("--beta_lr", type=float, default=5e-4, metavar="LR",
-                       help="marginloss: learning rate of the boundaries, one for each class; "
-                            "useful 1e-4 to 1e-1. Default %(default)s (reference runs)")
-    group.add_argument("--beta_constant", action="store_true",
-                       help="marginloss: keep beta where it starts instead of learning it")
-    group.add_argument("--nu", type=float, default=0.0, metavar="NU",
-                       help="marginloss: weight of the sum of the tuples' boundaries, which pulls "
-                            "beta down; useful 0 to 0.01. Default %(default)s (off)")
-    group.add_argument("--proxy_lr", type=float, default=None, metavar="LR",
-                       help="proxynca: learning rate of the proxies; useful 1 to 1000 times --lr. "
-                            "Default 1e-5 (reference runs); glyphs 1e-2")
-    group.add_argument("--proxynca_positive_in_denominator", action="store_true",
-                       help="proxynca: sum the denominator over all proxies (a softmax) instead "
-                            "of all but the image's own (paper and reference runs)")
-    group.add_argument("--l2npair", type=float, default=0.02, metavar="L",
-                       help="npair, angular: weight of the mean squared length of anchor and "
-                            "positive; too small and embeddings grow without bound; useful 0.001 "
-                            "to 0.1. Default %(default)s (reference runs)")
-    group.add_argument("--arcface_scale", type=float, default=64.0, metavar="S",
-                       help="arcface: factor of the cosines, above 0; useful 16 to 128. Default "
-                            "%(default)s (paper)")
-    group.add_argument("--arcface_margin", type=float, default=0.5, metavar="M",
-                       help="arcface: margin in radians, 0 to pi; useful 0.1 to 0.6. Default "
-                            "%(default)s (paper)")
-    group.add_argument("--loss_lr", type=float, default=None, metavar="LR",
-                       help="learning rate of a loss's own weights, classifier or proxies, where "
-                            "no flag above names it; too low and they stay at random places; "
-                            "useful 1 to 1000 times --lr. Default --lr for crossentropy (Roth and "
-                            "Brattoli 2019), 50 times that for arcface (Roth et al. 2020), "
-                            "cosface, sphereface and normsoftmax, 100 times for proxyanchor and "
-                            "softtriple (their authors' code) and proxynca++; glyphs 1e-2")
-    number("contrastive_margin", 1.0, "contrastive: distance that pairs of two classes keep; "
-           "unit-norm rows lie 0 to 2 apart; useful 0.3 to 1.4. Default %(default)s (Rev. "
-           "Training Strategies)")
-    group.add_argument("--contrastive_linear", action="store_true",
-                       help="contrastive: plain distances instead of squared ones, as in all "
-                            "known libraries; the paper squares")
-    number("lifted_margin", 1.0, "lifted: margin, a plain distance; useful 0.5 to 2. Default "
-           "%(default)s (paper)")
-    number("lifted_l2", 0.005, "lifted: weight of the mean squared length of the embeddings; "
-           "useful 0.001 to 0.1. Default %(default)s")
-    number("multisimilarity_alpha", 2.0, "multisimilarity: sharpness for positives, above 0; "
-           "useful 1 to 20. Default %(default)s (paper)")
-    number("multisimilarity_beta", 50.0, "multisimilarity: sharpness for negatives, above 0; "
-           "useful 10 to 80. Default %(default)s (paper)")
-    number("multisimilarity_lambda", 1.0, "multisimilarity: cosine from which a pair counts much; "
-           "useful 0.3 to 1. Default %(default)s (paper); the authors' code has 0.5")
-    number("proxyanchor_alpha", 32.0, "proxyanchor: sharpness, above 0; useful 16 to 64. Default "
-           "%(default)s (paper)")
-    number("proxyanchor_delta", 0.1, "proxyanchor: margin, a cosine; useful 0 to 0.4. Default "
-           "%(default)s (paper)")
-    number("proxyncapp_temperature", 1 / 9, "proxynca++: temperature of the squared distances, "
-           "above 0; useful 0.03 to 1. Default 1/9 (paper)")
-    number("cosface_scale", 64.0, "cosface: factor of the cosines, above 0; useful 16 to 128. "
-           "Default %(default)s (paper)")
-    number("cosface_margin", 0.35, "cosface: margin, a cosine, 0 or more; useful 0.1 to 0.5. "
-           "Default %(default)s (paper)")
-    number("sphereface_margin", 4, "sphereface: whole-numbered factor of the angle, 1 or more; "
-           "useful 2 to 4. Default %(default)s (paper)", int)
-    number("sphereface_lambda", 5.0, "sphereface: least weight of the plain cosine beside the "
-           "one with the margin, which starts at 1,500 and falls; 0 or more. Default %(default)s")
-    number("sphereface_scale", 64.0, "sphereface: factor of the cosines, above 0; useful 16 to "
-           "128. Default %(default)s")
-    number("normsoftmax_temperature", 0.05, "normsoftmax: temperature of the cosines, above 0; "
-           "useful 0.02 to 0.2. Default %(default)s (paper)")
-    number("softtriple_centers", 10, "softtriple: centres of each class, 1 or more; useful 2 to "
-           "10. Default %(default)s (paper)", int)
-    number("softtriple_lambda", 20.0, "softtriple: factor of the similarities, above 0; useful 5 "
-           "to 40. Default %(default)s (paper)")
-    number("softtriple_gamma", 0.1, "softtriple: temperature of the choice of a centre, above 0; "
-           "useful 0.05 to 0.5. Default %(default)s (paper)")
-    number("softtriple_delta", 0.01, "softtriple: margin, a cosine, 0 or more; useful 0 to 0.1. "
-           "Default %(default)s (paper)")
-    number("softtriple_tau", 0.2, "softtriple: weight of what merges a class's centres, 0 or "
-           "more. Default %(default)s (paper)")
-    number("circle_margin", 0.4, "circle: relaxation, a cosine, between -1 and 1; useful 0.2 to "
-           "0.5. Default %(default)s (paper, retrieval)")
-    number("circle_gamma", 80.0, "circle: sharpness, above 0; useful 32 to 256. Default "
-           "%(default)s (paper, retrieval)")
-    number("ntxent_temperature", 0.1, "ntxent: temperature of the cosines, above 0; useful 0.01 "
-           "to 0.5. Default %(default)s (paper, ImageNet)")
-    number("supcon_temperature", 0.1, "supcon: temperature of the cosines, above 0; useful 0.01 "
-           "to 0.5. Default %(default)s (paper)")
-    number("angular_alpha", 45.0, "angular: bound of the angle at the negative, in degrees, above "
-           "0 and below 90; useful 30 to 55. Default %(default)s (paper)")
-    number("angular_weight", 2.0, "angular: weight of the angular term, the n-pair term having 1; "
-           "0 or more. Default %(default)s (paper)")
-    number("histogram_bins", 100, "histogram: intervals between cosines -1 and 1, 1 or more; "
-           "fewer for fewer pairs; useful 10 to 200. Default %(default)s (paper: width 0.02)", int)
-    number("snr_margin", 0.2, "snr: margin between noise-to-signal ratios, 0 or more; useful 0.05 "
-           "to 1. Default %(default)s")
-    number("snr_lambda", 0.005, "snr: weight of the mean absolute sum of an embedding's elements, "
-           "0 or more. Default %(default)s")
-    number("fastap_bins", 10, "fastap: intervals between squared distances 0 and 4, 1 or more; "
-           "useful 10 to 25. Default %(default)s (paper)", int)
-    number("smoothap_temperature", 0.01, "smoothap: width of the sigmoid that compares cosines, "
-           "above 0; useful 0.001 to 0.1. Default %(default)s (paper)")
-    number("recallatk_k", [1, 2, 4, 8, 16], "recallatk: the k whose recall is averaged, 1 or "
-           "more. Default 1 2 4 8 16 (paper)", int, nargs="+")
-    number("recallatk_tau1", 1.0, "recallatk: width of the sigmoid that compares a rank with k, "
-           "above 0; useful 0.5 to 5. Default %(default)s (paper)")
-    number("recallatk_tau2", 0.01, "recallatk: width of the sigmoid that compares cosines, above "
-           "0; useful 0.005 to 0.1. Default %(default)s (paper)")
-    number("quadruplet_margin1", 0.2, "quadruplet: margin against the anchor's negative, a "
-           "squared distance, 0 or more; useful 0.05 to 1. Default %(default)s")
-    number("quadruplet_margin2", 0.2, "quadruplet: margin against a pair of two other classes, a "
-           "squared distance, 0 or more; the paper has it below the first one. Default "
-           "%(default)s")
+    unit_norm = True
+    samplings = ()
+    min_samples_per_class = 2
+    default_samples_per_class = 4
+    lr_flag, lr_factor = None, 1
+    flags = {}
+    num_classes = None                  # with weights for classes, how many
+    stops_gradients = False             # so that the numbers' slope is not the gradient
+    rotation_invariant = True
+
+    def __init__(self, sampling="none", form="paper", **sampling_options):
+        super().__init__()
+        self.form = check_form(form)
+        if self.samplings and sampling not in self.samplings:
+            raise ValueError(f"{type(self).__name__} cannot use --sampling {sampling}; it takes "
+                             f"{', '.join(self.samplings)}")
+        self.sampler = (Sampler(sampling, form=form, **sampling_options)
+                        if self.samplings and sampling != "none" else None)
+
+    def extra_repr(self):
+        return ", ".join(f"{name}={value!r}" for name, value in vars(self).items()
+                         if not name.startswith("_") and name not in ("training", "active"))
+
+
+class ClassLoss(Loss):
+    """Base of the losses that compare images with weights of classes, 0 to num_classes - 1.
+
+    indices_tuple, and the sampling of those that have one, weigh the images: image_weights.
+    """
+
+    min_samples_per_class = 1
+    lr_flag = "loss_lr"
+
+    def __init__(self, num_classes, sampling="none", form="paper", **sampling_options):
+        super().__init__(sampling, form, **sampling_options)
+        self.num_classes = num_classes
 
 
 def full_precision(forward):
@@ -213,46 +121,10 @@ def check_batch(loss, embeddings, labels):
         raise FloatingPointError(f"{name}: {int((~finite).sum())} of {len(finite)} embeddings are "
                                  f"not finite, the first is row {row} of the batch, of class "
                                  f"{int(labels[row])}; often the learning rate (--lr) is too high")
-    classes = getattr(loss, "num_classes", None)
+    classes = loss.num_classes
     if classes is not None and len(labels) and not 0 <= labels.min() <= labels.max() < classes:
         raise ValueError(f"{name} has weights for {classes} classes, 0 to {classes - 1}; the "
                          f"labels are from {int(labels.min())} to {int(labels.max())}")
-
-
-def check_range(above=-math.inf, least=-math.inf, most=math.inf, below=math.inf, **flags):
-    """ValueError for a scalar, given under its flag's name, outside of what makes sense."""
-    allowed = " and ".join(f"{word} {bound:g}" for word, bound in (
-        ("above", above), ("at least", least), ("at most", most), ("below", below))
-        if math.isfinite(bound))
-    for name, value in flags.items():
-        if not (above < value < below and least <= value <= most):
-            raise ValueError(f"--{name} {value}: it must be {allowed or 'a finite number'}")
-
-
-def make_sampler(loss, sampling, **options):
-    """samplers.Sampler for a loss, None for "none"; ValueError for one that it cannot use.
-
-    options: scalars, the Sampler's own arguments.
-    """
-    if sampling not in loss.samplings:
-        hint = "; a new method goes into losses.TRIPLET_SAMPLINGS" * (
-            sampling in samplers.METHODS and sampling not in (*TRIPLET_SAMPLINGS, "npair"))
-        raise ValueError(f"{type(loss).__name__} cannot use --sampling {sampling}; it takes "
-                         f"{', '.join(loss.samplings) or 'none'}{hint}")
-    return None if sampling == "none" else Sampler(sampling, **options)
-
-
-class Loss(torch.nn.Module):
-    """Base of the losses, forward(embeddings [B, D], labels [B], indices_tuple=None) -> scalar.
-
-    repr shows the hyper-parameters, and the sampler if there is one.
-    """
-
-    min_samples_per_class = 2
-
-    def extra_repr(self):
-        return ", ".join(f"{name}={value!r}" for name, value in vars(self).items()
-                         if not name.startswith("_") and name not in ("training", "active"))
 
 
 def index_vectors(indices_tuple, labels):
@@ -515,15 +387,15 @@ class TripletLoss(Loss):
     inactive ones included, stands for the sum, as in the reference code.
     """
 
-    unit_norm = True
     samplings = TRIPLET_SAMPLINGS
+    flags = {"margin": "margin between squared distances; of marginloss half-width around beta, "
+                       "a plain distance; both on the unit sphere (distances 0 to 2); facenet "
+                       "sampling uses the same margin; useful 0.05 to 1 (both papers: 0.2)"}
 
     def __init__(self, margin=0.2, sampling="distance", **sampling_options):
-        super().__init__()
+        super().__init__(sampling, margin=margin, squared=True, **sampling_options)
         check_range(least=0, margin=margin)
         self.margin = margin
-        self.sampler = make_sampler(self, sampling, margin=margin, squared=True,
-                                    **sampling_options)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
@@ -550,19 +422,21 @@ class MarginLoss(Loss):
     reference code.
     """
 
-    unit_norm = True
     samplings = TRIPLET_SAMPLINGS
+    lr_flag = "beta_lr"
+    flags = {"beta": "first value of the boundary between positive and negative pairs, a plain "
+                     "distance; useful 0.5 to 1.4 (paper: 1.2)",
+             "beta_constant": "keep beta where it starts instead of learning it",
+             "nu": "weight of the sum of the tuples' boundaries, which pulls beta down; useful 0 "
+                   "to 0.01, 0 is off"}
 
     def __init__(self, num_classes, margin=0.2, beta=1.2, beta_constant=False, nu=0.0,
                  sampling="distance", form="paper", **sampling_options):
-        super().__init__()
+        super().__init__(sampling, form, margin=margin, squared=False, **sampling_options)
         check_range(least=0, margin=margin, nu=nu, beta=beta)
-        self.form = check_form(form)
         self.num_classes = num_classes
         self.margin = margin
         self.nu = nu
-        self.sampler = make_sampler(self, sampling, margin=margin, squared=False,
-                                    form=form, **sampling_options)
         betas = torch.full((num_classes,), float(beta))
         if beta_constant:
             self.register_buffer("beta", betas)
@@ -602,12 +476,14 @@ class NPairLoss(Loss):
 
     unit_norm = False
     samplings = ("npair",)
+    flags = {"l2npair": "weight of the mean squared length of anchor and positive; too small and "
+                        "embeddings grow without bound; useful 0.001 to 0.1 (reference runs: "
+                        "0.02)"}
 
     def __init__(self, l2npair=0.02, form="paper"):
-        super().__init__()
+        super().__init__("npair", form)
         check_range(least=0, l2npair=l2npair)
         self.l2npair = l2npair
-        self.sampler = Sampler("npair", form=form)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
@@ -615,7 +491,7 @@ class NPairLoss(Loss):
         return mean_where(tuples.npair_losses(embeddings, self.l2npair), tuples.valid)
 
 
-class ProxyNCALoss(Loss):
+class ProxyNCALoss(ClassLoss):
     """ProxyNCA: -log of exp(-d(x, p_y)) over the sum of exp(-d(x, p_z)) for the other proxies z.
 
     Movshovitz-Attias et al., "No Fuss Distance Metric Learning using Proxies", ICCV 2017, eq. 4
@@ -627,19 +503,19 @@ class ProxyNCALoss(Loss):
     ranges to 36.
     """
 
-    unit_norm = True
-    samplings = ()
-    min_samples_per_class = 1
     default_samples_per_class = 1  # reference runs
+    lr_flag = "proxy_lr"
     scale = 3.0
+    flags = {"proxynca_positive_in_denominator": "sum the denominator over all proxies (a "
+                                                 "softmax) instead of all but the image's own "
+                                                 "(paper and reference runs)"}
 
     def __init__(self, num_classes, embed_dim, proxynca_positive_in_denominator=False):
-        super().__init__()
+        super().__init__(num_classes)
         if num_classes < 2 and not proxynca_positive_in_denominator:
             raise ValueError(f"ProxyNCA with {num_classes} class: the sum over the other proxies "
                              "is empty; it needs two classes or "
                              "--proxynca_positive_in_denominator")
-        self.num_classes = num_classes
         self.positive_in_denominator = proxynca_positive_in_denominator
         self.proxies = torch.nn.Parameter(torch.randn(num_classes, embed_dim) / 8)
 
@@ -655,20 +531,15 @@ class ProxyNCALoss(Loss):
         return (losses * image_weights(embeddings, labels, indices_tuple)).mean()
 
 
-class CrossEntropyLoss(Loss):
+class CrossEntropyLoss(ClassLoss):
     """Softmax cross-entropy of a linear classifier on the embedding, both learned together.
 
     embeddings [B, D], labels [B] below num_classes. indices_tuple: image_weights.
     Its classifier starts as torch.nn.Linear does and has a bias.
     """
 
-    unit_norm = True
-    samplings = ()
-    min_samples_per_class = 1
-
     def __init__(self, num_classes, embed_dim):
-        super().__init__()
-        self.num_classes = num_classes
+        super().__init__(num_classes)
         self.classifier = torch.nn.Linear(embed_dim, num_classes)
 
     @full_precision
@@ -678,7 +549,7 @@ class CrossEntropyLoss(Loss):
                                   image_weights(embeddings, labels, indices_tuple))
 
 
-class ArcFaceLoss(Loss):
+class ArcFaceLoss(ClassLoss):
     """ArcFace: softmax over cosines to class weights, the own class's angle enlarged by a margin.
 
     Deng et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recognition", CVPR 2019, eq.
@@ -690,21 +561,18 @@ class ArcFaceLoss(Loss):
     cosines below 0 are 0, without a gradient, as in the code of Roth et al. 2020.
     """
 
-    unit_norm = True
     samplings = ("none", *TRIPLET_SAMPLINGS)
-    min_samples_per_class = 1
     lr_factor = 50  # Roth et al. 2020, 5e-4 beside 1e-5
+    flags = {"arcface_scale": "factor of the cosines, above 0; useful 16 to 128 (paper: 64)",
+             "arcface_margin": "margin in radians, 0 to pi; useful 0.1 to 0.6 (paper: 0.5)"}
 
     def __init__(self, num_classes, embed_dim, arcface_scale=64.0, arcface_margin=0.5,
                  sampling="none", form="paper", **sampling_options):
-        super().__init__()
+        super().__init__(num_classes, sampling, form, **sampling_options)
         check_range(above=0, arcface_scale=arcface_scale)
         check_range(least=0, most=math.pi, arcface_margin=arcface_margin)
-        self.num_classes = num_classes
         self.scale = arcface_scale
         self.margin = arcface_margin
-        self.form = check_form(form)
-        self.sampler = make_sampler(self, sampling, form=form, **sampling_options)
         self.weight = class_weights(num_classes, embed_dim)
 
     @full_precision
@@ -734,16 +602,19 @@ class ContrastiveLoss(Loss):
     included, as in the code of Roth et al. 2020.
     """
 
-    unit_norm = True
     samplings = ("none", *TRIPLET_SAMPLINGS)
+    flags = {"contrastive_margin": "distance that pairs of two classes keep; unit-norm rows lie "
+                                   "0 to 2 apart; useful 0.3 to 1.4 (Rev. Training Strategies: "
+                                   "1)",
+             "contrastive_linear": "plain distances instead of squared ones, as in all known "
+                                   "libraries; the paper squares"}
 
     def __init__(self, contrastive_margin=1.0, contrastive_linear=False, sampling="none",
                  **sampling_options):
-        super().__init__()
+        super().__init__(sampling, **sampling_options)
         check_range(above=0, contrastive_margin=contrastive_margin)
         self.margin = contrastive_margin
         self.squared = not contrastive_linear
-        self.sampler = make_sampler(self, sampling, **sampling_options)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
@@ -781,15 +652,16 @@ class LiftedLoss(Loss):
     unit_norm = False
     # That by distance is for unit-norm rows.
     samplings = tuple(name for name in PAIR_SAMPLINGS if name != "distance")
+    flags = {"lifted_margin": "margin, a plain distance; useful 0.5 to 2 (paper: 1)",
+             "lifted_l2": "weight of the mean squared length of the embeddings; useful 0.001 to "
+                          "0.1"}
 
     def __init__(self, lifted_margin=1.0, lifted_l2=0.005, sampling="none", form="paper",
                  **sampling_options):
-        super().__init__()
+        super().__init__(sampling, form, **sampling_options)
         check_range(least=0, lifted_margin=lifted_margin, lifted_l2=lifted_l2)
         self.margin = lifted_margin
         self.l2 = lifted_l2
-        self.form = check_form(form)
-        self.sampler = make_sampler(self, sampling, form=form, **sampling_options)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
@@ -815,22 +687,25 @@ class MultiSimilarityLoss(Loss):
     pairs left, as in the code of Roth et al. 2020.
     """
 
-    unit_norm = True
     samplings = ("multisimilarity", *(name for name in PAIR_SAMPLINGS
                                       if name != "multisimilarity"), "rho")
+    flags = {"multisimilarity_alpha": "sharpness for positives, above 0; useful 1 to 20 (paper: "
+                                      "2)",
+             "multisimilarity_beta": "sharpness for negatives, above 0; useful 10 to 80 (paper: "
+                                     "50)",
+             "multisimilarity_lambda": "cosine from which a pair counts much; useful 0.3 to 1 "
+                                       "(paper: 1; the authors' code: 0.5)"}
 
     def __init__(self, multisimilarity_alpha=2.0, multisimilarity_beta=50.0,
                  multisimilarity_lambda=1.0, sampling="multisimilarity", form="paper",
                  **sampling_options):
-        super().__init__()
+        super().__init__(sampling, form, **sampling_options)
         check_range(above=0, multisimilarity_alpha=multisimilarity_alpha,
                     multisimilarity_beta=multisimilarity_beta)
         check_range(least=-1, most=1, multisimilarity_lambda=multisimilarity_lambda)
         self.alpha = multisimilarity_alpha
         self.beta = multisimilarity_beta
         self.threshold = multisimilarity_lambda
-        self.form = check_form(form)
-        self.sampler = make_sampler(self, sampling, form=form, **sampling_options)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
@@ -853,17 +728,18 @@ class CircleLoss(Loss):
     labels [B]. sampling none takes all pairs of the batch.
     """
 
-    unit_norm = True
     samplings = PAIR_SAMPLINGS
-    stops_gradients = True  # so the numbers' slope is not the gradient
+    stops_gradients = True
+    flags = {"circle_margin": "relaxation, a cosine, between -1 and 1; useful 0.2 to 0.5 (paper, "
+                              "retrieval: 0.4)",
+             "circle_gamma": "sharpness, above 0; useful 32 to 256 (paper, retrieval: 80)"}
 
     def __init__(self, circle_margin=0.4, circle_gamma=80.0, sampling="none", **sampling_options):
-        super().__init__()
+        super().__init__(sampling, **sampling_options)
         check_range(above=-1, below=1, circle_margin=circle_margin)
         check_range(above=0, circle_gamma=circle_gamma)
         self.margin = circle_margin
         self.gamma = circle_gamma
-        self.sampler = make_sampler(self, sampling, **sampling_options)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
@@ -888,14 +764,14 @@ class NTXentLoss(Loss):
     more, an anchor's other positives are not in the denominator.
     """
 
-    unit_norm = True
     samplings = PAIR_SAMPLINGS
+    flags = {"ntxent_temperature": "temperature of the cosines, above 0; useful 0.01 to 0.5 "
+                                   "(paper, ImageNet: 0.1)"}
 
     def __init__(self, ntxent_temperature=0.1, sampling="none", **sampling_options):
-        super().__init__()
+        super().__init__(sampling, **sampling_options)
         check_range(above=0, ntxent_temperature=ntxent_temperature)
         self.temperature = ntxent_temperature
-        self.sampler = make_sampler(self, sampling, **sampling_options)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
@@ -915,14 +791,14 @@ class SupConLoss(Loss):
     embeddings [B, D] (normalised here), labels [B]. sampling none takes all pairs.
     """
 
-    unit_norm = True
     samplings = PAIR_SAMPLINGS
+    flags = {"supcon_temperature": "temperature of the cosines, above 0; useful 0.01 to 0.5 "
+                                   "(paper: 0.1)"}
 
     def __init__(self, supcon_temperature=0.1, sampling="none", **sampling_options):
-        super().__init__()
+        super().__init__(sampling, **sampling_options)
         check_range(above=0, supcon_temperature=supcon_temperature)
         self.temperature = supcon_temperature
-        self.sampler = make_sampler(self, sampling, **sampling_options)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
@@ -948,15 +824,18 @@ class AngularLoss(Loss):
 
     unit_norm = False
     samplings = ("npair",)
+    flags = {"angular_alpha": "bound of the angle at the negative, in degrees, above 0 and below "
+                              "90; useful 30 to 55 (paper: 45)",
+             "angular_weight": "weight of the angular term, the n-pair term having 1; 0 or more "
+                               "(paper: 2)"}
 
     def __init__(self, angular_alpha=45.0, angular_weight=2.0, l2npair=0.02, form="paper"):
-        super().__init__()
+        super().__init__("npair", form)
         check_range(above=0, below=90, angular_alpha=angular_alpha)
         check_range(least=0, angular_weight=angular_weight, l2npair=l2npair)
         self.sq_tangent = math.tan(math.radians(angular_alpha)) ** 2
         self.weight = angular_weight
         self.l2npair = l2npair
-        self.sampler = Sampler("npair", form=form)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
@@ -983,14 +862,13 @@ class HistogramLoss(Loss):
     two floating-point sums agree: with 64 bins everywhere, with 10 not in six of the cells.
     """
 
-    unit_norm = True
-    samplings = ()
+    flags = {"histogram_bins": "intervals between cosines -1 and 1, 1 or more; fewer for fewer "
+                               "pairs; useful 10 to 200 (paper: width 0.02)"}
 
     def __init__(self, histogram_bins=100, form="paper"):
-        super().__init__()
+        super().__init__(form=form)
         check_range(least=1, histogram_bins=histogram_bins)
         self.bins = histogram_bins
-        self.form = check_form(form)
         width = 2 / histogram_bins
         nodes = [k * width - 1 for k in range(histogram_bins)] + [1]
         agree = torch.tensor([lower == upper - width for lower, upper in zip(nodes, nodes[1:])])
@@ -1031,8 +909,8 @@ class FastAPLoss(Loss):
     here), labels [B]. indices_tuple picks the pairs.
     """
 
-    unit_norm = True
-    samplings = ()
+    flags = {"fastap_bins": "intervals between squared distances 0 and 4, 1 or more; useful 10 "
+                            "to 25 (paper: 10)"}
 
     def __init__(self, fastap_bins=10):
         super().__init__()
@@ -1063,8 +941,8 @@ class SmoothAPLoss(Loss):
     pairs. How many positives there are is looked up, so a GPU waits.
     """
 
-    unit_norm = True
-    samplings = ()
+    flags = {"smoothap_temperature": "width of the sigmoid that compares cosines, above 0; "
+                                     "useful 0.001 to 0.1 (paper: 0.01)"}
 
     def __init__(self, smoothap_temperature=0.01):
         super().__init__()
@@ -1118,13 +996,16 @@ class RecallAtKLoss(Loss):
     are is looked up, so a GPU waits.
     """
 
-    unit_norm = True
-    samplings = ()
+    flags = {"recallatk_k": "the k whose recall is averaged, 1 or more (paper: 1 2 4 8 16)",
+             "recallatk_tau1": "width of the sigmoid that compares a rank with k, above 0; "
+                               "useful 0.5 to 5 (paper: 1)",
+             "recallatk_tau2": "width of the sigmoid that compares cosines, above 0; useful "
+                               "0.005 to 0.1 (paper: 0.01)"}
 
     def __init__(self, recallatk_k=(1, 2, 4, 8, 16), recallatk_tau1=1.0, recallatk_tau2=0.01):
         super().__init__()
-        if not recallatk_k or min(recallatk_k) < 1:
-            raise ValueError(f"--recallatk_k {list(recallatk_k)}: each k must be at least 1")
+        for k in recallatk_k:
+            check_range(least=1, recallatk_k=k)
         check_range(above=0, recallatk_tau1=recallatk_tau1, recallatk_tau2=recallatk_tau2)
         self.k_vals = tuple(recallatk_k)
         self.tau1, self.tau2 = recallatk_tau1, recallatk_tau2
@@ -1151,16 +1032,16 @@ class SNRLoss(Loss):
     the triplets above zero stands for the sum, as in the code of Roth et al. 2020; 0 without one.
     """
 
-    unit_norm = True
     samplings = TRIPLET_SAMPLINGS
     rotation_invariant = False  # a variance depends on the axes
+    flags = {"snr_margin": "margin between noise-to-signal ratios, 0 or more; useful 0.05 to 1",
+             "snr_lambda": "weight of the mean absolute sum of an embedding's elements, 0 or more"}
 
     def __init__(self, snr_margin=0.2, snr_lambda=0.005, sampling="distance", **sampling_options):
-        super().__init__()
+        super().__init__(sampling, **sampling_options)
         check_range(least=0, snr_margin=snr_margin, snr_lambda=snr_lambda)
         self.margin = snr_margin
         self.weight = snr_lambda
-        self.sampler = make_sampler(self, sampling, **sampling_options)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
@@ -1191,19 +1072,19 @@ class QuadrupletLoss(Loss):
     pairs of a triplet and a fourth image.
     """
 
-    unit_norm = True
     samplings = TRIPLET_SAMPLINGS
+    flags = {"quadruplet_margin1": "margin against the anchor's negative, a squared distance, 0 "
+                                   "or more; useful 0.05 to 1",
+             "quadruplet_margin2": "margin against a pair of two other classes, a squared "
+                                   "distance, 0 or more; the paper has it below the first one"}
 
     def __init__(self, quadruplet_margin1=0.2, quadruplet_margin2=0.2, sampling="distance",
                  form="paper", **sampling_options):
-        super().__init__()
         check_range(least=0, quadruplet_margin1=quadruplet_margin1,
                     quadruplet_margin2=quadruplet_margin2)
+        super().__init__(sampling, form, **{**sampling_options, "margin": quadruplet_margin1,
+                                            "squared": form == "paper"})
         self.margin1, self.margin2 = quadruplet_margin1, quadruplet_margin2
-        self.form = check_form(form)
-        self.sampler = make_sampler(self, sampling, **{
-            **sampling_options, "margin": quadruplet_margin1, "squared": form == "paper",
-            "form": form})
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
@@ -1252,7 +1133,7 @@ class QuadrupletLoss(Loss):
         return torch.cat([triplets, torch.cat(pieces).unsqueeze(1)], 1)
 
 
-class ProxyAnchorLoss(Loss):
+class ProxyAnchorLoss(ClassLoss):
     """Proxy-anchor: each proxy pulls its class's images and pushes others, the hard ones more.
 
     Kim et al., "Proxy Anchor Loss for Deep Metric Learning", CVPR 2020, eq. 4: the mean over the
@@ -1262,16 +1143,14 @@ class ProxyAnchorLoss(Loss):
     (normalised here), labels [B] below num_classes. indices_tuple: image_weights.
     """
 
-    unit_norm = True
-    samplings = ()
-    min_samples_per_class = 1
     lr_factor = 100  # authors' code
+    flags = {"proxyanchor_alpha": "sharpness, above 0; useful 16 to 64 (paper: 32)",
+             "proxyanchor_delta": "margin, a cosine; useful 0 to 0.4 (paper: 0.1)"}
 
     def __init__(self, num_classes, embed_dim, proxyanchor_alpha=32.0, proxyanchor_delta=0.1):
-        super().__init__()
+        super().__init__(num_classes)
         check_range(above=0, proxyanchor_alpha=proxyanchor_alpha)
         check_range(least=-1, most=1, proxyanchor_delta=proxyanchor_delta)
-        self.num_classes = num_classes
         self.alpha = proxyanchor_alpha
         self.delta = proxyanchor_delta
         self.proxies = torch.nn.Parameter(torch.empty(num_classes, embed_dim))
@@ -1297,7 +1176,7 @@ class ProxyAnchorLoss(Loss):
         return weights.amax() * (positive_terms.sum() / present.sum() + negative_terms.mean())
 
 
-class ProxyNCAPlusPlusLoss(Loss):
+class ProxyNCAPlusPlusLoss(ClassLoss):
     """ProxyNCA++: cross-entropy of softmax(-d(x, p) / T) over all proxies, d squared distances.
 
     Teh, DeVries, Taylor, "ProxyNCA++: Revisiting and Revitalizing Proxy Neighborhood Component
@@ -1307,15 +1186,13 @@ class ProxyNCAPlusPlusLoss(Loss):
     Adam with an epsilon of 1 are not part of a loss and not built here.
     """
 
-    unit_norm = True
-    samplings = ()
-    min_samples_per_class = 1
     lr_factor = 100  # the authors' is 1e5, with that epsilon
+    flags = {"proxyncapp_temperature": "temperature of the squared distances, above 0; useful "
+                                       "0.03 to 1 (paper: 1/9)"}
 
     def __init__(self, num_classes, embed_dim, proxyncapp_temperature=1 / 9):
-        super().__init__()
+        super().__init__(num_classes)
         check_range(above=0, proxyncapp_temperature=proxyncapp_temperature)
-        self.num_classes = num_classes
         self.temperature = proxyncapp_temperature
         self.proxies = torch.nn.Parameter(torch.randn(num_classes, embed_dim) / 8)
 
@@ -1327,7 +1204,7 @@ class ProxyNCAPlusPlusLoss(Loss):
                                   image_weights(embeddings, labels, indices_tuple))
 
 
-class NormSoftmaxLoss(Loss):
+class NormSoftmaxLoss(ClassLoss):
     """Normalised softmax: the cross-entropy of cosines to class weights over a temperature.
 
     Zhai and Wu, "Classification is a Strong Baseline for Deep Metric Learning", BMVC 2019, eq. 3.
@@ -1336,15 +1213,13 @@ class NormSoftmaxLoss(Loss):
     not built here.
     """
 
-    unit_norm = True
-    samplings = ()
-    min_samples_per_class = 1
     lr_factor = 50  # Roth et al. 2020 have 1 on CUB and Cars, 200 on Online Products
+    flags = {"normsoftmax_temperature": "temperature of the cosines, above 0; useful 0.02 to 0.2 "
+                                        "(paper: 0.05)"}
 
     def __init__(self, num_classes, embed_dim, normsoftmax_temperature=0.05):
-        super().__init__()
+        super().__init__(num_classes)
         check_range(above=0, normsoftmax_temperature=normsoftmax_temperature)
-        self.num_classes = num_classes
         self.temperature = normsoftmax_temperature
         self.weight = class_weights(num_classes, embed_dim)
 
@@ -1355,7 +1230,7 @@ class NormSoftmaxLoss(Loss):
                                   image_weights(embeddings, labels, indices_tuple))
 
 
-class CosFaceLoss(Loss):
+class CosFaceLoss(ClassLoss):
     """CosFace: softmax over cosines to class weights, the own class's lowered by a margin.
 
     Wang et al., "CosFace: Large Margin Cosine Loss for Deep Face Recognition", CVPR 2018, eq. 4:
@@ -1364,16 +1239,14 @@ class CosFaceLoss(Loss):
     below num_classes. indices_tuple: image_weights.
     """
 
-    unit_norm = True
-    samplings = ()
-    min_samples_per_class = 1
     lr_factor = 50  # as ArcFace's
+    flags = {"cosface_scale": "factor of the cosines, above 0; useful 16 to 128 (paper: 64)",
+             "cosface_margin": "margin, a cosine, 0 to 2; useful 0.1 to 0.5 (paper: 0.35)"}
 
     def __init__(self, num_classes, embed_dim, cosface_scale=64.0, cosface_margin=0.35):
-        super().__init__()
+        super().__init__(num_classes)
         check_range(above=0, cosface_scale=cosface_scale)
         check_range(least=0, most=2, cosface_margin=cosface_margin)
-        self.num_classes = num_classes
         self.scale = cosface_scale
         self.margin = cosface_margin
         self.weight = class_weights(num_classes, embed_dim)
@@ -1387,7 +1260,7 @@ class CosFaceLoss(Loss):
                                   image_weights(embeddings, labels, indices_tuple))
 
 
-class SphereFaceLoss(Loss):
+class SphereFaceLoss(ClassLoss):
     """SphereFace: softmax over cosines to class weights, the own class's angle multiplied.
 
     Liu et al., "SphereFace: Deep Hypersphere Embedding for Face Recognition", CVPR 2017, eq. 7 and
@@ -1400,21 +1273,20 @@ class SphereFaceLoss(Loss):
     since retrieval is by distances of unit vectors.
     """
 
-    unit_norm = True
-    samplings = ()
-    min_samples_per_class = 1
     lr_factor = 50  # as ArcFace's
+    flags = {"sphereface_margin": "whole-numbered factor of the angle, 1 or more; useful 2 to 4 "
+                                  "(paper: 4)",
+             "sphereface_lambda": "least weight of the plain cosine beside the one with the "
+                                  "margin, which starts at 1,500 and falls; 0 or more",
+             "sphereface_scale": "factor of the cosines, above 0; useful 16 to 128"}
 
     def __init__(self, num_classes, embed_dim, sphereface_margin=4, sphereface_lambda=5.0,
                  sphereface_scale=64.0):
-        super().__init__()
+        super().__init__(num_classes)
         check_range(least=1, sphereface_margin=sphereface_margin)
         check_range(least=0, sphereface_lambda=sphereface_lambda)
         check_range(above=0, sphereface_scale=sphereface_scale)
-        if sphereface_margin != int(sphereface_margin):
-            raise ValueError(f"--sphereface_margin {sphereface_margin}: a whole number is needed")
-        self.num_classes = num_classes
-        self.margin = int(sphereface_margin)
+        self.margin = sphereface_margin
         self.least = sphereface_lambda
         self.scale = sphereface_scale
         self.weight = class_weights(num_classes, embed_dim, length=1)  # authors' code
@@ -1441,7 +1313,7 @@ class SphereFaceLoss(Loss):
                                   image_weights(embeddings, labels, indices_tuple))
 
 
-class SoftTripleLoss(Loss):
+class SoftTripleLoss(ClassLoss):
     """SoftTriple: softmax over classes of similarities to several centres a class, with a margin.
 
     Qian et al., "SoftTriple Loss: Deep Metric Learning Without Triplet Sampling", ICCV 2019, eq. 7
@@ -1455,24 +1327,26 @@ class SoftTripleLoss(Loss):
     and each dimension of all centres has length one, not each centre.
     """
 
-    unit_norm = True
-    samplings = ()
-    min_samples_per_class = 1
     lr_factor = 100  # authors' code
+    flags = {"softtriple_centers": "centres of each class, 1 or more; useful 2 to 10 (paper: 10)",
+             "softtriple_lambda": "factor of the similarities, above 0; useful 5 to 40 (paper: "
+                                  "20)",
+             "softtriple_gamma": "temperature of the choice of a centre, above 0; useful 0.05 to "
+                                 "0.5 (paper: 0.1)",
+             "softtriple_delta": "margin, a cosine, 0 or more; useful 0 to 0.1 (paper: 0.01)",
+             "softtriple_tau": "weight of what merges a class's centres, 0 or more (paper: 0.2)"}
 
     def __init__(self, num_classes, embed_dim, softtriple_centers=10, softtriple_lambda=20.0,
                  softtriple_gamma=0.1, softtriple_delta=0.01, softtriple_tau=0.2, form="paper"):
-        super().__init__()
+        super().__init__(num_classes, form=form)
         check_range(least=1, softtriple_centers=softtriple_centers)
         check_range(above=0, softtriple_lambda=softtriple_lambda,
                     softtriple_gamma=softtriple_gamma)
         check_range(least=0, softtriple_delta=softtriple_delta, softtriple_tau=softtriple_tau)
-        self.num_classes = num_classes
         self.scale = softtriple_lambda
         self.gamma = softtriple_gamma
         self.margin = softtriple_delta
         self.tau = softtriple_tau
-        self.form = check_form(form)
         self.centers = torch.nn.Parameter(torch.empty(num_classes, softtriple_centers, embed_dim))
         bound = (num_classes * softtriple_centers) ** -0.5  # authors' code
         torch.nn.init.uniform_(self.centers, -bound, bound)
@@ -1502,60 +1376,116 @@ class SoftTripleLoss(Loss):
         return loss + self.tau * apart.sum() / (len(centers) * number * (number - 1))
 
 
-# name: (class, the flag with the learning rate of its own weights). A constructor parameter takes
-# the value of the flag of the same name; num_classes is the number of training classes.
 LOSSES = {
-    "marginloss": (MarginLoss, "beta_lr"),
-    "triplet": (TripletLoss, None),
-    "npair": (NPairLoss, None),
-    "proxynca": (ProxyNCALoss, "proxy_lr"),
-    "crossentropy": (CrossEntropyLoss, "loss_lr"),
-    "arcface": (ArcFaceLoss, "loss_lr"),
-    "contrastive": (ContrastiveLoss, None),
-    "lifted": (LiftedLoss, None),
-    "multisimilarity": (MultiSimilarityLoss, None),
-    "circle": (CircleLoss, None),
-    "ntxent": (NTXentLoss, None),
-    "supcon": (SupConLoss, None),
-    "angular": (AngularLoss, None),
-    "histogram": (HistogramLoss, None),
-    "fastap": (FastAPLoss, None),
-    "smoothap": (SmoothAPLoss, None),
-    "recallatk": (RecallAtKLoss, None),
-    "snr": (SNRLoss, None),
-    "quadruplet": (QuadrupletLoss, None),
-    "proxyanchor": (ProxyAnchorLoss, "loss_lr"),
-    "proxynca++": (ProxyNCAPlusPlusLoss, "loss_lr"),
-    "normsoftmax": (NormSoftmaxLoss, "loss_lr"),
-    "cosface": (CosFaceLoss, "loss_lr"),
-    "sphereface": (SphereFaceLoss, "loss_lr"),
-    "softtriple": (SoftTripleLoss, "loss_lr"),
+    "marginloss": MarginLoss,
+    "triplet": TripletLoss,
+    "npair": NPairLoss,
+    "proxynca": ProxyNCALoss,
+    "crossentropy": CrossEntropyLoss,
+    "arcface": ArcFaceLoss,
+    "contrastive": ContrastiveLoss,
+    "lifted": LiftedLoss,
+    "multisimilarity": MultiSimilarityLoss,
+    "circle": CircleLoss,
+    "ntxent": NTXentLoss,
+    "supcon": SupConLoss,
+    "angular": AngularLoss,
+    "histogram": HistogramLoss,
+    "fastap": FastAPLoss,
+    "smoothap": SmoothAPLoss,
+    "recallatk": RecallAtKLoss,
+    "snr": SNRLoss,
+    "quadruplet": QuadrupletLoss,
+    "proxyanchor": ProxyAnchorLoss,
+    "proxynca++": ProxyNCAPlusPlusLoss,
+    "normsoftmax": NormSoftmaxLoss,
+    "cosface": CosFaceLoss,
+    "sphereface": SphereFaceLoss,
+    "softtriple": SoftTripleLoss,
 }
 
 
-def loss_select(loss, opt, to_optim, num_classes):
-    """Builds the loss named by a key of LOSSES from the options.
+def defaults_of(loss_class):
+    """{name: default} of the parameters that the constructor of a loss names."""
+    return {name: parameter.default
+            for name, parameter in inspect.signature(loss_class).parameters.items()
+            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD}
 
-    opt: an object with the options as attributes. to_optim: list of optimiser parameter groups; a
-    loss with weights of its own adds one, without weight decay. Returns (loss module, to_optim).
+
+def flags_of(name):
+    """The options that the loss of this name, a key of LOSSES, is built with: a list of names."""
+    own = [flag for flag in defaults_of(LOSSES[name]) if flag not in ("num_classes", "embed_dim")]
+    return own + [LOSSES[name].lr_flag] * bool(LOSSES[name].lr_flag)
+
+
+def add_arguments(parser):
+    """Adds the group 'loss' to an argparse parser: what follows, and the flags of each class."""
+    group = parser.add_argument_group("loss", "what is minimised, and its hyper-parameters")
+    group.add_argument("--loss", choices=LOSSES, default="marginloss",
+                       help="marginloss (Wu et al. 2017), triplet (Schroff et al. 2015), npair "
+                            "(Sohn 2016), proxynca (Movshovitz-Attias et al. 2017), crossentropy: "
+                            "a linear classifier on the embedding; the README says what the "
+                            "others are. Default %(default)s, as in the reference runs")
+    two_forms = ", ".join(name for name in LOSSES if "form" in flags_of(name))
+    group.add_argument("--form", choices=samplers.FORMS, default="paper",
+                       help="which of its two forms a loss or a sampling has: reference is what "
+                            f"the code of Roth et al. 2020 computes, for {two_forms} and random "
+                            "sampling; the docstrings say what differs. All others have one form. "
+                            "Default %(default)s; the rev- recipes set it")
+    group.add_argument("--beta_lr", type=float, default=5e-4, metavar="LR",
+                       help="marginloss: learning rate of the boundaries, one for each class; "
+                            "useful 1e-4 to 1e-1. Default %(default)s (reference runs)")
+    group.add_argument("--proxy_lr", type=float, default=None, metavar="LR",
+                       help="proxynca: learning rate of the proxies; useful 1 to 1000 times --lr. "
+                            "Default 1e-5 (reference runs); glyphs 1e-2")
+    group.add_argument("--loss_lr", type=float, default=None, metavar="LR",
+                       help="learning rate of a loss's own weights, classifier or proxies, where "
+                            "no flag above names it; too low and they stay at random places; "
+                            "useful 1 to 1000 times --lr. Default --lr for crossentropy (Roth and "
+                            "Brattoli 2019), 50 times that for arcface (Roth et al. 2020), "
+                            "cosface, sphereface and normsoftmax, 100 times for proxyanchor and "
+                            "softtriple (their authors' code) and proxynca++; glyphs 1e-2")
+    for loss_class in LOSSES.values():
+        for flag, text in loss_class.flags.items():
+            default = defaults_of(loss_class)[flag]
+            readers = ", ".join(name for name in LOSSES if flag in flags_of(name))
+            if default is False:
+                group.add_argument(f"--{flag}", action="store_true", help=f"{readers}: {text}")
+                continue
+            values = default if isinstance(default, tuple) else [default]
+            default = {"nargs": "+", "default": list(default)} if default is values else {
+                "default": default}
+            group.add_argument(f"--{flag}", type=type(values[0]), **default,
+                               metavar=flag.split("_")[-1].upper(),
+                               help=f"{readers}: {text}. Default "
+                                    f"{' '.join(f'{value:g}' for value in values)}")
+
+
+def loss_select(opt, num_classes, embed_dim=None):
+    """Builds the loss that opt.loss names -> (loss module, parameter group or None).
+
+    Its constructor's parameters take the options of the same names. num_classes: of the training
+    images. embed_dim: in place of opt.embed_dim. The group is of a loss with weights of its own,
+    without weight decay.
     """
-    loss_class, lr_option = LOSSES[loss]
-    values = dict(vars(opt), num_classes=num_classes)
-    parameters = inspect.signature(loss_class).parameters
-    names = [name for name, parameter in parameters.items()
-             if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
-    if "sampling_options" in parameters:
-        names += [name for name in samplers.OPTIONS if name not in names]
+    loss_class = LOSSES[opt.loss]
+    values = dict(vars(opt), num_classes=num_classes, embed_dim=embed_dim or opt.embed_dim)
+    names = list(inspect.signature(loss_class).parameters)
+    if "sampling_options" in names:
+        names.remove("sampling_options")
+        names += [name for name in inspect.signature(Sampler).parameters
+                  if name in values and name not in names]
     missing = [name for name in names if name not in values]
     if missing:
-        raise ValueError(f"{loss_class.__name__} takes {missing[0]}, which no flag gives: add "
-                         f"--{missing[0]} to losses.add_arguments")
-    criterion = loss_class(**{name: values[name] for name in names})
-    weights = list(criterion.parameters())
-    if weights and lr_option not in values:
-        raise ValueError(f"{loss_class.__name__} has weights of its own; its line in "
-                         f"losses.LOSSES must name the flag with their learning rate, such as "
-                         f"loss_lr, not {lr_option}")
-    if weights:
-        to_optim = to_optim + [{"params": weights, "lr": values[lr_option], "weight_decay": 0}]
-    return criterion, to_optim
+        raise ValueError(f"{loss_class.__name__} takes {missing[0]}, which no flag gives: name it "
+                         "in the class's flags")
+    loss = loss_class(**{name: values[name] for name in names})
+    weights = list(loss.parameters())
+    if not weights:
+        return loss, None
+    if loss.lr_flag not in values:
+        raise ValueError(f"{loss_class.__name__} has weights of its own: its lr_flag must name "
+                         f"the option with their learning rate, such as loss_lr, not "
+                         f"{loss.lr_flag}")
+    check_range(least=0, **{loss.lr_flag: values[loss.lr_flag]})
+    return loss, {"params": weights, "lr": values[loss.lr_flag], "weight_decay": 0}

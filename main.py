@@ -10,7 +10,6 @@ sampling. python main.py --dataset glyphs needs no data and no GPU.
 import argparse
 import contextlib
 import gc
-import inspect
 import itertools
 import math
 import operator
@@ -106,7 +105,7 @@ def samples_per_class_bounds(opt):
     """The least and the greatest --samples_per_class that the loss and the trainer can use."""
     if opt.trainer == "UnsupervisedEmbeddingsUsingAugmentations":
         return 1, 1  # its positives are the two views of an image, its batches are shuffled
-    loss_class = losses.LOSSES[opt.loss][0]
+    loss_class = losses.LOSSES[opt.loss]
     positives = (opt.trainer == "DeepAdversarialMetricLearning"
                  or opt.sampling not in (None, "none"))  # both draw positives from the batch
     return max(loss_class.min_samples_per_class, 2 if positives else 1), math.inf
@@ -114,7 +113,7 @@ def samples_per_class_bounds(opt):
 
 def contradiction(opt):
     """What the user's options contradict each other in, as a sentence; None if they agree."""
-    loss_class = losses.LOSSES[opt.loss][0]
+    loss_class = losses.LOSSES[opt.loss]
     if opt.not_pretrained and opt.weights:
         return "--not_pretrained and --weights contradict each other: give one of them"
     if opt.seeds and len(set(opt.seeds)) < len(opt.seeds):
@@ -137,7 +136,7 @@ def contradiction(opt):
             and loss_class.min_samples_per_class < 2):
         return (f"--trainer {opt.trainer} does not use classes, which --loss {opt.loss} needs; "
                 "take a loss of pairs or triplets")
-    of_triplets = [name for name, (loss, _) in losses.LOSSES.items()
+    of_triplets = [name for name, loss in losses.LOSSES.items()
                    if loss.samplings == losses.TRIPLET_SAMPLINGS]
     if opt.trainer == "TwoStreamMetricLoss" and opt.loss not in of_triplets:
         return (f"--trainer {opt.trainer} needs a loss of triplets, {', '.join(of_triplets)}; "
@@ -180,15 +179,15 @@ def fill_defaults(opt):
     opt.metrics = [name for name in evaluate.METRICS
                    if name in chosen or name == "dist_ratio" and opt.dist_measure]
     fewest, most = samples_per_class_bounds(opt)
-    wanted = getattr(losses.LOSSES[opt.loss][0], "default_samples_per_class", 4)
+    wanted = losses.LOSSES[opt.loss].default_samples_per_class
     default("samples_per_class", min(most, max(fewest, wanted)))
-    default("sampling", next(iter(losses.LOSSES[opt.loss][0].samplings), "none"))
+    default("sampling", next(iter(losses.LOSSES[opt.loss].samplings), "none"))
     default("n_epochs", 20 if glyphs else 70)
     default("tau", [15] if glyphs else [30, 55])
     default("lr", 1e-3 if glyphs else 1e-5)
     default("proxy_lr", 1e-2 if glyphs else 1e-5)
     default("loss_lr", 1e-2 if glyphs else
-            opt.lr * getattr(losses.LOSSES[opt.loss][0], "lr_factor", 1))
+            opt.lr * losses.LOSSES[opt.loss].lr_factor)
     default("classifier_lr", 10 * opt.lr)
     default("g_lr", opt.lr)
     third = opt.embed_dim // 3
@@ -250,7 +249,7 @@ def wrong_value(opt):
     if opt.positives == "all" and opt.sampling not in samplers.DRAW_NEGATIVES:
         return (f"--positives all with --sampling {opt.sampling}: it is for --sampling "
                 f"{', '.join(samplers.DRAW_NEGATIVES)}")
-    losses.loss_select(opt.loss, opt, [], num_classes=2)  # before the data is read
+    losses.loss_select(opt, num_classes=2)  # before the data is read
     if opt.trainer == "CascadedEmbeddings" and (sum(opt.embedding_sizes) != opt.embed_dim
                                                 or min(opt.embedding_sizes) < 1):
         return (f"--embedding_sizes {' '.join(map(str, opt.embedding_sizes))} must be above 0 and "
@@ -264,7 +263,7 @@ def make_parts(opt, num_classes):
     Dicts as the trainers take them; the groups are named like the models and losses they belong
     to.
     """
-    loss_class = losses.LOSSES[opt.loss][0]
+    loss_class = losses.LOSSES[opt.loss]
     cascaded = opt.trainer == "CascadedEmbeddings"
     trunk, embedder = netlib.network_select(opt, loss_class.unit_norm,
                                             opt.embedding_sizes if cascaded else None)
@@ -273,14 +272,14 @@ def make_parts(opt, num_classes):
               "embedder": {"params": list(embedder.parameters()),
                            "lr": opt.lr * (opt.fc_lr_mul or 1)}}
 
-    def add_loss(name, **changes):
-        options = argparse.Namespace(**{**vars(opt), **changes})
-        loss_funcs[name], added = losses.loss_select(opt.loss, options, [], num_classes)
-        groups.update({name: group for group in added})
+    def add_loss(name, embed_dim=None):
+        loss_funcs[name], group = losses.loss_select(opt, num_classes, embed_dim)
+        if group:
+            groups[name] = group
 
     if cascaded:
         for i, size in enumerate(opt.embedding_sizes):
-            add_loss(f"metric_loss_{i}", embed_dim=size)
+            add_loss(f"metric_loss_{i}", size)
         return models, loss_funcs, groups, {"embedding_sizes": opt.embedding_sizes}
     add_loss("metric_loss")
     if opt.trainer == "TrainWithClassifier":
@@ -758,9 +757,8 @@ def telling_options(opt):
     parser, of_losses = build_parser(), argparse.ArgumentParser()
     losses.add_arguments(of_losses)
     fill_defaults(usual := parser.parse_args([]))
-    loss_class, rate = losses.LOSSES[opt.loss]
-    own = {"loss", *inspect.signature(loss_class).parameters, rate,
-           "trainer", *trainers.TRAINERS[opt.trainer].takes, *opt.given}
+    own = {"loss", *losses.flags_of(opt.loss), "trainer",
+           *trainers.TRAINERS[opt.trainer].takes, *opt.given}
     others = {*vars(of_losses.parse_args([])), *(name for trainer in trainers.TRAINERS.values()
                                                  for name in trainer.takes)}
     return [name for name, value in vars(usual).items()

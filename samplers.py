@@ -7,12 +7,14 @@ losses.TRIPLET_SAMPLINGS; a new way to compose batches is a class beside ClassBa
 """
 
 import collections
+import math
 
 import numpy as np
 import torch
 
-METHODS = ("random", "semihard", "facenet", "softhard", "hard", "distance", "rho",
-           "multisimilarity", "all", "npair")
+# Of Sampler, the default first; npair is of its own two losses.
+METHODS = ("distance", "semihard", "facenet", "softhard", "random", "hard", "multisimilarity",
+           "all", "rho", "npair")
 # Of Sampler, by their flags.
 OPTIONS = ("margin", "distance_cutoff", "mining_epsilon", "rho_probability", "positives", "form")
 FORMS = ("paper", "reference")  # of losses and samplings that their authors' code has otherwise
@@ -112,6 +114,16 @@ def draw_columns(weights, number=None):
     return columns.squeeze(1) if number is None else columns
 
 
+def check_range(above=-math.inf, least=-math.inf, most=math.inf, below=math.inf, **flags):
+    """ValueError for a scalar, given under its flag's name, outside of what makes sense."""
+    allowed = " and ".join(f"{word} {bound:g}" for word, bound in (
+        ("above", above), ("at least", least), ("at most", most), ("below", below))
+        if math.isfinite(bound))
+    for name, value in flags.items():
+        if not (above < value < below and least <= value <= most):
+            raise ValueError(f"--{name} {value}: it must be {allowed or 'a finite number'}")
+
+
 def check_form(form):
     """form, a scalar of FORMS, as it is; ValueError for any other."""
     if form not in FORMS:
@@ -141,18 +153,11 @@ class Sampler(torch.nn.Module):
         if method not in METHODS:
             raise ValueError(f"no sampling method {method!r}; --sampling takes "
                              f"{', '.join(METHODS)}")
-        if not margin >= 0:
-            raise ValueError(f"the sampler's margin is {margin}; it must not be negative "
-                             "(--margin)")
-        if not lower_cutoff > 0 or (distance_cutoff is not None
-                                    and not distance_cutoff > lower_cutoff):
-            raise ValueError(f"distance sampling between {lower_cutoff} and {distance_cutoff}: "
-                             "the lower end must be above 0 and --distance_cutoff above the lower "
-                             "end")
-        if not 0 <= rho_probability <= 1:
-            raise ValueError(f"--rho_probability {rho_probability}: a share is from 0 to 1")
-        if not 0 <= mining_epsilon < float("inf"):
-            raise ValueError(f"--mining_epsilon {mining_epsilon}: it must be 0 or more, finite")
+        check_range(least=0, margin=margin, mining_epsilon=mining_epsilon)
+        check_range(least=0, most=1, rho_probability=rho_probability)
+        check_range(above=0, lower_cutoff=lower_cutoff)
+        if distance_cutoff is not None:
+            check_range(above=lower_cutoff, distance_cutoff=distance_cutoff)
         if positives != "one" and (positives != "all" or method not in DRAW_NEGATIVES):
             raise ValueError(f"--positives {positives} with --sampling {method}: it is one, or "
                              f"all for {', '.join(DRAW_NEGATIVES)}")

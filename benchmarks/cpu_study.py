@@ -142,11 +142,11 @@ def train(opt, parts, every, metrics):
     """
     (train_part, test_part), rows = parts, torch.from_numpy(parts[1].rows)
     auxiliaries.seed_everything(opt.seed)
-    embedder = netlib.Embedder(rows.shape[1], opt.embed_dim, losses.LOSSES[opt.loss][0].unit_norm)
-    loss, added = losses.loss_select(opt.loss, opt, [], int(train_part.labels.max()) + 1)
+    embedder = netlib.Embedder(rows.shape[1], opt.embed_dim, losses.LOSSES[opt.loss].unit_norm)
+    loss, group = losses.loss_select(opt, int(train_part.labels.max()) + 1)
     optimizers, schedulers = program.make_optimizers(
         {"embedder": {"params": list(embedder.parameters()), "lr": opt.lr * (opt.fc_lr_mul or 1)},
-         **{"metric_loss": group for group in added}}, opt)
+         **({"metric_loss": group} if group else {})}, opt)
     validation = trainers.Validation(
         lambda trainer: measure(trainer.compute_embeddings(rows), test_part.labels, opt, metrics),
         every=every)
@@ -271,7 +271,7 @@ def chosen_rows(names):
         if loss not in losses.LOSSES:
             raise ValueError(f"--losses {name}: there is no loss {loss}; there are "
                              f"{', '.join(losses.LOSSES)}")
-        samplings = losses.LOSSES[loss][0].samplings or ("none",)
+        samplings = losses.LOSSES[loss].samplings or ("none",)
         if sampling and sampling not in samplings:
             raise ValueError(f"--losses {name}: {loss} takes the samplings {', '.join(samplings)}")
         rows.append((loss, sampling or samplings[0]))

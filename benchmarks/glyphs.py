@@ -41,7 +41,7 @@ def benchmark(seeds, names, epochs):
                 columns[metric].append(max(float(row[metric]) for row in rows[1:]))
         cells = [f"{statistics.mean(values):.3f} ± {statistics.pstdev(values):.3f}"
                  for values in columns.values()]
-        sampling = (losses.LOSSES[name][0].samplings or ("none",))[0]
+        sampling = (losses.LOSSES[name].samplings or ("none",))[0]
         print(f"| {name} | {sampling} | {' | '.join(cells)} |", flush=True)
 
 

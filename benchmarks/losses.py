@@ -46,12 +46,12 @@ OPTIONS = {"proxynca": {"softmax_scale": 9}, "proxynca++": {"softmax_scale": 9},
 
 def has_proxies(name):
     """Whether the loss compares embeddings with weights of classes."""
-    return "embed_dim" in inspect.signature(losses.LOSSES[name][0]).parameters
+    return "embed_dim" in inspect.signature(losses.LOSSES[name]).parameters
 
 
 def ours(name, classes, dimensions):
     """A step, embeddings [B, D] and labels [B] -> loss, and its weights."""
-    loss_class = losses.LOSSES[name][0]
+    loss_class = losses.LOSSES[name]
     given = {"num_classes": classes, "embed_dim": dimensions} | OURS.get(name, {})
     loss = loss_class(**{key: value for key, value in given.items()
                          if key in inspect.signature(loss_class).parameters})
@@ -75,7 +75,7 @@ def theirs(name, classes, dimensions):
                    "embedding_reg_weight": 0.04,
                    "distance": distances.DotProductSimilarity(normalize_embeddings=False)}
     sizes = (classes, dimensions) if has_proxies(name) else ()
-    class_name = NAMES.get(name, losses.LOSSES[name][0].__name__)
+    class_name = NAMES.get(name, losses.LOSSES[name].__name__)
     loss = getattr(pml, class_name)(*sizes, **options)
     step = loss if miner is None else lambda rows, labels: loss(rows, labels, miner(rows, labels))
     return step, list(loss.parameters())

@@ -33,18 +33,18 @@ class LossCheck:
 
     def __init__(self, name):
         self.name = name
-        self.loss_class = losses.LOSSES[name][0]
+        self.loss_class = losses.LOSSES[name]
 
     def build(self, dtype=torch.float32, num_classes=CHECK_CLASSES, embed_dim=16):
         """The loss with the default flags, weights seeded."""
         parser = argparse.ArgumentParser()
         for module in (samplers, losses):
             module.add_arguments(parser)
-        parser.set_defaults(embed_dim=embed_dim, sampling=next(iter(self.loss_class.samplings),
-                                                               "none"))
+        parser.set_defaults(embed_dim=embed_dim, proxy_lr=1e-2, loss_lr=1e-2,
+                            sampling=next(iter(self.loss_class.samplings), "none"))
         opt = parser.parse_args(["--loss", self.name])
         torch.manual_seed(0)
-        return losses.loss_select(self.name, opt, [], num_classes)[0].to(dtype)
+        return losses.loss_select(opt, num_classes)[0].to(dtype)
 
     def rows(self, number, dtype=torch.float32, embed_dim=16, seed=0):
         """Random embeddings [number, D] of the kind that the loss wants, a leaf of the graph."""
@@ -65,7 +65,7 @@ class LossCheck:
 
     def tuples(self, loss, rows, labels):
         """The tuples that the loss samples for this batch, or None where it samples none."""
-        if getattr(loss, "sampler", None) is None:
+        if loss.sampler is None:
             return None
         torch.manual_seed(0)
         tuples = loss.sampler.give(rows.detach(), labels)
@@ -85,9 +85,7 @@ class LossCheck:
                 f"{what}: a gradient is not finite"
 
     def check_contract(self):
-        """attributes missing, or a value that is no scalar: see the head of losses.py"""
-        for attribute in ("unit_norm", "samplings", "min_samples_per_class"):
-            assert hasattr(self.loss_class, attribute), f"the class has no {attribute}"
+        """a value that is no scalar, or without a gradient for the embeddings"""
         rows, labels = self.rows(16), self.labels(16)
         value = self.value(self.build(), rows, labels)
         assert torch.is_tensor(value) and value.dim() == 0, "the value is not a scalar tensor"
@@ -119,7 +117,7 @@ class LossCheck:
     def check_gradient(self):
         """the gradient is not the slope: a detach(), .data, round or argmax on the way"""
         loss = self.build(torch.float64, embed_dim=5).eval()
-        if getattr(loss, "stops_gradients", False):
+        if loss.stops_gradients:
             return
         rows, labels = self.rows(12, torch.float64, 5), self.labels(12)
         tuples = self.tuples(loss, rows, labels)
@@ -172,7 +170,7 @@ class LossCheck:
                     if weight.dim() > 1 and size == 16:
                         weight.copy_((weight.transpose(dim, -1) @ rotation).transpose(dim, -1))
             return loss, rows @ rotation, labels, tuples
-        if getattr(self.loss_class, "rotation_invariant", True):
+        if self.loss_class.rotation_invariant:
             self.changed(change, "a rotation of the embedding space")
 
     def check_learning(self):

@@ -3,7 +3,6 @@
 import argparse
 import ast
 import csv
-import inspect
 import io
 import os
 import pickle
@@ -35,7 +34,7 @@ import trainers
 
 ROOT = Path(main.__file__).resolve().parent
 # Each loss with its default sampling, and each sampling with a loss of triplets and one of pairs.
-PAIRS = [(name, sampling) for name, (loss_class, _) in losses.LOSSES.items()
+PAIRS = [(name, sampling) for name, loss_class in losses.LOSSES.items()
          for sampling in loss_class.samplings[:None if name in ("triplet", "contrastive") else 1]
          or ("none",)]
 
@@ -130,7 +129,7 @@ def test_hypa_and_checkpoint_recreate_the_network_and_its_metrics(small, tree):
     folder = main.main([*small, "--n_epochs", "2"])
     with open(Path(folder) / "hypa.pkl", "rb") as file:
         opt = argparse.Namespace(**pickle.load(file))
-    trunk, embedder = netlib.network_select(opt, losses.LOSSES[opt.loss][0].unit_norm)
+    trunk, embedder = netlib.network_select(opt, losses.LOSSES[opt.loss].unit_norm)
     checkpoint = state(folder)
     trunk.load_state_dict(checkpoint["models"]["trunk"])
     embedder.load_state_dict(checkpoint["models"]["embedder"])
@@ -755,8 +754,8 @@ VALUES = {"checkpoint_every": "1", "bs": "12", "samples_per_class": "2", "k_vals
 
 def context_of(flag):
     """Options under which a flag is read: of losses, the first that takes it."""
-    for name, (loss_class, rate) in losses.LOSSES.items():
-        if flag == rate or flag in inspect.signature(loss_class).parameters:
+    for name in losses.LOSSES:
+        if flag in losses.flags_of(name):
             return ["--loss", name, "--samples_per_class", "4", *CONTEXT.get(flag, [])]
     return ["--samples_per_class", "4", *CONTEXT.get(flag, [])]
 

@@ -43,12 +43,12 @@ assert row.defaults.items() <= options.items() and row.mean != netlib.IMAGENET_M
 
 
 def recipe(title):
-    """The README's recipe -> (its text, the class's code, the row, the flags of a loss)."""
+    """The README's recipe -> (its text, the class's code, the row)."""
     section = (ROOT / "README.md").read_text().split(title)[1]
     section = re.split(r"^##", section, maxsplit=1, flags=re.M)[0]
-    code, *flags, row = (re.sub(r"^   ", "", block, flags=re.M)  # the indent of a list's item
+    code, row = (re.sub(r"^   ", "", block, flags=re.M)  # the indent of a list's item
                  for block in re.findall(r"```python\n(.*?)```", section, re.S))
-    return section, code, row, "".join(flags)
+    return section, code, row
 
 
 def name_of(row):
@@ -72,14 +72,12 @@ def copy(tmp_path_factory):
         shutil.copy(ROOT / file, folder)
     shutil.copytree(ROOT / "tests", folder / "tests")
     for title, (file, table) in RECIPES.items():
-        _, code, row, flags = recipe(title)
+        _, code, row = recipe(title)
         text = (folder / file).read_text()
         assert name_of(row) not in text, f"{file} has what the README adds"
         text, count = re.subn(rf"^{table} = {{\n(.*?)^}}", lambda found: (
             f"{code}\n\n{table} = {{\n{found[1]}{row}}}"), text, flags=re.M | re.S)
         assert count == 1
-        text = re.sub(r"^def add_arguments\(.*\n(?:(?:    .*)?\n)*(?=\n\n)",
-                      lambda found: found[0] + flags, text, count=1, flags=re.M)
         (folder / file).write_text(text)
     changed = filecmp.cmpfiles(ROOT, folder, files, shallow=False)[1]
     assert sorted(changed) == ["losses.py", "netlib.py"]
@@ -87,7 +85,7 @@ def copy(tmp_path_factory):
 
 
 def test_the_readmes_loss_passes_its_checks(copy):
-    section, _, row, _ = recipe("### Add a loss")
+    section, _, row = recipe("### Add a loss")
     assert f"python main.py --dataset glyphs --loss {name_of(row)}" in section
     command = re.search(rf"python (\S+ {name_of(row)})", section)[1]
     assert "all checks passed" in python(copy, *command.split())
@@ -95,9 +93,9 @@ def test_the_readmes_loss_passes_its_checks(copy):
 
 def test_the_readmes_loss_and_network_train(copy, tmp_path):
     """The loss's flag has an effect; the network takes a file, its row's defaults and scale."""
-    _, code, row, _ = recipe("### Add a loss")
+    _, code, row = recipe("### Add a loss")
     flag, value = re.search(r"def __init__\(self, (\w+)=([\d.]+)", code).groups()
-    section, _, network, _ = recipe("### Add a network")
+    section, _, network = recipe("### Add a network")
     assert f"python main.py --dataset glyphs --arch {name_of(network)}" in section
     tree = make_tree(tmp_path / "tree", classes=4, images=4)
     python(copy, "-c", TRAIN, name_of(row), flag, str(float(value) / 2), name_of(network), str(tree))

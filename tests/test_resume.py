@@ -830,11 +830,11 @@ def test_a_trainer_goes_on_with_the_users_random_augmentations():
 def test_every_loss_has_all_of_its_state_in_its_state_dict(name, options):
     """The same batches give the same losses and gradients after a trip through a file."""
     opt = main.parse_options([*options, "--loss", name])
-    made = [losses.loss_select(name, opt, [], num_classes=4)[0].train() for _ in range(2)]
+    made = [losses.loss_select(opt, num_classes=4)[0].train() for _ in range(2)]
     torch.manual_seed(1)
     labels = torch.arange(4).repeat_interleave(opt.samples_per_class)
     batch = [torch.randn(len(labels), opt.embed_dim) for _ in range(5)]
-    if losses.LOSSES[name][0].unit_norm:
+    if losses.LOSSES[name].unit_norm:
         batch = [torch.nn.functional.normalize(rows) for rows in batch]
     for rows in batch[:3]:
         made[0](rows, labels)
