@@ -38,55 +38,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 
-def add_arguments(parser):
-    """Adds the groups 'recipe' and 'run' to an argparse parser."""
-    group = parser.add_argument_group("recipe", "published results, one command each")
-    group.add_argument("--recipe", default=None, metavar="NAME",
-                       help="take the options of a published result from recipes.csv, such as "
-                            "cub200/margin-distance, and end with measured beside published "
-                            "values; flags given as well override it, and the verdict lists "
-                            "them. Default: no recipe")
-    group.add_argument("--recipes", action="store_true", help="list the recipes and end")
-    group.add_argument("--seeds", type=int, nargs="+", default=None, metavar="S",
-                       help="one run for each of these seeds, whatever --seed is, in folders "
-                            "NAME_seedS; the verdict has their mean and standard deviation. "
-                            "Default: --seed alone")
-    group.add_argument("--dry_run", action="store_true",
-                       help="print what would run, with all options, and end")
-    group = parser.add_argument_group("run", "device, seed, and where the files go")
-    group.add_argument("--gpu", type=int, default=0, metavar="ID",
-                       help="number of the CUDA device, -1 for the CPU. Without CUDA the run says "
-                            "so and takes the CPU. Under torchrun each process takes the device "
-                            "of its own number instead, unless this is -1. Default %(default)s "
-                            "(reference code)")
-    group.add_argument("--seed", type=int, default=1, metavar="S",
-                       help="0 or more; fixes weights, batches, crops, tuples and clusters. "
-                            "Literature reports 1 to 5 seeds. Default %(default)s (reference "
-                            "runs)")
-    group.add_argument("--savename", default=None, metavar="NAME",
-                       help="the run's folder is SAVE_PATH/DATASET/NAME; default is the start "
-                            "time, with _2 behind it where another run has that. A folder that "
-                            "exists is never written over")
-    group.add_argument("--save_path", type=os.path.expanduser, default="./Training_Results",
-                       metavar="DIR",
-                       help="where run folders go. Default %(default)s")
-    group.add_argument("--tensorboard", action="store_true",
-                       help="also write losses, learning rates and metrics for TensorBoard into "
-                            "the run's folder; needs the package tensorboard")
-    group.add_argument("--resume", action="store_true",
-                       help="go on with the run named by --savename where its last checkpoint "
-                            "is; give the same options as before (--n_epochs, --patience, --gpu, "
-                            "--kernels, --deterministic, paths and what is saved or drawn, and "
-                            "when, may change)")
-    group.add_argument("--checkpoint_every", type=int, default=None, metavar="N",
-                       help="save the state every N iterations, for long epochs; it is saved at "
-                            "the end of every epoch's training and after its evaluation in any "
-                            "case. Default: only then")
-    group.add_argument("--deterministic", action="store_true",
-                       help="on a GPU: only algorithms that give the same bits each time, some of "
-                            "them slower. On the CPU a seed gives the same bits anyway")
-
-
 # ---- command lines and their errors
 
 
@@ -104,6 +55,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         near = []
+        message = re.sub(r"^argument (?:\S+/)?(--\w+): (\S+): it must be ", r"\1 \2: it must be ",
+                         message)  # of number, in the words of other errors
         wrong = re.match("(?:argument (\\S+): invalid choice|unrecognized arguments): "
                          "'?([^\\s'=]+)", message)
         if wrong:
@@ -126,7 +79,7 @@ def number(kind, least=None, above=None, most=None, below=None):
     def parse(text):
         try:
             value = kind(text)
-        except ValueError:
+        except (ValueError, OverflowError):
             value = math.nan
         if not (math.isfinite(value) and (least is None or value >= least)
                 and (above is None or value > above) and (most is None or value <= most)
@@ -408,23 +361,46 @@ def save_csv(path, rows):
         writer.writerows(rows)
 
 
+# ---- rows of measurements, {"epoch": number, metric: number}; greater is better
+
+
+def greatest_row(rows, metric):
+    """The row with the greatest metric, the first of equals; one that is no number is the least."""
+    return max(rows, key=lambda row: row[metric] if row[metric] == row[metric] else -math.inf)
+
+
+def best_row(rows, metric):
+    """The greatest_row of a training; that of epoch 0, before it, only while alone."""
+    return greatest_row([row for row in rows if row["epoch"]] or rows, metric)
+
+
+def is_over(rows, metric, every, patience):
+    """Whether the metric was no better in the last `patience` rows, of each every-th epoch.
+
+    patience: a number, or None for never.
+    """
+    rows = [row for row in rows if row["epoch"] % every == 0]
+    if patience is None or not rows:
+        return False
+    best = best_row(rows, metric)
+    return len(rows) - 1 - next(i for i, row in enumerate(rows) if row is best) >= patience
+
+
 # ---- seeds and versions
 
 
-def seed_everything(seed):
-    """Seeds torch (all devices), numpy and Python."""
-    if not 0 <= seed < 2 ** 32:
-        raise ValueError(f"--seed {seed}: a seed is from 0 to {2 ** 32 - 1}")
+def seed_everything(seed, deterministic=False):
+    """Seeds torch (all devices), numpy and Python.
+
+    deterministic: from here on torch computes the same bits each time, or raises RuntimeError.
+    """
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
-
-
-def use_deterministic_algorithms():
-    """From here on torch computes the same bits each time, or raises RuntimeError."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
 
 
 def random_state():

@@ -47,11 +47,16 @@ class Split(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a reader found: where, in words; the splits by name; remarks on what is odd."""
+    """What a reader found: where, in words; the splits by name; remarks on what is odd.
+
+    dataset_select adds the splits' fingerprint, and what remark_on_subset says.
+    """
 
     layout: str
     splits: dict
     odd: list
+    digest: str = ""
+    subset: str = ""
 
 
 class EvaluationSet(NamedTuple):
@@ -115,6 +120,8 @@ def dataset_select(opt, device="cpu", views=1):
         found.splits.update(hold_out(found.splits["train"], opt.val_split))
     for problem in problems_of(found.splits):
         raise ValueError(f"--dataset {opt.dataset}: {problem} ({found.layout})")
+    found = found._replace(digest=fingerprint(found.splits),
+                           subset=remark_on_subset(opt.dataset, found.splits))
     stored = {}
     if opt.cache != "none":
         if isinstance(found.splits["train"].images, np.ndarray):

@@ -463,6 +463,25 @@ def evaluate_sets(network, sets, device, k_vals=DEFAULT_K_VALS, batch_size=112, 
     return metrics, embedded
 
 
+def k_vals_select(opt, sets):
+    """--k_vals, sorted, as far as each of the sets has so many images; ValueError if it was given.
+
+    sets: as evaluate_sets takes them.
+    """
+    k_vals = sorted(set(opt.k_vals))
+    for name, queries, gallery in sets:
+        available = (len(set(queries.labels)) if opt.vehicle_protocol == "random_gallery" else
+                     number_compared(queries, gallery))
+        if "k_vals" not in opt.given:
+            k_vals = allowed_k_vals(k_vals, available)
+        try:
+            check_k_vals(k_vals, available)
+        except ValueError as error:
+            held = f" (of the classes held out by --val_split {opt.val_split})" * (name == "val")
+            raise ValueError(f"{error}{held}") from error
+    return k_vals
+
+
 def scoring_select(opt, epoch, device):
     """The options of the evaluation after an epoch -> keyword arguments of evaluate_sets."""
     clusters = epoch == opt.n_epochs or epoch % (opt.cluster_every * opt.eval_every) == 0

@@ -1461,15 +1461,15 @@ def add_arguments(parser):
                                     f"{' '.join(f'{value:g}' for value in values)}")
 
 
-def loss_select(opt, num_classes, embed_dim=None):
+def loss_select(opt, num_classes, **changes):
     """Builds the loss that opt.loss names -> (loss module, parameter group or None).
 
     Its constructor's parameters take the options of the same names. num_classes: of the training
-    images. embed_dim: in place of opt.embed_dim. The group is of a loss with weights of its own,
-    without weight decay.
+    images. changes: values in place of the options'. The group is of a loss with weights of its
+    own, without weight decay.
     """
-    loss_class = LOSSES[opt.loss]
-    values = dict(vars(opt), num_classes=num_classes, embed_dim=embed_dim or opt.embed_dim)
+    values = {**vars(opt), "num_classes": num_classes, **changes}
+    loss_class = LOSSES[values["loss"]]
     names = list(inspect.signature(loss_class).parameters)
     if "sampling_options" in names:
         names.remove("sampling_options")

@@ -1,11 +1,16 @@
-"""What a run leaves behind, read again: recipes with their published values, verdicts, tables of
-runs, and curves of several in one picture.
+"""What a run leaves behind, written and read again.
 
-python results.py table|compare looks back on runs.
+Log writes it: logs, checkpoints, pictures, the printed lines. Result reads a run folder back, for
+verdicts on recipes (recipes.csv), tables of runs, and curves of several in one picture: python
+results.py table|compare|recipes. How files are written whole, and drawn: auxiliaries.py.
 """
 
+import argparse
+import contextlib
 import csv
 import difflib
+import gc
+import itertools
 import os
 import re
 import shlex
@@ -17,9 +22,11 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is being loaded
 
 import numpy as np
+import torch
 
 import auxiliaries
 import evaluate
+from auxiliaries import number, one_line
 
 RECIPES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "recipes.csv")
 # Options in which runs of one row of a table, or of one recipe, may differ.
@@ -28,6 +35,503 @@ NOT_OF_RECIPE = ("seed", "seeds", "recipe", "recipes", "dry_run", "departures", 
                  "save_path", "source_path", "gpu", "kernels", "resume", "tensorboard", "weights",
                  "plot_embeddings", "save_embeddings", "checkpoint_every", "deterministic",
                  "eval_memory", "eval_bs")
+# Options that may differ between a run and its resumption: they do not change what is computed
+# (that the data is the same is checked by its fingerprint).
+MAY_CHANGE = {"resume", "n_epochs", "patience", "gpu", "kernels", "source_path", "save_path",
+              "savename", "tensorboard", "plot_embeddings", "save_embeddings", "checkpoint_every",
+              "deterministic", "eval_memory", "seeds", "recipe", "departures",
+              "dry_run", "recipes", "given"}
+FOLLOW_DEVICE = {"amp", "channels_last"}  # unless they are given; --gpu may change
+
+
+def add_arguments(parser):
+    """Adds the groups 'recipe' and 'run' to an argparse parser."""
+    group = parser.add_argument_group("recipe", "published results, one command each")
+    group.add_argument("--recipe", metavar="NAME",
+                       help="take the options of a published result from recipes.csv, such as "
+                            "cub200/margin-distance, and end with measured beside published "
+                            "values; flags given as well override it, and the verdict lists "
+                            "them. Default: no recipe")
+    group.add_argument("--recipes", action="store_true", help="list the recipes and end")
+    group.add_argument("--seeds", type=number(int, least=0, below=2 ** 32), nargs="+",
+                       metavar="S",
+                       help="one run for each of these seeds, whatever --seed is, in folders "
+                            "NAME_seedS; the verdict has their mean and standard deviation. "
+                            "Default: --seed alone")
+    group.add_argument("--dry_run", action="store_true",
+                       help="print what would run, with all options, and end")
+    group = parser.add_argument_group("run", "device, seed, and where the files go")
+    group.add_argument("--gpu", type=int, default=0, metavar="ID",
+                       help="number of the CUDA device, -1 for the CPU. Without CUDA the run says "
+                            "so and takes the CPU. Under torchrun each process takes the device "
+                            "of its own number instead, unless this is -1. Default %(default)s "
+                            "(reference code)")
+    group.add_argument("--seed", type=number(int, least=0, below=2 ** 32), default=1,
+                       metavar="S",
+                       help="0 or more; fixes weights, batches, crops, tuples and clusters. "
+                            "Literature reports 1 to 5 seeds. Default %(default)s (reference "
+                            "runs)")
+    group.add_argument("--savename", metavar="NAME",
+                       help="the run's folder is SAVE_PATH/DATASET/NAME; default is the start "
+                            "time, with _2 behind it where another run has that. A folder that "
+                            "exists is never written over")
+    group.add_argument("--save_path", type=os.path.expanduser, default="./Training_Results",
+                       metavar="DIR",
+                       help="where run folders go. Default %(default)s")
+    group.add_argument("--tensorboard", action="store_true",
+                       help="also write losses, learning rates and metrics for TensorBoard into "
+                            "the run's folder; needs the package tensorboard")
+    group.add_argument("--resume", action="store_true",
+                       help="go on with the run named by --savename where its last checkpoint "
+                            "is; give the same options as before (--n_epochs, --patience, --gpu, "
+                            "--kernels, --deterministic, paths and what is saved or drawn, and "
+                            "when, may change)")
+    group.add_argument("--checkpoint_every", type=number(int, least=1), metavar="N",
+                       help="save the state every N iterations, for long epochs; it is saved at "
+                            "the end of every epoch's training and after its evaluation in any "
+                            "case. Default: only then")
+    group.add_argument("--deterministic", action="store_true",
+                       help="on a GPU: only algorithms that give the same bits each time, some of "
+                            "them slower. On the CPU a seed gives the same bits anyway")
+
+
+@contextlib.contextmanager
+def open_log(opt, found, device):
+    """The run's folder, made new or, with --resume, found again -> Log; see main.run.
+
+    opt: the final options; found: datasets.Found; device: where. No other run can write into the
+    folder meanwhile, and a signal to stop waits for what would be lost.
+    """
+    named = "savename" in opt.given or opt.recipe or opt.seeds
+    folder = auxiliaries.from_first(lambda: auxiliaries.make_run_folder(
+        opt.save_path, opt.dataset, opt.savename if named else None, opt.resume))
+    opt.savename = os.path.basename(folder)
+    writes = auxiliaries.rank() == 0
+    with (auxiliaries.lock_folder(folder) if writes else contextlib.nullcontext(),
+          auxiliaries.StopSignals() as signals):
+        log = Log(opt, folder, found, device, signals)
+        try:
+            yield log
+        except KeyboardInterrupt as stopped:
+            name = opt.savename.removesuffix(f"_seed{opt.seed}" if opt.seeds else "")
+            stopped.advice = (f". The same command with --savename {name} --resume goes on from "
+                              "the last checkpoint")
+            raise
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}; the images of its batch are listed in "
+                                     f"{log.list_batch(error)}") from error
+        finally:
+            log.progress.write("")  # what ends the run is said on a line of its own
+    print(auxiliaries.printable(f"files in {folder}"))
+
+
+class Log:
+    """A run's memory and its files: what is kept of an iteration and of an epoch.
+
+    train_rows and val_rows are the rows of log_train_Base.csv and log_val_Base.csv; which epoch is
+    the best, and whether --patience is over, follows from them alone.
+    """
+
+    STATE_KEYS = ("epoch", "iteration", "place", "options", "data", "random_state", "train_rows",
+                  "val_rows", "under_way", "versions")
+
+    def __init__(self, opt, folder, found, device, signals):
+        self.opt = opt
+        self.folder = folder
+        self.found = found
+        self.device = device
+        self.signals = signals
+        self.writes = auxiliaries.rank() == 0
+        self.versions = auxiliaries.versions(device)
+        self.progress = auxiliaries.Progress(opt.n_epochs, opt.bs, epochs_per_pause=opt.eval_every)
+        self.train_rows, self.val_rows = [], []
+        self.loss_sums, self.gradients = {}, []  # of the epoch that is under way
+        self.seconds = 0  # that its training took
+        self.trainer = self.tensorboard = None
+
+    # Where the run stands
+
+    def resume(self, trainer):
+        """Takes over the run's last checkpoint, if there is one; writes down the options."""
+        self.trainer = trainer
+        state = auxiliaries.from_first(lambda: auxiliaries.load_last_checkpoint(
+            self.path("last.pth.tar"), (*trainer.STATE_GROUPS, *self.STATE_KEYS)))
+        if state:
+            self.restore(state)
+        if self.writes:  # tables, too, say what the data is a part of
+            auxiliaries.save_options(self.folder, {**vars(self.opt), "subset": self.found.subset})
+            if self.opt.tensorboard:
+                self.tensorboard = TensorBoardLog(self.path("tensorboard"), self.val_rows)
+
+    def next_epoch(self):
+        """The epoch that comes next: 0 in a new run, beyond the last in one that has ended."""
+        if not self.val_rows:
+            return 0
+        trainer, self.signals.at_once = self.trainer, False
+        self.progress.restart()
+        if trainer.epoch >= self.opt.n_epochs:
+            print(f"the run has {trainer.epoch} epochs already; --n_epochs takes it further")
+        elif self.is_over():
+            print(f"the run ended after epoch {trainer.epoch}; a larger --patience takes it "
+                  "further")
+            return self.opt.n_epochs + 1
+        else:
+            part = f" and {trainer.iterations_done} iterations" * bool(trainer.iterations_done)
+            print(f"resumed after epoch {trainer.epoch}{part}")
+        return trainer.epoch + 1
+
+    @property
+    def metric(self):
+        """The name of the metric that chooses the best epoch."""
+        return selecting_metric(self.val_rows)
+
+    def best(self):
+        """The row of the best epoch."""
+        return auxiliaries.best_row(self.val_rows, self.metric)
+
+    def is_due(self, epoch):
+        """Whether an epoch is evaluated: each --eval_every-th if the trunk learns, and the last."""
+        return (epoch == self.opt.n_epochs
+                or epoch % self.opt.eval_every == 0 and "trunk" not in self.trainer.idle)
+
+    def is_over(self):
+        """Whether --patience is over."""
+        return auxiliaries.is_over(self.val_rows, self.metric, self.opt.eval_every,
+                                   self.opt.patience)
+
+    # The trainer's hooks
+
+    def after_iteration(self, trainer):
+        """Adds up the losses, collects gradients if asked for, moves the progress line."""
+        for name, loss in trainer.losses.items():
+            self.loss_sums[name] = self.loss_sums.get(name, 0) + loss
+        gradient = trainer.models["embedder"].linear.weight.grad                 # [D, F]
+        if self.opt.grad_measure and gradient is not None:
+            self.gradients.append(gradient.abs().mean(0))
+        if self.tensorboard:
+            self.tensorboard.after_iteration(trainer)
+        self.progress.update(trainer.epoch, trainer.iteration, trainer.iterations_per_epoch,
+                             trainer.losses["total_loss"])
+
+    def between_iterations(self, trainer):
+        """Saves the state where it is time to, so that no more is lost if the run is killed.
+
+        Raises auxiliaries.Stopped after a signal to stop, of which all processes hear.
+        """
+        done = trainer.iterations_done
+        stop = self.is_told_to_stop()
+        if (stop or done == trainer.iterations_per_epoch
+                or self.opt.checkpoint_every and done % self.opt.checkpoint_every == 0):
+            trainer.check_weights()  # never saved over finite ones where they are not
+            self.save_last()
+        # What the evaluation computes is computed again from what was saved above.
+        self.signals.at_once = done == trainer.iterations_per_epoch
+        if stop or self.signals.at_once and self.is_told_to_stop():  # one may have come meanwhile
+            self.stop()
+
+    def is_told_to_stop(self):
+        """Whether a signal to stop has reached a process of the run; all must ask."""
+        return auxiliaries.any_rank(self.signals.caught is not None)
+
+    def stop(self):
+        """Raises auxiliaries.Stopped once all processes are here, so that the first has saved."""
+        auxiliaries.any_rank(True)
+        raise auxiliaries.Stopped(self.signals.caught or signal.SIGTERM)
+
+    # The end of an epoch
+
+    def pause(self, epoch):
+        """An epoch's training is over: its clock stops, and a signal may end the run at once."""
+        self.signals.at_once = True
+        due = self.is_due(epoch)
+        self.seconds = self.progress.pause(
+            f"epoch {epoch}: " + ("evaluating" if due else "saving"), counts=due)
+
+    def after_epoch(self, metrics, test_sets, embedded):
+        """Logs, draws and saves the epoch, and prints it in one line.
+
+        metrics: {name: number}, {} where it was not evaluated; test_sets and embedded: as
+        evaluate.evaluate_sets takes and gives them.
+        """
+        epoch = self.trainer.epoch
+        if epoch:
+            self.train_rows.append(self.train_row())
+        if metrics:  # plain numbers: a checkpoint with numpy's could not be read without its code
+            self.val_rows.append({"epoch": epoch, **{name: float(value)
+                                                     for name, value in metrics.items()}})
+        gradients, self.gradients, self.loss_sums = self.gradients, [], {}
+        if self.writes:
+            if gradients:
+                auxiliaries.save_pickle(self.path(f"gradients_{epoch:04d}.pkl"),
+                                        torch.stack(gradients).cpu().numpy())     # [iterations, F]
+            self.save(test_sets, embedded)
+            self.save_last()
+        self.progress.write("")
+        self.report()
+        self.progress.restart()
+        self.signals.at_once = False
+        if self.is_told_to_stop():
+            self.stop()
+
+    def train_row(self):
+        """The epoch's row of log_train_Base.csv: mean losses, what the batches were like."""
+        means = {name: float(total) / self.trainer.iterations_per_epoch
+                 for name, total in self.loss_sums.items()}
+        seen = {name + suffix: value for suffix, diagnosis in self.trainer.diagnoses.items()
+                for name, value in diagnosis.row().items()}
+        trunk = self.trainer.optimizers["trunk_optimizer"].param_groups[0]
+        return {"epoch": self.trainer.epoch, **means, **seen, "next_lr": trunk["lr"]}
+
+    def report(self):
+        """Prints the epoch in one line, and a warning where the embeddings have collapsed."""
+        trainer, row = self.trainer, self.val_rows[-1]
+        shown = "".join(f"  {name} {value:.4f}" for name, value in row.items()
+                        if name != "epoch" and row["epoch"] == trainer.epoch)
+        if not trainer.epoch:
+            print(f"untrained{shown}", flush=True)
+            return
+        rate = (f", {self.progress.done * trainer.batch_size / self.seconds:.0f} images/s"
+                if self.seconds else "")  # a coarse clock may stand still
+        skipped = f", {trainer.skipped_steps} steps skipped" if trainer.skipped_steps else ""
+        trained = self.train_rows[-1]
+        seen = ", ".join(f"{name}{suffix} {trained[name + suffix]:.3f}"
+                         for suffix, diagnosis in trainer.diagnoses.items()
+                         for name in diagnosis.NAMES
+                         if name + suffix in trained and name != "length")
+        print(f"epoch {trainer.epoch}/{self.opt.n_epochs}  loss {trained['total_loss']:.4f}"
+              f"{f' ({seen})' * bool(seen)}{shown}  "
+              f"{auxiliaries.duration(self.seconds)}{rate}{skipped}", flush=True)
+        for suffix, diagnosis in trainer.diagnoses.items():
+            row = {name.removesuffix(suffix): value for name, value in trained.items()}
+            if diagnosis.has_collapsed(row):
+                print(f"warning: the embeddings have collapsed: their spread std{suffix} is "
+                      f"{row['std']:.2g}, their length {row['length']:.2g}. A lower --lr, a "
+                      "larger --bs, or --sampling distance or random help", flush=True)
+
+    def finish(self):
+        """The run is whole: prints its result; last.pth.tar alone takes it further."""
+        if self.writes:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(auxiliaries.previous(self.path("last.pth.tar")))
+        print(self.summary())
+        if self.opt.val_split:
+            print("\n".join(self.selections()))
+
+    def summary(self):
+        """The run's result in one line, and why it ended early if it did."""
+        best, name, first, last = self.best(), self.metric, self.val_rows[0], self.val_rows[-1]
+        early = (f"; ended after epoch {last['epoch']}, --patience {self.opt.patience}"
+                 if self.is_over() and last["epoch"] < self.opt.n_epochs else "")
+        return (f"best {name} {best[name]:.4f} in epoch {best['epoch']} (untrained "
+                f"{first[name]:.4f}){early}")
+
+    def selections(self):
+        """With --val_split: the test classes' first recall as three rules choose it, in lines."""
+        rows = self.val_rows[1:] or self.val_rows
+        name = next(key for key in rows[0] if key != "epoch" and not key.startswith("val "))
+        chosen, most = self.best(), auxiliaries.best_row(rows, name)
+        return [f"{rule:34} {name} {row[name]:.4f} (epoch {row['epoch']})" for rule, row in (
+            ("last epoch:", rows[-1]), ("best epoch on held-out classes:", chosen),
+            ("best epoch on the test classes:", most))] + [
+            "choosing on the test classes, as the literature does, gains "
+            f"{most[name] - chosen[name]:+.4f}"]
+
+    # Files
+
+    def path(self, name):
+        """The path of a file in the run folder."""
+        return os.path.join(self.folder, name)
+
+    def save(self, test_sets, embedded):
+        """Writes the files of the run folder; those of the best epoch only if it is this one."""
+        epoch = self.trainer.epoch
+        is_best = self.best()["epoch"] == epoch
+        if is_best:  # what its reader needs: weights and options, not the optimisers'
+            state = self.state()
+            auxiliaries.save_checkpoint(self.path("checkpoint.pth.tar"), {
+                key: state[key] for key in ("epoch", "models", "loss_funcs", "options", "versions",
+                                            "val_rows")})
+        auxiliaries.save_csv(self.path("log_train_Base.csv"), self.train_rows)
+        auxiliaries.save_csv(self.path("log_val_Base.csv"), self.val_rows)
+        self.draw()
+        if self.opt.save_embeddings and is_best:
+            self.save_embeddings(test_sets, embedded)
+        if auxiliaries.greatest_row(self.val_rows, self.metric)["epoch"] == epoch:
+            self.draw_evaluation(test_sets[0], embedded[0], self.val_rows[-1])
+        if self.tensorboard:
+            self.tensorboard.after_epoch(self.trainer)
+
+    def state(self):
+        """All that the run needs to go on, for a checkpoint."""
+        diagnoses = self.trainer.diagnoses.items()
+        return {**self.trainer.state_dict(), "options": vars(self.opt), "data": self.found.digest,
+                "random_state": auxiliaries.random_state(), "train_rows": self.train_rows,
+                "val_rows": self.val_rows, "versions": self.versions,
+                "under_way": {"loss_sums": self.loss_sums, "gradients": self.gradients,
+                              "diagnoses": {suffix: diagnosis.sums
+                                            for suffix, diagnosis in diagnoses}}}
+
+    def save_last(self):
+        """Writes the checkpoint that --resume goes on from, and keeps the one before."""
+        if self.writes:
+            auxiliaries.save_checkpoint(self.path("last.pth.tar"), self.state(),
+                                        keep_previous=True)
+
+    def restore(self, state):
+        """Takes over a checkpoint's state.
+
+        Raises ValueError where the options, the data or the code are not those of the checkpoint.
+        """
+        try:
+            options = state["options"]
+            given = {*self.opt.given, *options["given"]}
+            free = {*MAY_CHANGE, *(name for name in FOLLOW_DEVICE if name not in given)}
+            changed = [f"--{name} (was {one_line(options.get(name))}, is {value})"
+                       for name, value in vars(self.opt).items()
+                       if name not in free and options.get(name) != value]
+            if not changed and state["data"] == self.found.digest:
+                self.trainer.load_state_dict(state)
+                auxiliaries.restore_random_state(state["random_state"])
+                self.train_rows, self.val_rows = state["train_rows"], state["val_rows"]
+                self.restore_epoch(state["under_way"])
+        except Exception as error:  # as many kinds as a checkpoint has parts
+            raise ValueError(f"--resume: {self.path('last.pth.tar')} does not fit this code "
+                             f"({type(error).__name__}: {one_line(error)}): was it "
+                             "changed since?") from error
+        if changed:
+            raise ValueError(f"--resume with other options than the run in {self.folder}: "
+                             f"{', '.join(changed)}")
+        if state["data"] != self.found.digest:
+            raise ValueError(f"--resume with other data than the run in {self.folder}: the images "
+                             "or classes below --source_path are not the same")
+        if state["versions"] != self.versions:
+            print(f"note: the run was begun with {state['versions']}; it goes on with "
+                  f"{self.versions}")
+
+    def restore_epoch(self, under_way):
+        """Takes back what was summed up of the epoch that is under way."""
+        def moved(sums):
+            return {name: total.to(self.device) for name, total in sums.items()}
+
+        self.loss_sums = moved(under_way["loss_sums"])
+        self.gradients = [gradient.to(self.device) for gradient in under_way["gradients"]]
+        for suffix, sums in under_way["diagnoses"].items():
+            self.trainer.diagnoses[suffix].sums = moved(sums)
+
+    def list_batch(self, error):
+        """Writes the images of a NonFiniteLoss's batch to nonfinite.txt -> its path."""
+        sampler, images = self.trainer.sampler, self.trainer.dataset.images
+        sampler.set_epoch(error.epoch)
+        batch = next(itertools.islice(iter(sampler), error.iteration, None))
+        lines = [f"{error}; images:", *(
+            f"  {images[i] if isinstance(images, list) else f'image {i}'}" for i in batch)]
+        if self.writes:
+            with auxiliaries.written_whole(self.path("nonfinite.txt")) as file:
+                file.write("\n".join([*lines, ""]).encode("utf-8", "surrogateescape"))
+        return self.path("nonfinite.txt")
+
+    def save_embeddings(self, test_sets, embedded):
+        """Writes each test set's embeddings for python evaluate.py."""
+        opt = self.opt
+        for (name, *sets), rows in zip(test_sets, embedded):
+            files = [f"{kind}_{name}".replace(" ", "_").rstrip("_") + ".npz"
+                     for kind in ("embeddings", "gallery")]
+            for file, dataset, part in zip(files, sets, rows):
+                if dataset is not None:
+                    evaluate.save_embeddings(
+                        self.path(file), part, dataset.labels, k_vals=opt.k_vals, seed=opt.seed,
+                        metrics=opt.metrics, nmi_average=opt.nmi_average,
+                        vehicle_protocol=opt.vehicle_protocol, device=self.device.type,
+                        gallery_file="" if sets[1] is None else files[1])
+
+    def draw_evaluation(self, test_set, rows, measured):
+        """Draws neighbours and embeddings of the evaluation that gave a row of the log.
+
+        Of the best so far: the untrained network's stay where training has not gained on it.
+        """
+        opt, (_, queries, gallery), epoch = self.opt, test_set, measured["epoch"]
+        evaluate.draw_recoveries(self.path("sample_recoveries.png"), queries, gallery, *rows,
+                                 seed=opt.seed, title=f"epoch {epoch}")
+        if opt.plot_embeddings:
+            title = f"{opt.savename}, epoch {epoch}: {self.metric} {measured[self.metric]:.4f}"
+            evaluate.draw_embeddings(self.path(f"embeddings_{epoch:04d}.svg"), queries, rows[0],
+                                     opt.plot_embeddings, opt.seed, title=[title])
+
+    def draw(self):
+        """Writes InfoPlot_Base.svg: losses and metrics over the epochs, the best values on top."""
+        def curves(rows):
+            names = dict.fromkeys(key for row in rows for key in row
+                                  if key not in ("epoch", "next_lr"))
+            return {name: [(row["epoch"], row[name]) for row in rows if name in row]
+                    for name in names}
+
+        losses_shown, metrics = curves(self.train_rows), curves(self.val_rows)
+        # Lengths, which may be far above the rest, are in the csv alone.
+        seen = {name + suffix: losses_shown.pop(name + suffix, [])
+                for suffix, diagnosis in self.trainer.diagnoses.items()
+                for name in diagnosis.NAMES}
+        seen = {name: curve for name, curve in seen.items()
+                if curve and not name.startswith("length")}
+        if len(losses_shown) == 2:
+            losses_shown.pop("metric_loss", None)  # alone, it is the total loss
+        result = Result(self.folder, vars(self.opt), self.val_rows)
+        best = {name: result.best(name) for name in metrics
+                if any(name in row for row in self.val_rows[1:] or self.val_rows)}
+        title = [f"{self.opt.dataset}, {self.opt.arch}, {self.opt.loss} / {self.opt.sampling}: "
+                 f"{self.summary()}",
+                 "best of each metric over the epochs: "
+                 + ", ".join(f"{name} {value:.4f}" for name, value in best.items())]
+        auxiliaries.save_plot(self.path("InfoPlot_Base.svg"), title,
+                              [("training loss", losses_shown), ("training batches", seen),
+                               ("test classes", metrics)])
+
+
+class TensorBoardLog:
+    """Hooks that write losses, learning rates and measured metrics for TensorBoard.
+
+    folder: where the event file goes. rows: a list, to which somebody adds what is measured,
+    {"epoch": number, metric: number}, as Log does and trainers.Validation in its rows.
+    Losses stand at every iteration, the rest at epochs; they are written once an epoch, so no
+    iteration waits for them. ValueError where the package tensorboard is not installed.
+    """
+
+    def __init__(self, folder, rows=()):
+        self.writer = self.event_writer()(folder)
+        self.rows = rows
+        self.losses = []
+
+    @staticmethod
+    def event_writer():
+        """The class that writes event files; ValueError where its package is not installed."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError("--tensorboard needs a package that is not installed: pip install "
+                             "tensorboard, or leave the flag out") from error
+        return SummaryWriter
+
+    def after_iteration(self, trainer):
+        """An end_of_iteration_hook: keeps the losses until the epoch's end."""
+        self.losses.append((trainer.get_global_iteration(), trainer.losses))
+
+    def after_epoch(self, trainer):
+        """An end_of_epoch_hook, to be called once rows has the epoch: writes everything."""
+        for iteration, losses in self.losses:
+            for name, loss in losses.items():
+                self.writer.add_scalar(f"loss/{name}", float(loss), iteration)
+        self.losses = []
+        for name, optimizer in trainer.optimizers.items():
+            self.writer.add_scalar(f"learning_rate/{name.removesuffix('_optimizer')}",
+                                   optimizer.param_groups[0]["lr"], trainer.epoch)
+        measured = self.rows[-1] if self.rows else {}
+        if measured.get("epoch") == trainer.epoch:
+            for name, value in measured.items():
+                if name != "epoch":
+                    self.writer.add_scalar(f"metric/{name}", value, trainer.epoch)
+        self.writer.flush()
+
+
+# ---- recipes
 
 
 class Recipe(typing.NamedTuple):
@@ -64,6 +568,92 @@ def find_recipe(name):
     return recipes[name]
 
 
+# ---- runs of one command
+
+
+def words(value):
+    """An option's value as it is given on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def print_options(opt, names):
+    """Prints the named options, one a line."""
+    for name in sorted(names):
+        print(auxiliaries.printable(f"options  {name}: {words(getattr(opt, name))}"))
+
+
+def run_names(opt):
+    """{seed: name of its run's folder}."""
+    return ({seed: f"{opt.savename}_seed{seed}" for seed in opt.seeds} if opt.seeds else
+            {opt.seed: opt.savename})
+
+
+def one_per_seed(opt):
+    """The options of each run of --seeds in turn, of the one run without them.
+
+    With --resume a seed that has no folder yet begins. Before anything is trained:
+    FileNotFoundError with --resume where none has a folder, ValueError without it where one has.
+    """
+    if not opt.seeds:
+        yield opt
+        return
+    names = run_names(opt)
+    paths = {seed: os.path.join(opt.save_path, opt.dataset, name) for seed, name in names.items()}
+    there = auxiliaries.from_first(
+        lambda: [seed for seed, path in paths.items() if os.path.lexists(path)])
+    if opt.resume and not there:
+        raise FileNotFoundError(f"--resume: there is no run in {', '.join(paths.values())}; "
+                                "--savename and --save_path say where to look")
+    if there and not opt.resume:
+        raise ValueError(f"the run folder {paths[there[0]]} exists already: choose another "
+                         "--savename, or continue all seeds with --resume")
+    for seed, name in names.items():
+        print(f"seed {seed}", flush=True)
+        gc.collect()  # what of the run before knows itself, and with it a cache of images
+        yield argparse.Namespace(**{**vars(opt), "seed": seed, "savename": name,
+                                    "resume": seed in there})
+
+
+def print_recipes():
+    """Lists the recipes: name, published values in percent, source."""
+    for name, recipe in read_recipes().items():
+        values = ", ".join(f"{metric} {with_std(*value)}"
+                           for metric, value in recipe.published.items())
+        print(f"{name:45} {values or 'no published values'}  ({recipe.source})")
+
+
+def print_plan(opt):
+    """Prints what would run: all options, the folders, and a recipe's published values."""
+    print_options(opt, vars(opt))
+    for seed, name in run_names(opt).items():
+        folder = auxiliaries.printable(os.path.join(opt.save_path, opt.dataset, name))
+        print(f"run      seed {seed} in {folder}")
+    if opt.recipe:
+        recipe = find_recipe(opt.recipe)
+        print(f"source   {recipe.source}")
+        for metric, value in recipe.published.items():
+            print(f"published {metric} {with_std(*value)}")
+        if opt.departures:
+            print(f"departs from the recipe: {'; '.join(opt.departures)}")
+
+
+def print_verdict(opt, folders):
+    """Prints, and writes beside the folders, what the runs of a recipe amount to."""
+    recipe = find_recipe(opt.recipe)
+    runs = [read_result(folder) for folder in folders]
+    subset = runs[0].options["subset"]
+    lines = [f"recipe {opt.recipe}: {recipe.source}",
+             *verdict(recipe, runs, [*opt.departures, *[subset] * bool(subset)])]
+    print("\n".join(lines))
+    if auxiliaries.rank() == 0:
+        path = os.path.join(opt.save_path, opt.dataset, f"{opt.savename}_verdict.txt")
+        with auxiliaries.written_whole(path, "w") as file:
+            file.write("\n".join(lines) + "\n")
+
+
+# ---- run folders, read again
+
+
 class Result(typing.NamedTuple):
     """What a run folder says: options as text, rows of log_val_Base.csv as {metric: number}."""
 
@@ -81,9 +671,9 @@ class Result(typing.NamedTuple):
             return "finished"
         if len(self.rows) == 1:
             return f"failed or unfinished before the first of {wanted} epochs was measured"
-        name = selecting_metric(self.rows)
-        values = [row[name] for row in self.rows[1:] if name in row]
-        if patience != "None" and len(values) - 1 - values.index(max(values)) >= int(patience):
+        if patience != "None" and auxiliaries.is_over(
+                self.rows, selecting_metric(self.rows), int(self.options.get("eval_every", 1)),
+                int(patience)):
             return "finished"
         return f"unfinished after epoch {last} of {wanted}"
 
@@ -94,9 +684,8 @@ class Result(typing.NamedTuple):
 
     def selected(self, metric):
         """The metric in the epoch that was chosen on held-out classes; nan if not measured."""
-        name = selecting_metric(self.rows)
-        rows = [row for row in self.rows[1:] or self.rows if name in row]
-        return max(rows, key=lambda row: row[name], default={}).get(metric, float("nan"))
+        row = auxiliaries.best_row(self.rows, selecting_metric(self.rows))
+        return row.get(metric, float("nan"))
 
     def metrics(self):
         """The names of the metrics of the test classes."""
@@ -219,7 +808,7 @@ def grouped(results):
     groups, others = {}, []
     for result in results:
         if result.state() != "finished":
-            others.append(f"{auxiliaries.one_line(result.folder)}: {result.state()}")
+            others.append(f"{one_line(result.folder)}: {result.state()}")
             continue
         key = tuple(sorted((name, value) for name, value in result.options.items()
                            if name not in NOT_OF_RECIPE))
@@ -231,8 +820,8 @@ def grouped(results):
         if first is None:
             group.append(result)
         else:
-            others.append(f"{auxiliaries.one_line(result.folder)}: left out, it repeats seed {seed} of "
-                          f"{auxiliaries.one_line(first)}")
+            others.append(f"{one_line(result.folder)}: left out, it repeats seed {seed} of "
+                          f"{one_line(first)}")
     return groups, others
 
 
@@ -312,11 +901,11 @@ def print_tables(root, style="md", stream=None):
                       if choose is Result.best or group[0].holds_out()}
             if not chosen:
                 continue
-            title = (f"{auxiliaries.one_line(dataset)}: percent, {rule}; mean ± population standard deviation "
-                     "over seeds; in brackets published values and the difference")
+            title = (f"{one_line(dataset)}: percent, {rule}; mean ± population standard "
+                     "deviation over seeds; in brackets published values and the difference")
             write_table(title, *table_of(dataset, chosen, choose), style, stream)
         stream.writelines(f"{prefix}{other}\n" for other in others)
-    stream.writelines(f"{prefix}{auxiliaries.one_line(problem, 400)}\n" for problem in damaged)
+    stream.writelines(f"{prefix}{one_line(problem, 400)}\n" for problem in damaged)
 
 
 def write_table(title, header, rows, style, stream):
@@ -383,8 +972,12 @@ def main(argv=None):
                                                  "options in which they differ")
     curves.add_argument("runs", nargs="+", help="run folders")
     curves.add_argument("--out", default="compare.svg", help="default %(default)s")
+    commands.add_parser("recipes", help="the published results that main.py --recipe runs")
     with auxiliaries.one_message("results.py"):
         args = parser.parse_args(argv)
+        if args.command == "recipes":
+            print_recipes()
+            return
         if args.command == "table":
             print_tables(args.root, args.format)
             return

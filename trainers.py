@@ -3,38 +3,42 @@
 BaseTrainer owns the loop, the batches and everything around a step; a trainer class says how a
 batch becomes losses (calculate_loss) and which models and losses it knows. Constructor and
 dictionaries are those of the trainers of pytorch-metric-learning, so a script written for them
-runs here. Options are not known here. Hooks are where a caller evaluates, logs and saves; those
-that most callers want, Validation, Diagnosis and TensorBoardLog, stand at the end.
+runs here. Hooks are where a caller evaluates, logs and saves; those
+that most callers want, Validation and Diagnosis, stand at the end. trainer_select alone knows
+options.
 """
 
 import copy
 import functools
 import math
+import operator
 import types
 import warnings
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.optim import lr_scheduler
 
 import auxiliaries
+from auxiliaries import number
 from samplers import Sampler, draw_columns, pairwise_sq_distances
 
 
 def add_arguments(parser):
     """Adds the group 'optimisation' to an argparse parser."""
     group = parser.add_argument_group("optimisation", "Adam, its rates and their schedule")
-    group.add_argument("--lr", type=float, default=None, metavar="LR",
+    group.add_argument("--lr", type=number(float, least=0, most=1e6), metavar="LR",
                        help="learning rate of the network; useful 1e-6 to 1e-4 for pretrained "
                             "networks, 1e-4 to 1e-2 from scratch. Default 1e-5 (reference runs); "
                             "glyphs 1e-3")
-    group.add_argument("--fc_lr_mul", type=float, default=0.0, metavar="X",
+    group.add_argument("--fc_lr_mul", type=number(float, least=0), default=0.0, metavar="X",
                        help="learning rate of the embedding layer as a multiple of --lr, often "
                             "10; 0 means the same as --lr. Default %(default)s (reference runs)")
-    group.add_argument("--decay", type=float, default=4e-4, metavar="W",
+    group.add_argument("--decay", type=number(float, least=0), default=4e-4, metavar="W",
                        help="weight decay (L2) of the network, not of a loss's own weights; "
                             "useful 0 to 1e-3. Default %(default)s (reference runs)")
-    group.add_argument("--n_epochs", type=int, default=None, metavar="N",
+    group.add_argument("--n_epochs", type=number(int, least=0), metavar="N",
                        help="passes over the training images. Default 70 (reference runs); glyphs "
                             "20")
     group.add_argument("--scheduler", choices=("step", "exp", "plateau", "none"), default="step",
@@ -42,16 +46,16 @@ def add_arguments(parser):
                             "exp: times --gamma after every epoch. plateau: times --gamma when "
                             "the first recall was no better in --plateau_patience evaluations. "
                             "Default %(default)s (reference runs)")
-    group.add_argument("--plateau_patience", type=int, default=5, metavar="N",
+    group.add_argument("--plateau_patience", type=number(int, least=1), default=5, metavar="N",
                        help="evaluations in a row without a better recall that --scheduler "
                             "plateau waits for; useful 2 to 10. Default %(default)s")
-    group.add_argument("--patience", type=int, default=None, metavar="N",
+    group.add_argument("--patience", type=number(int, least=1), metavar="N",
                        help="end the run after N evaluations in a row without a better first "
                             "recall; useful 5 to 20. Default: all of --n_epochs (reference code)")
-    group.add_argument("--gamma", type=float, default=0.3, metavar="G",
+    group.add_argument("--gamma", type=number(float, above=0, most=1), default=0.3, metavar="G",
                        help="factor of the scheduler, above 0, at most 1. Default %(default)s "
                             "(reference runs)")
-    group.add_argument("--tau", type=int, nargs="+", default=None, metavar="E",
+    group.add_argument("--tau", type=number(int, least=1), nargs="+", metavar="E",
                        help="epochs after which --scheduler step lowers the rates. Default 30 55 "
                             "(reference runs); glyphs 15")
     trainer = parser.add_argument_group("trainer", "how a batch becomes losses")
@@ -64,29 +68,33 @@ def add_arguments(parser):
                               "not used. TwoStreamMetricLoss: anchors from one view, positives "
                               "and negatives from a second. Default %(default)s, as the reference "
                               "code")
-    trainer.add_argument("--classifier_weight", type=float, default=1.0, metavar="W",
+    trainer.add_argument("--classifier_weight", type=number(float, least=0), default=1.0,
+                         metavar="W",
                          help="TrainWithClassifier: weight of the classifier's cross-entropy, the "
                               "metric loss having 1; useful 0.1 to 2. Default %(default)s")
-    trainer.add_argument("--classifier_lr", type=float, default=None, metavar="LR",
+    trainer.add_argument("--classifier_lr", type=number(float, least=0), metavar="LR",
                          help="TrainWithClassifier: learning rate of the classifier. Default 10 "
                               "times --lr")
-    trainer.add_argument("--embedding_sizes", type=int, nargs="+", default=None, metavar="D",
+    trainer.add_argument("--embedding_sizes", type=number(int, least=1), nargs="+", metavar="D",
                          help="CascadedEmbeddings: lengths of the sections, which sum to "
                               "--embed_dim. Default three about equal ones (the paper has three)")
-    trainer.add_argument("--metric_alone_epochs", type=int, default=0, metavar="N",
+    trainer.add_argument("--metric_alone_epochs", type=number(int, least=0), default=0,
+                         metavar="N",
                          help="DeepAdversarialMetricLearning: first epochs with the metric loss "
                               "alone. Default %(default)s")
-    trainer.add_argument("--g_alone_epochs", type=int, default=0, metavar="N",
+    trainer.add_argument("--g_alone_epochs", type=number(int, least=0), default=0, metavar="N",
                          help="DeepAdversarialMetricLearning: epochs after those with the "
                               "generator alone. Default %(default)s")
-    trainer.add_argument("--g_triplets_per_anchor", type=int, default=10, metavar="N",
+    trainer.add_argument("--g_triplets_per_anchor", type=number(int, least=1), default=10,
+                         metavar="N",
                          help="DeepAdversarialMetricLearning: triplets of each image that go "
                               "through the generator; useful 1 to 100. Default %(default)s (the "
                               "library these trainers follow has 100)")
-    trainer.add_argument("--g_lr", type=float, default=None, metavar="LR",
+    trainer.add_argument("--g_lr", type=number(float, least=0), metavar="LR",
                          help="DeepAdversarialMetricLearning: learning rate of the generator. "
                               "Default --lr")
-    trainer.add_argument("--g_weights", type=float, nargs=4, default=[1.0, 1.0, 1.0, 1.0],
+
+    trainer.add_argument("--g_weights", type=number(float, least=0), nargs=4, default=[1.0] * 4,
                          metavar=("ADV", "HARD", "REG", "SYNTH"),
                          help="DeepAdversarialMetricLearning: weights of its adversarial, hard, "
                               "regularisation and synthetic losses, the metric loss having 1. "
@@ -175,7 +183,11 @@ class BaseTrainer:
     required_models = ("trunk",)
     loss_names = ("metric_loss",)
     required_losses = ("metric_loss",)
-    takes = ()  # the options of the command line that are this trainer's own
+    # The trainer's own options; how many views of an image it needs; whether it learns from
+    # classes, draws positives itself, takes losses of triplets alone, of unit norm alone.
+    takes = ()
+    views = 1
+    uses_classes, draws_positives, of_triplets, of_unit_norm = True, False, False, False
     regularisers = ()  # losses without a function in loss_funcs
     miner_names = ("subset_batch_miner", "tuple_miner")
 
@@ -217,7 +229,6 @@ class BaseTrainer:
         self.end_of_epoch_hook = end_of_epoch_hook or (lambda trainer: None)
         self.between_iterations_hook = between_iterations_hook or (lambda trainer: None)
         self.grad_scaler = grad_scaler or torch.amp.GradScaler(enabled=False)
-        self.in_step = False
         self.losses = {}
         self.stepped_schedulers, self.all_weights = set(), None
         self.unchecked = []  # see look
@@ -259,28 +270,36 @@ class BaseTrainer:
 
         After load_state_dict it goes on within the epoch and the pass over the data of that state.
         """
-        self.batches, self.last_epoch = None, num_epochs
+        if not self.goes_on:
+            self.batches, self.iterations_done = None, 0
+            self.place = {"pass": start_epoch - 1, "taken": 0, "seeds": []}
+        self.last_epoch = num_epochs
+        for epoch in range(start_epoch, num_epochs + 1):
+            if self.train_epoch(epoch) is False or self.end_of_epoch_hook(self) is False:
+                break
+
+    def train_epoch(self, epoch):
+        """Trains for the epoch of this number, or for what is left of it after load_state_dict.
+
+        Returns False where between_iterations_hook did, which ends the training there.
+        """
+        self.epoch = epoch
         if self.goes_on:
             self.go_on_with_pass(self.place)
-        else:
-            self.place = {"pass": start_epoch - 1, "taken": 0, "seeds": []}
-            self.iterations_done = 0
         self.goes_on = False
-        for self.epoch in range(start_epoch, num_epochs + 1):
-            self.set_to_train()
-            for self.iteration in range(self.iterations_done, self.iterations_per_epoch):
-                self.training_step()
-                self.end_of_iteration_hook(self)
-                self.step_schedulers("_scheduler_by_iteration")
-                self.iterations_done = self.iteration + 1
-                if self.between_iterations_hook(self) is False:
-                    self.goes_on = True
-                    return
-            self.check_weights()
-            self.step_schedulers("_scheduler_by_epoch")
-            self.epochs_done, self.iterations_done = self.epoch, 0
-            if self.end_of_epoch_hook(self) is False:
-                break
+        self.set_to_train()
+        for self.iteration in range(self.iterations_done, self.iterations_per_epoch):
+            self.training_step()
+            self.end_of_iteration_hook(self)
+            self.step_schedulers("_scheduler_by_iteration")
+            self.iterations_done = self.iteration + 1
+            if self.between_iterations_hook(self) is False:
+                self.goes_on = True
+                return False
+        self.check_weights()
+        self.step_schedulers("_scheduler_by_epoch")
+        self.epochs_done, self.iterations_done = epoch, 0
+        return None
 
     def training_step(self):
         """One batch: forward, backward, clip, step.
@@ -288,63 +307,64 @@ class BaseTrainer:
         Where a miner returns nothing, or a loss nothing to learn from, the step is skipped and
         counted in skipped_steps. Raises NonFiniteLoss where loss or gradient is not finite.
         """
+        self.zero_gradients()
+        try:
+            data, labels = self.next_batch()                      # on the device
+            losses = self.calculate_loss(data, labels)            # {name: scalar}
+        except NothingMined:
+            return self.skip_step()
+        except FloatingPointError as error:                       # embeddings are not finite
+            self.refuse(f"{error} in", self.iteration, error)
+        total = sum(self.loss_weights[name] * loss for name, loss in losses.items())
+        self.remember(losses, total)
+        if not total.requires_grad:
+            return self.skip_step(total)
+        self.grad_scaler.scale(total).backward()
+        self.average_gradients()                                  # over processes
+        self.look(total)                                          # for NaN, now and then
+        learning = self.learning_optimizers()
+        self.unscale(learning)
+        for clip in self.gradient_clippers.values():
+            clip()
+        for optimizer in learning:
+            self.grad_scaler.step(optimizer)
+        if learning:
+            self.grad_scaler.update()
+
+    def zero_gradients(self):
+        """No weight has a gradient."""
         for weight in self.weights():
             weight.grad = None
-        try:
-            data, labels = self.next_batch()
-            self.in_step = True
-            losses = self.calculate_loss(data, labels)
-        except NothingMined:
-            self.skipped_steps += 1
-            zero = torch.zeros((), device=self.data_device)
-            self.losses = {name: zero for name in (*self.loss_weights, "total_loss")}
-            return
-        except FloatingPointError as error:
-            if not auxiliaries.raised_on_purpose(error):  # of embeddings that are not finite
-                raise
-            self.check_losses()  # one before may be the cause
-            raise NonFiniteLoss(f"epoch {self.epoch}, iteration {self.iteration + 1}: {error}",
-                                self.epoch, self.iteration) from error
-        finally:
-            self.in_step = False
-        total = self.weighted_sum(losses)
-        self.losses = {name: self.loss_weights[name] * loss.detach()
-                       for name, loss in losses.items()}
-        self.losses["total_loss"] = total.detach()
-        if not total.requires_grad:
-            # Zero is some losses' answer to a batch without tuples.
-            if total == 0 and any(weight.requires_grad for weight in self.weights()):
-                self.skipped_steps += 1
-                return
+
+    def skip_step(self, total=None):
+        """Counts a step without anything to learn; ValueError if it never will be.
+
+        total: the loss, where there is one; zero is some losses' answer to a batch without tuples.
+        """
+        if total is None:
+            self.losses = dict.fromkeys((*self.loss_weights, "total_loss"),
+                                        torch.zeros((), device=self.data_device))
+        elif total != 0 or not any(weight.requires_grad for weight in self.weights()):
             raise ValueError(f"there is nothing to learn: the loss, {float(total)}, depends on no "
                              "weight that is not frozen (freeze_these: "
                              f"{', '.join(self.freeze_these) or 'none'})")
-        self.grad_scaler.scale(total).backward()
-        self.average_gradients()
-        self.look(total.detach())
-        learning = self.learning_optimizers()
-        if self.grad_scaler.is_enabled():
-            for optimizer in learning:
-                self.grad_scaler.unscale_(optimizer)
-            self.share_overflow(learning)
-        for clip in self.gradient_clippers.values():
-            clip()
-        try:
-            for optimizer in learning:
-                self.grad_scaler.step(optimizer)
-        except RuntimeError:
-            if all(group["lr"] < 1e30 for optimizer in learning
-                   for group in optimizer.param_groups):
-                raise
-            self.refuse("the step is not finite in", self.iteration)
-        if self.grad_scaler.is_enabled() and learning:
-            self.grad_scaler.update()
+        self.skipped_steps += 1
 
-    def share_overflow(self, learning):
-        """Under fp16 all optimizers rest where the gradient of one has overflowed, without a wait.
+    def remember(self, losses, total):
+        """Keeps the losses, weighted, and their sum for hooks; nothing waits for the device."""
+        self.losses = {name: self.loss_weights[name] * loss.detach()
+                       for name, loss in losses.items()}
+        self.losses["total_loss"] = total.detach()
 
-        Each would look at the weights of its own alone.
+    def unscale(self, learning):
+        """Under fp16 the gradients' scale is taken back; one that overflowed lets all rest.
+
+        Without it each optimizer would look at the weights of its own alone. No wait.
         """
+        if not self.grad_scaler.is_enabled():
+            return
+        for optimizer in learning:
+            self.grad_scaler.unscale_(optimizer)
         found = [flag for optimizer in learning for flag in
                  self.grad_scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
                  .values()]
@@ -360,17 +380,6 @@ class BaseTrainer:
                 weight.grad is not None for group in optimizer.param_groups
                 for weight in group["params"])]
         return learning
-
-    def weighted_sum(self, losses):
-        """{loss name: scalar} -> the scalar to minimise; ValueError for what is no scalar."""
-        for name, loss in losses.items():
-            if not torch.is_tensor(loss) or loss.numel() != 1:
-                gave = list(loss.shape) if torch.is_tensor(loss) else type(loss).__name__
-                raise ValueError(f"{name} must give a scalar tensor; it gave {gave}")
-        weighted = [loss if self.loss_weights[name] == 1 else self.loss_weights[name] * loss
-                    for name, loss in losses.items()]
-        total = weighted[0] if len(weighted) == 1 else sum(weighted[1:], weighted[0])
-        return total if total.dim() == 0 else total.squeeze()
 
     def weights(self):
         """All parameters: of models and losses, and whatever else the optimizers hold."""
@@ -396,7 +405,7 @@ class BaseTrainer:
 
         In a training step of several processes: their shares of data -> the batch's features.
         """
-        if not self.in_step or auxiliaries.num_ranks() == 1:
+        if auxiliaries.num_ranks() == 1 or not torch.is_grad_enabled():
             return self.models["trunk"](data)
         return GatherFeatures.apply(self.shared_trunk(data))
 
@@ -417,7 +426,7 @@ class BaseTrainer:
         """
         weights = [weight for weight in self.weights() if weight.grad is not None]
         self.unchecked.append((self.iteration, weights, torch.stack([
-            total, *greatest([weight.grad for weight in weights])])))            # [1 + weights]
+            total.detach(), *greatest([weight.grad for weight in weights])])))   # [1 + weights]
         if len(self.unchecked) >= (20 if total.is_cuda else 1):
             self.check_losses()
 
@@ -442,11 +451,13 @@ class BaseTrainer:
         if name:
             self.refuse(f"the weight {name} is not finite after", self.iteration)
 
-    def refuse(self, what, iteration):
+    def refuse(self, what, iteration, cause=None):
         """Raises NonFiniteLoss of an iteration, from 0, of this epoch."""
+        if cause is not None:
+            self.check_losses()  # a step before may be what went wrong
         raise NonFiniteLoss(f"{what} epoch {self.epoch}, iteration {iteration + 1}; often the "
                             "learning rate (--lr) is too high, or a loss takes a root of 0",
-                            self.epoch, iteration)
+                            self.epoch, iteration) from cause
 
     def not_finite(self, weights, values):
         """The name of the last of the weights whose value is not finite; None if all are.
@@ -932,6 +943,7 @@ class DeepAdversarialMetricLearning(BaseTrainer):
     required_models = ("trunk", "generator")
     takes = ("margin", "metric_alone_epochs", "g_alone_epochs", "g_triplets_per_anchor", "g_lr",
              "g_weights")
+    draws_positives = of_unit_norm = True
     loss_names = ("metric_loss", "g_adv_loss", "synth_loss", "classifier_loss")
     required_losses = ("metric_loss", "g_adv_loss", "synth_loss")
     regularisers = ("g_hard_loss", "g_reg_loss")
@@ -1050,6 +1062,8 @@ class UnsupervisedEmbeddingsUsingAugmentations(MetricLossOnly):
     over the batch's instances.
     """
 
+    views, uses_classes = 2, False
+
     def __init__(self, transforms, data_and_label_setter=None, *args, **kwargs):
         if kwargs.get("collate_fn") is not None:
             raise ValueError("UnsupervisedEmbeddingsUsingAugmentations collates the views itself; "
@@ -1092,6 +1106,7 @@ class TwoStreamMetricLoss(BaseTrainer):
     """
 
     miner_names = ("tuple_miner",)
+    views, of_triplets = 2, True
 
     def unpack(self, item):
         item = self.data_and_label_getter(item)
@@ -1125,6 +1140,101 @@ class TwoStreamMetricLoss(BaseTrainer):
 TRAINERS = {trainer.__name__: trainer for trainer in (
     MetricLossOnly, TrainWithClassifier, CascadedEmbeddings, DeepAdversarialMetricLearning,
     UnsupervisedEmbeddingsUsingAugmentations, TwoStreamMetricLoss)}
+
+
+class Generator(torch.nn.Module):
+    """Makes a synthetic negative of a triplet's features: [T, 3 F] -> [T, F].
+
+    Two linear layers with a ReLU between; Duan et al., "Deep Adversarial Metric Learning", CVPR
+    2018.
+    """
+
+    def __init__(self, num_features):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(3 * num_features, num_features),
+                                          torch.nn.ReLU(),
+                                          torch.nn.Linear(num_features, num_features))
+
+    def forward(self, triplets):
+        return self.layers(triplets)
+
+
+def two_views(item):
+    """(first view, second view, label) -> ((first, second), label); a collated batch as it is."""
+    return item if len(item) == 2 else (item[:2], item[2])
+
+
+def trainer_select(opt, trunk, embedder, make_loss, train_set, batches, device):
+    """The trainer of the options, an optimiser and a schedule for each part that learns.
+
+    make_loss: callable(**changes of options) -> (loss, its parameter group or None); train_set:
+    the dataset; batches: its batch sampler. All is on the device afterwards.
+    """
+    models = {"trunk": trunk, "embedder": embedder}
+    groups = {"trunk": {"params": list(trunk.parameters()), "lr": opt.lr},
+              "embedder": {"params": list(embedder.parameters()),
+                           "lr": opt.lr * (opt.fc_lr_mul or 1)}}
+    changes = {"metric_loss": {}}
+    if opt.trainer == "CascadedEmbeddings":
+        changes = {f"metric_loss_{i}": {"embed_dim": size}
+                   for i, size in enumerate(opt.embedding_sizes)}
+    elif opt.trainer == "DeepAdversarialMetricLearning":
+        changes |= dict.fromkeys(("g_adv_loss", "synth_loss"),
+                                 {"loss": "triplet", "sampling": "distance"})
+    made = {name: make_loss(**changed) for name, changed in changes.items()}
+    loss_funcs = {name: loss for name, (loss, _) in made.items()}
+    groups |= {name: group for name, (_, group) in made.items() if group}
+    own = {}
+    if opt.trainer == "TrainWithClassifier":
+        models["classifier"] = torch.nn.Linear(opt.embed_dim, len(train_set.class_names))
+        loss_funcs["classifier_loss"] = torch.nn.CrossEntropyLoss()
+        groups["classifier"] = {"params": list(models["classifier"].parameters()),
+                                "lr": opt.classifier_lr}
+        own["loss_weights"] = {"metric_loss": 1, "classifier_loss": opt.classifier_weight}
+    elif opt.trainer == "CascadedEmbeddings":
+        own["embedding_sizes"] = opt.embedding_sizes
+    elif opt.trainer == "DeepAdversarialMetricLearning":
+        models["generator"] = Generator(trunk.num_features)
+        groups["generator"] = {"params": list(models["generator"].parameters()), "lr": opt.g_lr}
+        weights = zip(("g_adv_loss", "g_hard_loss", "g_reg_loss", "synth_loss"), opt.g_weights)
+        own = {"loss_weights": {"metric_loss": 1, **dict(weights)},
+               "metric_alone_epochs": opt.metric_alone_epochs,
+               "g_alone_epochs": opt.g_alone_epochs,
+               "g_triplets_per_anchor": opt.g_triplets_per_anchor}
+    elif opt.trainer == "UnsupervisedEmbeddingsUsingAugmentations":
+        # The dataset gives both views; the trainer's transforms pick one each.
+        own = {"transforms": [operator.itemgetter(0), operator.itemgetter(1)],
+               "data_and_label_getter": two_views}
+    elif opt.trainer == "TwoStreamMetricLoss":
+        own["mining_funcs"] = {"tuple_miner": loss_funcs["metric_loss"].sampler}
+    for part in (*models.values(), *loss_funcs.values()):
+        part.to(device)
+    optimizers = {f"{name}_optimizer": torch.optim.Adam([group], weight_decay=opt.decay)
+                  for name, group in groups.items()}
+    trainer = TRAINERS[opt.trainer](
+        models=models, optimizers=optimizers, batch_size=opt.bs, loss_funcs=loss_funcs,
+        dataset=train_set, data_device=device, sampler=batches,
+        lr_schedulers=schedulers_select(opt, optimizers),
+        freeze_trunk_batchnorm=opt.batchnorm == "frozen", dataloader_num_workers=opt.kernels,
+        grad_scaler=torch.amp.GradScaler(device.type) if opt.amp == "fp16" else None, **own)
+    trainer.diagnoses = {name.removeprefix("metric_loss"): Diagnosis(loss)
+                         for name, loss in loss_funcs.items() if name.startswith("metric_loss")}
+    return trainer
+
+
+def schedulers_select(opt, optimizers):
+    """The schedule of each of the optimizers, {"<part>_optimizer": ...}, by --scheduler."""
+    schedulers = {}
+    for name, optimizer in optimizers.items():
+        key = name.removesuffix("_optimizer") + "_scheduler_by_epoch"
+        if opt.scheduler == "step":
+            schedulers[key] = lr_scheduler.MultiStepLR(optimizer, opt.tau, opt.gamma)
+        elif opt.scheduler == "exp":
+            schedulers[key] = lr_scheduler.ExponentialLR(optimizer, opt.gamma)
+        elif opt.scheduler == "plateau":  # its patience is how many it lets pass
+            schedulers[key.replace("epoch", "plateau")] = lr_scheduler.ReduceLROnPlateau(
+                optimizer, "max", opt.gamma, opt.plateau_patience - 1, threshold=0)
+    return schedulers
 
 
 # ---- hooks
@@ -1193,25 +1303,14 @@ class Validation:
         """The name of the metric that counts; there must be a row."""
         return self.metric or next(key for key in self.rows[0] if key != "epoch")
 
-    def value(self, row):
-        """The metric that counts, of a row; the least there is where it is not a number."""
-        value = row[self.name()]
-        return value if value == value else -float("inf")
-
-    def best(self, rows=None):
-        """The row with the greatest metric, of all rows by default, the first of equals."""
-        rows = self.rows if rows is None else rows
-        trained = [row for row in rows if row["epoch"]]
-        return max(trained or rows, key=self.value)
+    def best(self):
+        """The row with the greatest metric, the first of equals."""
+        return auxiliaries.best_row(self.rows, self.name())
 
     def is_over(self):
         """Whether the last `patience` measurements are no better than one before them."""
-        rows = [row for row in self.rows if row["epoch"] % self.every == 0]
-        if self.patience is None or not rows:
-            return False
-        best = self.best(rows)
-        place = next(i for i, row in enumerate(rows) if row is best)
-        return len(rows) - 1 - place >= self.patience
+        return bool(self.rows) and auxiliaries.is_over(self.rows, self.name(), self.every,
+                                                       self.patience)
 
 
 class Diagnosis:
@@ -1271,50 +1370,6 @@ class Diagnosis:
     def has_collapsed(cls, row):
         """Whether the embeddings of a row were all in one place."""
         return "std" in row and not row["std"] > cls.COLLAPSED * row["length"]
-
-
-class TensorBoardLog:
-    """Hooks that write losses, learning rates and a Validation's metrics for TensorBoard.
-
-    folder: where the event file goes. validation: the Validation whose metrics are written too.
-    Losses stand at every iteration, the rest at epochs; they are written once an epoch, so no
-    iteration waits for them. ValueError where the package tensorboard is not installed.
-    """
-
-    def __init__(self, folder, validation=None):
-        self.writer = self.event_writer()(folder)
-        self.validation = validation
-        self.losses = []
-
-    @staticmethod
-    def event_writer():
-        """The class that writes event files; ValueError where its package is not installed."""
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError("--tensorboard needs a package that is not installed: pip install "
-                             "tensorboard, or leave the flag out") from error
-        return SummaryWriter
-
-    def after_iteration(self, trainer):
-        """An end_of_iteration_hook: keeps the losses until the epoch's end."""
-        self.losses.append((trainer.get_global_iteration(), trainer.losses))
-
-    def after_epoch(self, trainer):
-        """An end_of_epoch_hook, to be called after the Validation: writes everything."""
-        for iteration, losses in self.losses:
-            for name, loss in losses.items():
-                self.writer.add_scalar(f"loss/{name}", float(loss), iteration)
-        self.losses = []
-        for name, optimizer in trainer.optimizers.items():
-            self.writer.add_scalar(f"learning_rate/{name.removesuffix('_optimizer')}",
-                                   optimizer.param_groups[0]["lr"], trainer.epoch)
-        measured = self.validation.rows[-1] if self.validation and self.validation.rows else {}
-        if measured.get("epoch") == trainer.epoch:
-            for name, value in measured.items():
-                if name != "epoch":
-                    self.writer.add_scalar(f"metric/{name}", value, trainer.epoch)
-        self.writer.flush()
 
 
 def in_turn(*hooks):

@@ -103,7 +103,7 @@ def joined(function):
     return run
 
 
-def results(outcomes):
+def values_of(outcomes):
     """The processes' results; all must have ended well."""
     for status, _, text in outcomes:
         assert status == 0, text
@@ -118,7 +118,7 @@ def recorded_run(options, double=False, plain_steps=True, before_step=lambda tra
     is called before each training step.
     """
     found = {"losses": [], "gradients": {}, "embeddings": [], "metrics": []}
-    step, measure = trainers.BaseTrainer.training_step, main.Run.measure
+    step, evaluate_sets = trainers.BaseTrainer.training_step, evaluate.evaluate_sets
     select, select_loss = netlib.network_select, losses.loss_select
 
     def recorded_step(trainer):
@@ -135,12 +135,12 @@ def recorded_run(options, double=False, plain_steps=True, before_step=lambda tra
         found["buffers"] = {name: buffer.numpy().copy() for name, buffer
                             in trainer.models["trunk"].named_buffers()}
 
-    def recorded_measure(run, trainer):
-        metrics = measure(run, trainer)
+    def recorded_sets(*args, **options):
+        metrics, embedded = evaluate_sets(*args, **options)
         found["metrics"].append(metrics)
-        found["embeddings"].append([rows.numpy() for pair in run.embedded for rows in pair
+        found["embeddings"].append([rows.numpy() for pair in embedded for rows in pair
                                     if rows is not None])
-        return metrics
+        return metrics, embedded
 
     def double_loss(*args, **options):
         loss, groups = select_loss(*args, **options)
@@ -148,7 +148,7 @@ def recorded_run(options, double=False, plain_steps=True, before_step=lambda tra
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainers.BaseTrainer, "training_step", recorded_step)
-        patch.setattr(main.Run, "measure", recorded_measure)
+        patch.setattr(evaluate, "evaluate_sets", recorded_sets)
         if plain_steps:
             patch.setattr(torch.optim, "Adam", torch.optim.SGD)
         if double:
@@ -238,9 +238,9 @@ RUNS = {
 def test_two_processes_compute_what_one_does(name, small, tmp_path):
     """Losses, gradients, weights, statistics, metrics, embeddings, to 1e-5 in float32 with SGD."""
     options = [*small, *RUNS[name]]
-    (one,) = results(together(lambda: recorded_run(options), 1, tmp_path))
+    (one,) = values_of(together(lambda: recorded_run(options), 1, tmp_path))
     outcomes = together(lambda: recorded_run([*options, "--savename", "two"]), 2, tmp_path)
-    first, second = results(outcomes)
+    first, second = values_of(outcomes)
     assert len(one["embeddings"][0][0]) == 11
     assert_same(one, first, 1e-5)
     for key in ("gradients", "weights"):  # bit for bit, proxies, betas and classifiers too
@@ -258,8 +258,8 @@ def test_in_float64_they_differ_by_rounding_only(small, tmp_path):
     def run(name):
         return lambda: recorded_run([*options, "--savename", name], True, False)
 
-    (one,) = results(together(run("one"), 1, tmp_path))
-    two, _ = results(together(run("two"), 2, tmp_path))
+    (one,) = values_of(together(run("one"), 1, tmp_path))
+    two, _ = values_of(together(run("two"), 2, tmp_path))
     assert one["weights"]["trunk.backbone.layers.0.weight"].dtype == np.float64
     one["embeddings"] = two["embeddings"] = []  # which are float32 in any case
     assert len(one["losses"]) == 12
@@ -304,7 +304,7 @@ def test_batchnorm_over_processes_is_that_of_one():
         np.testing.assert_allclose(low.detach().float(), half.detach(), atol=0.1)
         return found
 
-    found = results(together(joined(share)))
+    found = values_of(together(joined(share)))
     for name, value in expected.items():
         parts = [part[name] for part in found]
         if name in ("out", "images", "eval"):
@@ -354,7 +354,7 @@ def scores():
 @pytest.mark.parametrize("number", [2, 3])
 def test_metrics_and_embeddings_are_those_of_one_process(number, tmp_path):
     expected = scores()
-    for found in results(together(joined(scores), number, tmp_path)):
+    for found in values_of(together(joined(scores), number, tmp_path)):
         for (metrics, embedded), (right, right_embedded) in zip(found, expected, strict=True):
             np.testing.assert_equal(metrics, right)  # NaN where one class has no two
             for pair, right_pair in zip(embedded, right_embedded, strict=True):
@@ -380,8 +380,8 @@ def test_vehicle_sets_in_two_processes(small, tmp_path):
     options = [*small, "--dataset", "vehicle_id", "--source_path", str(tmp_path), "--k_vals", "1",
                "--vehicle_protocol", "random_gallery", "--save_embeddings", "--n_epochs", "1",
                "--metrics", "recall", "map@r", "nmi"]
-    (one,) = results(together(lambda: recorded_run(options), 1, tmp_path))
-    two, _ = results(together(lambda: recorded_run([*options, "--savename", "two"]), 2, tmp_path))
+    (one,) = values_of(together(lambda: recorded_run(options), 1, tmp_path))
+    two, _ = values_of(together(lambda: recorded_run([*options, "--savename", "two"]), 2, tmp_path))
     assert_same(one, two, 1e-5)
     assert sorted(os.listdir(one["folder"])) == sorted(os.listdir(two["folder"]))
 
@@ -407,7 +407,7 @@ def conversation():
 
 
 def test_helpers_give_every_process_the_same(tmp_path):
-    for rank, found in enumerate(results(together(joined(conversation), 3, tmp_path))):
+    for rank, found in enumerate(values_of(together(joined(conversation), 3, tmp_path))):
         assert (found["rank"], found["number"], found["first"]) == (rank, 3, {"from": 0})
         assert found["rows"] == [[0], [0], [1], [1], [2], [2]]
         assert found["flags"] == [False, True, False]
@@ -429,7 +429,7 @@ def test_no_tensor_of_an_operation_outlives_the_next():
             del rows
             torch.distributed.all_reduce(torch.ones(1))
             assert known() is None
-    results(together(joined(let_go)))
+    values_of(together(joined(let_go)))
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux")
@@ -445,7 +445,7 @@ def test_a_group_ends_with_its_threads_though_a_cycle_knows_it():
         joined(cycle)()
         return len(set(os.listdir("/proc/self/task")) - before)
 
-    assert results(together(threads_left)) == [0, 0]
+    assert values_of(together(threads_left)) == [0, 0]
 
 
 def test_shares_of_a_batch_are_the_batch(tree, monkeypatch):
@@ -475,7 +475,7 @@ def test_a_miner_of_images_is_refused():
                 models={"trunk": trunk}, optimizers={}, batch_size=2, dataset=rows,
                 loss_funcs={"metric_loss": torch.nn.Identity()}, data_device="cpu",
                 mining_funcs={"subset_batch_miner": lambda *_: None})
-    results(together(joined(make)))
+    values_of(together(joined(make)))
 
 
 # ---- files, resuming
@@ -512,7 +512,7 @@ def test_a_run_goes_on_in_another_number_of_processes(small, tmp_path):
                         tmp_path)
 
     resume = ["--savename", "whole"]
-    (whole,) = results(part(1))
+    (whole,) = values_of(part(1))
     resume = ["--savename", "parts"]
     for number, stop_at, epoch, iteration in ((2, 3, 0, 3), (1, 4, 1, 2), (2, 5, 2, 2)):
         outcomes = part(number, stop_at)
@@ -524,7 +524,7 @@ def test_a_run_goes_on_in_another_number_of_processes(small, tmp_path):
         state = torch.load(tmp_path / "runs/folder/parts/last.pth.tar", weights_only=True)
         assert (state["epoch"], state["iteration"]) == (epoch, iteration)
         resume = ["--savename", "parts", "--resume"]
-    end, _ = results(part(2))
+    end, _ = values_of(part(2))
     assert [row["total_loss"] for row in whole["losses"][-3:]] == pytest.approx(
         [row["total_loss"] for row in end["losses"]], abs=1e-5)
     assert whole["losses"][-1]["total_loss"] > 0.01
@@ -592,11 +592,11 @@ def test_a_signal_during_the_evaluation_ends_the_run_at_once(small, tmp_path):
     """All processes get it, or the first alone."""
     for heard in ((0, 1), (0,)):
         def run():
-            def measure(run, trainer):
-                if trainer.epoch == 1 and auxiliaries.rank() in heard:
+            def evaluate_sets(network, *args, **options):
+                if network.__self__.epoch == 1 and auxiliaries.rank() in heard:
                     os.kill(os.getpid(), signal.SIGTERM)
-                return own(run, trainer)
-            own, main.Run.measure = main.Run.measure, measure
+                return own(network, *args, **options)
+            own, evaluate.evaluate_sets = evaluate.evaluate_sets, evaluate_sets
             main.main([*small, "--savename", str(len(heard))])
         outcomes = together(run, 2, tmp_path, seconds=30)
         text = "".join(text for _, _, text in outcomes)
@@ -621,7 +621,7 @@ def test_torchrun_runs_glyphs(tmp_path):
         timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("untrained  recall@1") == 1
-    (one,) = results(together(lambda: recorded_run([*options, "--savename", "one"],
+    (one,) = values_of(together(lambda: recorded_run([*options, "--savename", "one"],
                                                    plain_steps=False), 1, tmp_path))
     with open(tmp_path / "glyphs" / "two" / "log_val_Base.csv") as file:
         names, untrained, trained = (line.strip().split(",") for line in file)

@@ -38,6 +38,8 @@ PAIRS = [(name, sampling) for name, loss_class in losses.LOSSES.items()
          for sampling in loss_class.samplings[:None if name in ("triplet", "contrastive") else 1]
          or ("none",)]
 
+TWO_VIEWS = [name for name, trainer in trainers.TRAINERS.items() if trainer.views == 2]
+
 
 def make_tree(folder, classes=8, images=6, size=20, seed=0):
     """A folder of class folders; the images of a class are noise around its own colour."""
@@ -263,7 +265,7 @@ def test_all_that_a_trainer_adds_learns(small, trainer):
                 assert not torch.equal(value, after[group][name][key]), (name, key)
 
 
-@pytest.mark.parametrize("trainer", main.TWO_VIEWS)
+@pytest.mark.parametrize("trainer", TWO_VIEWS)
 def test_trainers_of_two_views_run_on_glyphs(trainer, tmp_path):
     folder = main.main(["--dataset", "glyphs", "--trainer", trainer, "--n_epochs", "1", "--gpu",
                         "-1", "--bs", "80", "--image_size", "8", "--embed_dim", "9", "--k_vals",
@@ -547,19 +549,19 @@ def test_the_untrained_networks_pictures_stay_where_training_does_not_gain(small
         "embeddings_0000.svg", "embeddings_0003.svg"]
 
 
-def test_a_hook_that_raises_leaves_the_last_checkpoint_whole(small, monkeypatch):
+def test_an_evaluation_that_raises_leaves_the_last_checkpoint_whole(small, monkeypatch):
     options = [*small, "--n_epochs", "3"]
     whole = main.main(options)
-    measure = main.Run.measure
+    evaluate_sets = evaluate.evaluate_sets
 
-    def failing(run, trainer):
-        if trainer.epoch == 2:
-            raise RuntimeError("from the hook")
-        return measure(run, trainer)
+    def failing(network, *args, **options):
+        if network.__self__.epoch == 2:
+            raise RuntimeError("from the evaluation")
+        return evaluate_sets(network, *args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(main.Run, "measure", failing)
-        with pytest.raises(RuntimeError, match="from the hook"):
+        patch.setattr(evaluate, "evaluate_sets", failing)
+        with pytest.raises(RuntimeError, match="from the evaluation"):
             main.main([*options, "--savename", "broken"])
     folder = Path(whole).parent / "broken"
     assert state(folder)["epoch"] == state(folder, "last.pth.tar")["epoch"] == 1
@@ -569,14 +571,14 @@ def test_a_hook_that_raises_leaves_the_last_checkpoint_whole(small, monkeypatch)
 
 def stop_in(epoch, monkeypatch):
     """Makes the next run stop as by Ctrl-C in the middle of an epoch."""
-    original = main.Run.after_iteration
+    original = results.Log.after_iteration
 
     def after_iteration(run, trainer):
         original(run, trainer)
         if trainer.epoch == epoch and trainer.iteration == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(main.Run, "after_iteration", after_iteration)
+    monkeypatch.setattr(results.Log, "after_iteration", after_iteration)
 
 
 def unbroken_and_resumed(options, monkeypatch):
@@ -690,8 +692,8 @@ def test_a_finished_run_keeps_one_state_and_the_best_weights(small):
     assert set(os.listdir(folder)) == FILES
     best = state(folder)
     assert set(best) == {"epoch", "models", "loss_funcs", "options", "versions",
-                         "validation_rows"}
-    assert best["validation_rows"][-1]["epoch"] == best["epoch"]
+                         "val_rows"}
+    assert best["val_rows"][-1]["epoch"] == best["epoch"]
     sizes = [(folder / name).stat().st_size for name in ("checkpoint.pth.tar", "last.pth.tar")]
     assert sizes[0] < sizes[1] / 2
     main.main([*small, "--n_epochs", "3", "--resume"])
@@ -777,20 +779,20 @@ def trace(options, capsys, monkeypatch):
         seen.append(os.path.basename(path))
         save(path, *args, **kwargs)
 
-    def carrying_out(run, trainer, found):
+    def starting(log, trainer):
         trunk = trainer.models["trunk"]
         seen.append((torch.are_deterministic_algorithms_enabled(), trunk.amp,
                      trunk.memory_format, trunk._compiled_call_impl is not None))
         torch.use_deterministic_algorithms(False)
-        carry_out(run, trainer, found)
+        resume(log, trainer)
 
-    evaluated, save, carry_out = (evaluate.evaluate_sets, auxiliaries.save_checkpoint,
-                                  main.Run.carry_out)
+    evaluated, save, resume = (evaluate.evaluate_sets, auxiliaries.save_checkpoint,
+                               results.Log.resume)
     with monkeypatch.context() as patch:
         patch.setattr(torch.utils.data.DataLoader, "__init__", recording)
         patch.setattr(evaluate, "evaluate_sets", remembering)
         patch.setattr(auxiliaries, "save_checkpoint", saving)
-        patch.setattr(main.Run, "carry_out", carrying_out)
+        patch.setattr(results.Log, "resume", starting)
         capsys.readouterr()
         folder = main.main(options)
         folder = folder[0] if isinstance(folder, list) else folder
@@ -1049,7 +1051,7 @@ def test_progress_line_on_a_terminal_only(small, monkeypatch, capsys):
     (["--source_path", "no_such_folder"], ["no_such_folder", "<class>"]),
     (["--dataset", "cub200", "--source_path", "no_such_folder"], ["no_such_folder", "images.txt"]),
     (["--k_vals", "1", "400"], ["400", "23", "--k_vals"]),
-    (["--k_vals", "0"], ["--k_vals: 0"]),
+    (["--k_vals", "0"], ["--k_vals 0"]),
     (["--weights", "no_such_file"], ["no_such_file"]),
     (["--weights", "x", "--not_pretrained"], ["--weights", "--not_pretrained"]),
     (["--gamma", "0"], ["--gamma"]),
@@ -1061,7 +1063,7 @@ def test_progress_line_on_a_terminal_only(small, monkeypatch, capsys):
     (["--loss", "npair", "--l2npair", "-1"], ["--l2npair"]),
     (["--distance_cutoff", "nan"], ["--distance_cutoff"]),
     (["--tau", "-3", "0"], ["--tau -3"]),
-    (["--image_size", "100000"], ["--image_size: 100000", "2048"]),
+    (["--image_size", "100000"], ["--image_size 100000", "2048"]),
     (["--arch", "alexnet", "--not_pretrained", "--image_size", "32"],
      ["alexnet", "--image_size 32"]),
     (["--arch", "vit_b_16", "--not_pretrained", "--image_size", "64"],
@@ -1081,22 +1083,21 @@ def test_progress_line_on_a_terminal_only(small, monkeypatch, capsys):
     (["--trainer", "CascadedEmbeddings", "--embedding_sizes", "4", "3"],
      ["--embedding_sizes 4 3", "--embed_dim 8"]),
     (["--trainer", "CascadedEmbeddings", "--embedding_sizes", "8", "0"],
-     ["--embedding_sizes 8 0"]),
+     ["--embedding_sizes 0: it must"]),
     (["--trainer", "DeepAdversarialMetricLearning", "--loss", "arcface", "--samples_per_class",
       "1"], ["--samples_per_class 1"]),
     (["--loss", "arcface", "--sampling", "multisimilarity", "--samples_per_class", "1"],
      ["--samples_per_class 1"]),
-    *[(["--cache", "ram", "--trainer", name], ["--cache ram", name]) for name in main.TWO_VIEWS],
     (["--cache", "device", "--kernels", "2"], ["--cache device", "--kernels 2"]),
     (["--cache", "vram"], ["vram", "device"]),
     (["--metrics", "nmi", "f1"], ["--metrics nmi f1", "recall"]),
     (["--metrics", "recal"], ["recal", "map@r"]),
-    (["--eval_memory", "0"], ["--eval_memory: 0"]),
-    (["--cluster_every", "0"], ["--cluster_every: 0"]),
+    (["--eval_memory", "0"], ["--eval_memory 0"]),
+    (["--cluster_every", "0"], ["--cluster_every 0"]),
     (["--vehicle_protocol", "random_gallery"], ["--vehicle_protocol", "vehicle_id", "folder"]),
-    (["--g_weights", "1", "1", "-1", "1"], ["--g_weights 1.0 1.0 -1.0 1.0"]),
+    (["--g_weights", "1", "1", "-1", "1"], ["--g_weights -1: it must be a finite number at least 0"]),
     (["--scheduler", "plateau", "--gamma", "1"], ["--gamma 1.0", "plateau"]),
-    *[([f"--{name}", "0"], [f"--{name} 0: the least value is 1"])
+    *[([f"--{name}", "0"], [f"--{name} 0: it must be a whole number at least 1"])
       for name in ("patience", "plateau_patience")],
     *[(["--trainer", "TwoStreamMetricLoss", "--loss", name],
        ["--trainer TwoStreamMetricLoss", f"--loss {name}", "marginloss, triplet, snr"])
@@ -1199,10 +1200,10 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(small, monkeyp
     ("DataLoader worker (pid 5) is killed by signal: Bus error.", "--kernels")])
 def test_what_an_option_makes_torch_refuse_is_one_message_with_the_option(small, monkeypatch, text,
                                                                           flag):
-    def refuse(opt, signals):
+    def refuse(opt):
         raise RuntimeError(f"{text}\nand more")
 
-    monkeypatch.setattr(main, "train", refuse)
+    monkeypatch.setattr(main, "run", refuse)
     with pytest.raises(SystemExit, match=f"main.py: error: {re.escape(text)} and more: .*{flag}"):
         main.main(small)
 
@@ -1267,11 +1268,11 @@ def test_ctrl_c_in_an_evaluation_ends_the_progress_line_first(small, monkeypatch
         def isatty(self):
             return True
 
-    def measure(run, trainer):
+    def stopped(*args, **options):
         raise KeyboardInterrupt
 
     terminal = Terminal()
-    monkeypatch.setattr(main.Run, "measure", measure)
+    monkeypatch.setattr(evaluate, "evaluate_sets", stopped)
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setattr(sys, "stderr", terminal)
     with pytest.raises(SystemExit):
@@ -1295,10 +1296,10 @@ def test_ctrl_c_while_torch_is_loaded_says_nothing(program, tmp_path):
 
 
 def test_another_runtime_error_keeps_its_traceback(small, monkeypatch):
-    def fail(opt, signals):
+    def fail(opt):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(main, "train", fail)
+    monkeypatch.setattr(main, "run", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         main.main(small)
 

@@ -20,6 +20,7 @@ from PIL import Image
 import auxiliaries
 import datasets
 import images
+import evaluate
 import main
 import results
 import trainers
@@ -268,12 +269,12 @@ def test_given_flags_win_over_the_recipe_wherever_they_stand():
     (["--recipe", "zzzzzzzzzzzz"], ["zzzzzzzzzzzz: there is none of that name. --recipes"]),
     (["--recipe", ""], ["--recipe : there is none"]),
     (["--seeds", "0", "1", "0"], ["--seeds 0 1 0", "twice"]),
-    (["--seeds", "0", "-1"], ["--seeds 0 -1", "from 0 to 4294967295"]),
-    (["--seeds", "0", "4294967296"], ["--seeds 0 4294967296", "from 0 to 4294967295"]),
+    (["--seeds", "0", "-1"], ["--seeds -1: it must be", "below 4294967296"]),
+    (["--seeds", "0", "4294967296"], ["--seeds 4294967296: it must be", "below 4294967296"]),
     (["--seeds"], ["--seeds"]),
     (["--recipe", "cub200/margin-distance", "--loss", "npair"], ["cannot use --sampling"]),
-    (["--val_split", "1"], ["--val_split: 1"]), (["--val_split", "-0.1"], ["--val_split: -0.1"]),
-    (["--val_split", "nan"], ["--val_split: nan"]),
+    (["--val_split", "1"], ["--val_split 1"]), (["--val_split", "-0.1"], ["--val_split -0.1"]),
+    (["--val_split", "nan"], ["--val_split nan"]),
 ])
 def test_bad_input_is_refused_before_there_is_a_folder(small, options, said, capsys):
     message = error_of([*small, *options], capsys)
@@ -314,15 +315,15 @@ def test_the_list_has_every_recipe_with_its_values(capsys):
 
 def test_a_seed_leaves_nothing_behind_when_the_next_begins(tiny, monkeypatch):
     """Neither run nor data, whose cache may fill the memory."""
-    known, build = [], main.build
+    known, select = [], trainers.trainer_select
 
     def watched(*args):
         assert not any(reference() for reference in known)
-        built = build(*args)
-        known.extend(weakref.ref(part) for part in (built[0], built[1].dataset))
-        return built
+        trainer = select(*args)
+        known.extend(weakref.ref(part) for part in (trainer, trainer.dataset))
+        return trainer
 
-    monkeypatch.setattr(main, "build", watched)
+    monkeypatch.setattr(trainers, "trainer_select", watched)
     main.main([*tiny, "--seeds", "0", "1"])
     assert len(known) == 4
 
@@ -385,7 +386,7 @@ def test_inside_is_the_published_spread_or_one_point(published, values, said):
 
 def test_seeds_go_on_after_one_was_killed(tiny, tmp_path, capsys, monkeypatch):
     whole = main.main([*tiny, "--seeds", "0", "1", "2", "--savename", "whole"])
-    after_iteration = main.Run.after_iteration
+    after_iteration = results.Log.after_iteration
 
     def stopping(run, trainer):
         after_iteration(run, trainer)
@@ -394,7 +395,7 @@ def test_seeds_go_on_after_one_was_killed(tiny, tmp_path, capsys, monkeypatch):
 
     options = [*tiny, "--seeds", "0", "1", "2", "--savename", "killed"]
     with monkeypatch.context() as patch:
-        patch.setattr(main.Run, "after_iteration", stopping)
+        patch.setattr(results.Log, "after_iteration", stopping)
         with pytest.raises(SystemExit):
             main.main(options)
     assert "--savename killed --resume" in capsys.readouterr().err
@@ -800,16 +801,16 @@ SCRIPTED = {"val": (0.9, 0.5, 0.7, 0.7, 0.6, 0.1), "test": (0.1, 0.2, 0.3, 0.8, 
 @pytest.fixture
 def scripted(monkeypatch):
     """Every run measures SCRIPTED, of both kinds what was written there for its epoch."""
-    measure = main.Run.measure
+    evaluate_sets = evaluate.evaluate_sets
 
-    def scripted_measure(run, trainer):
-        metrics = measure(run, trainer)
+    def scripted_sets(network, *args, **options):
+        metrics, embedded = evaluate_sets(network, *args, **options)
         for name in metrics:
             kind = "val" if name.startswith("val ") else "test"
-            metrics[name] = SCRIPTED[kind][trainer.epoch]
-        return metrics
+            metrics[name] = SCRIPTED[kind][network.__self__.epoch]
+        return metrics, embedded
 
-    monkeypatch.setattr(main.Run, "measure", scripted_measure)
+    monkeypatch.setattr(evaluate, "evaluate_sets", scripted_sets)
 
 
 def test_the_held_out_classes_alone_choose(small, scripted, capsys):
@@ -850,15 +851,15 @@ def test_patience_and_the_plateau_follow_the_held_out_metric(small, scripted):
 def test_a_run_with_held_out_classes_goes_on_to_the_same_bits(small, monkeypatch):
     options = [*small, "--n_epochs", "3", "--val_split", "0.4"]
     whole = main.main([*options, "--savename", "whole"])
-    save = trainers.Validation.__call__
+    pause = results.Log.pause
 
-    def stopping(validation, trainer):
-        if trainer.epoch == 2:
+    def stopping(log, epoch):
+        if epoch == 2:
             raise KeyboardInterrupt
-        return save(validation, trainer)
+        pause(log, epoch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainers.Validation, "__call__", stopping)
+        patch.setattr(results.Log, "pause", stopping)
         with pytest.raises(SystemExit):
             main.main([*options, "--savename", "cut"])
     cut = main.main([*options, "--savename", "cut", "--resume"])

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import main
+import results
 import trainers
 
 SOURCE = Path(__file__).resolve().parent.parent / "benchmarks" / "throughput.py"
@@ -44,9 +45,7 @@ def rows_of(text):
 
 
 def test_figures_fit_together(throughput, images, capsys):
-    run = main.Run
     throughput.benchmark([*SMALL, *images, "--kernels", "1", "--repeats", "2"])
-    assert main.Run is run
     printed = capsys.readouterr().out
     assert "bs: 8" in printed and "torchvision" in printed and "threads" in printed
     assert "untrained" not in printed  # nothing is evaluated
@@ -75,8 +74,8 @@ def test_bare_is_the_network_without_hooks_and_whole_is_the_run(throughput, imag
                                                                 monkeypatch):
     looks, updates = [], []
     monkeypatch.setattr(trainers.Diagnosis, "add", lambda *_: looks.append(1))
-    after_iteration = main.Run.after_iteration
-    monkeypatch.setattr(main.Run, "after_iteration",
+    after_iteration = results.Log.after_iteration
+    monkeypatch.setattr(results.Log, "after_iteration",
                         lambda run, trainer: updates.append(after_iteration(run, trainer)))
     opt = main.parse_options([*SMALL[:-2], *images, "--kernels", "0", "--save_path",
                               str(tmp_path)])
