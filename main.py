@@ -1,10 +1,10 @@
 """Trains a network for retrieval of unseen classes, evaluates it after each epoch, saves and
 draws.
 
-The run reads from top to bottom in main(): options, data, network, loss, optimisers, trainer. What
-each part does is in its own file; this one only wires them, and its Run says what happens after an
-iteration and after an epoch. Without arguments: ResNet50 on CUB200-2011, margin loss, distance
-sampling. python main.py --dataset glyphs needs no data and no GPU.
+run() is a training from top to bottom: data, network, trainer, and the loop over the epochs. What
+each part does is in its own file; above run() stand the options, how they are filled in and
+checked. Without arguments: ResNet50 on CUB200-2011, margin loss, distance sampling. python main.py
+--dataset glyphs needs no data and no GPU.
 """
 
 import argparse
@@ -18,6 +18,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is being loaded
 
 import torch
+
 import auxiliaries
 import datasets
 import evaluate
@@ -50,7 +51,8 @@ def own_options(opt):
 
 def foreign_options(opt):
     """The names of the options that only other losses, trainers and datasets have."""
-    tables = (*map(losses.flags_of, losses.LOSSES), *(one.takes for one in trainers.TRAINERS.values()),
+    tables = (*map(losses.flags_of, losses.LOSSES),
+              *(trainer.takes for trainer in trainers.TRAINERS.values()),
               *(row.flags for row in datasets.DATASETS.values()))
     return set().union(*tables) - own_options(opt)
 

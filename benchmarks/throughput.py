@@ -10,6 +10,7 @@ measured in turns. Weights are random, which does not change the speed, unless -
 """
 
 import argparse
+import functools
 import os
 import statistics
 import sys
@@ -22,7 +23,11 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 import auxiliaries
 import datasets
+import losses
 import main
+import netlib
+import results
+import samplers
 import trainers
 
 CPU_BATCH = 32  # --bs where there is no GPU and none is given: 112 images take up to 20 seconds
@@ -44,11 +49,20 @@ class Endless(torch.utils.data.BatchSampler):
 
 
 def build(opt):
-    """The trainer that main.py makes of the options, with its hooks, silent; prints a header."""
-    run, trainer, found = main.build(opt, auxiliaries.StopSignals())
-    main.print_header(opt, run.versions, found, run.evaluation_sets, trainer)
-    run.progress.active = False
-    trainer.end_of_epoch_hook = lambda trainer: None
+    """The trainer that main.run makes of the options, with its hook, silent; prints a header."""
+    device = auxiliaries.select_device(opt.gpu)
+    auxiliaries.seed_everything(opt.seed, opt.deterministic)
+    trainer_class, loss_class = trainers.TRAINERS[opt.trainer], losses.LOSSES[opt.loss]
+    train_set, _, found = datasets.dataset_select(opt, device, trainer_class.views)
+    batches = samplers.batch_sampler_select(train_set.labels, opt)
+    trunk, embedder = netlib.network_select(opt, loss_class.unit_norm, opt.embedding_sizes)
+    make_loss = functools.partial(losses.loss_select, opt, len(train_set.class_names))
+    trainer = trainers.trainer_select(opt, trunk, embedder, make_loss, train_set, batches, device)
+    with results.open_log(opt, found, device) as log:
+        log.resume(trainer)
+        main.print_header(opt, log, [], trainer)
+    log.progress.active = False
+    trainer.end_of_iteration_hook = log.after_iteration
     trainer.sampler = Endless(trainer.sampler)
     trainer.epoch = 1
     renew_loader(trainer)
@@ -91,7 +105,7 @@ def bare(trainer, batch, steps):
     def step():
         for optimizer in trainer.optimizers.values():
             optimizer.zero_grad()
-        trainer.weighted_sum(trainer.calculate_loss(*batch)).backward()
+        sum(trainer.calculate_loss(*batch).values()).backward()
         for optimizer in trainer.optimizers.values():
             optimizer.step()
 
