@@ -576,14 +576,13 @@ def draw_recoveries(path, queries, gallery, query_rows, gallery_rows, seed=0, ro
     neighbours of the same class green, others grey and crossed out. title: a few words on top.
     """
     others = queries if gallery is None else gallery
-    available = len(others) - (gallery is None)
     chosen = np.random.default_rng(seed).permutation(len(queries))[:rows].tolist()
-    # Without a gallery the query itself comes back among its neighbours; it is left out by index.
-    _, nearest = knn(query_rows[chosen], query_rows if gallery is None else gallery_rows,
-                     min(neighbours, available) + (gallery is None))
+    own = torch.tensor(chosen, device=query_rows.device) if gallery is None else None
+    others_rows = query_rows if gallery is None else gallery_rows
+    _, nearest = knn(query_rows[chosen], others_rows,
+                     min(neighbours, number_compared(queries, others_rows, own)), own)
     grid = []
     for query, indices in zip(chosen, nearest.tolist()):
-        indices = [i for i in indices if gallery is not None or i != query][:neighbours]
         row = [(queries.load(query), "query")]
         for i in indices:
             hit = (queries.class_names[queries.labels[query]]
@@ -758,44 +757,35 @@ def print_scores(scores, about, as_json):
 # ---- fast exact ranks and clusters: nothing below needs reading
 
 
-def in_full_precision(function):
-    """Runs a function without gradients, and its products of matrices in float32 whatever is set.
-
-    Shapes as the function's. Elsewhere products may be in TF32 or bfloat16: autocast, or
-    torch.set_float32_matmul_precision or torch.backends.cuda.matmul.fp32_precision.
-    """
-    @functools.wraps(function)
-    def wrapped(embeddings, *args, **kwargs):
-        with full_precision(), torch.no_grad(), torch.autocast(embeddings.device.type,
-                                                               enabled=False):
-            return function(embeddings, *args, **kwargs)
-    return wrapped
-
-
 @contextlib.contextmanager
 def full_precision():
-    """Within it float32 products [N, D] x [D, M] are in float32; what was set comes back after."""
+    """Within it, or in a function that it decorates, no gradients, and products in float32.
+
+    Elsewhere those of matrices [N, D] x [D, M] may be in TF32 or bfloat16, by autocast or by what
+    was set, in either of the names that torch has for it; that comes back afterwards.
+    """
+    settings = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    newer = hasattr(settings[0], "fp32_precision")  # from torch 2.9 on; the older one may raise
+    before = ([setting.fp32_precision for setting in settings] if newer else
+              torch.get_float32_matmul_precision())
     try:
-        before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # somebody has used the newer names, beside which torch refuses this one
-        settings = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-        before = [setting.fp32_precision for setting in settings]
-        for setting in settings:
+        for setting in settings * newer:
             setting.fp32_precision = "ieee"
-        try:
+        if not newer:
+            torch.set_float32_matmul_precision("highest")
+        # Threads do not inherit inference mode, and must not write to its tensors.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(
+                "cpu", enabled=False), torch.autocast(
+                "cuda" if torch.cuda.is_available() else "cpu", enabled=False):
             yield
-        finally:
-            for setting, precision in zip(settings, before):
-                setting.fp32_precision = precision
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        if not newer:
+            torch.set_float32_matmul_precision(before)
+        for setting, precision in zip(settings * newer, before):
+            setting.fp32_precision = precision
 
 
-@in_full_precision
+@full_precision()
 def rank_scores(queries, query_labels, gallery=None, gallery_labels=None, own=None,
                 metrics=RANK_METRICS, k_vals=DEFAULT_K_VALS, memory=None, same=None):
     """The rank metrics of each query -> {column: [Q] float64}, and two int64 columns more.
@@ -1161,7 +1151,7 @@ def contingency(assignments, labels):
     return (torch.bincount(assignments).double(), torch.bincount(labels).double(), cells.double())
 
 
-@in_full_precision
+@full_precision()
 def kmeans(embeddings, num_clusters, iterations=20, seed=0):
     """Lloyd's k-means -> (assignments [N] int64, centroids [num_clusters, D]).
 
@@ -1255,7 +1245,7 @@ def sums_to_own_class(rows, labels):
     return sums
 
 
-@in_full_precision
+@full_precision()
 def sum_across_classes(rows, labels):
     """The sum of the distances of all ordered pairs of rows of two classes -> float.
 
