@@ -52,9 +52,7 @@ def add_arguments(parser):
     group.add_argument("--dist_measure", action="store_true",
                        help="also log and plot the mean distance within classes over the mean "
                             "distance between the classes' centres, Euclidean, on the test "
-                            "images: small is compact; the same as dist_ratio among --metrics. "
-                            "(The reference code's is of cosine distances and normalised centres, "
-                            "on the training images)")
+                            "images: small is compact; the same as dist_ratio among --metrics")
     group.add_argument("--eval_every", type=auxiliaries.number(int, least=1), default=1,
                        metavar="N",
                        help="evaluate after every N epochs, and after the last one. Default "
@@ -386,7 +384,7 @@ def random_gallery(rows, labels, k_vals=(1, 5), metrics=("recall", "map@r"), see
     al., CVPR 2016): the other rows are the queries. Classes of one row are in the gallery alone.
     """
     generator = torch.Generator().manual_seed(seed)
-    means = {}
+    found = []
     for _ in range(repeats):
         shuffled = torch.randperm(len(labels), generator=generator).to(labels.device)
         classes, order = labels[shuffled].sort(stable=True)
@@ -395,11 +393,10 @@ def random_gallery(rows, labels, k_vals=(1, 5), metrics=("recall", "map@r"), see
         in_gallery[shuffled[first]] = True
         if in_gallery.all():
             raise ValueError("no query has a true match to find: each class has one image")
-        scores = rank_metrics(rows[~in_gallery], labels[~in_gallery], rows[in_gallery],
-                              labels[in_gallery], k_vals, metrics=metrics, memory=memory)
-        for name, value in scores.items():
-            means[name] = means.get(name, 0.0) + value
-    return {name: total / repeats for name, total in means.items()}
+        found.append(rank_metrics(
+            rows[~in_gallery], labels[~in_gallery], rows[in_gallery], labels[in_gallery], k_vals,
+            metrics=metrics, memory=memory))
+    return {name: sum(scores[name] for scores in found) / repeats for name in found[0]}
 
 
 @torch.inference_mode()
@@ -807,8 +804,10 @@ def rank_scores(queries, query_labels, gallery=None, gallery_labels=None, own=No
     own = own_rows(queries, gallery, own)
     others = queries if gallery is None else gallery
     if same is not None:
-        return together(scores_of_ranks(*ranks, metrics, k_vals) for ranks in ranks_by_comparison(
-            queries, query_labels, others, other_labels, own, same))
+        return together([scores_of_ranks(*wrong_by_comparison(
+            queries[rows], query_labels[rows], others, other_labels,
+            None if own is None else own[rows], same), metrics, k_vals)
+            for rows in blocks(len(queries), 8 * len(others))])
     if own is not None and not torch.equal(other_labels[own], query_labels):
         raise ValueError("own must be the gallery's rows of the queries; their labels differ")
     # Gallery and queries sorted by class, classes by size: the true matches of a query are then
@@ -837,7 +836,6 @@ def rank_scores(queries, query_labels, gallery=None, gallery_labels=None, own=No
 
 def together(parts):
     """Dicts of vectors [B], of some queries each -> one of vectors [Q]."""
-    parts = list(parts)
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -856,12 +854,11 @@ def shared_rank_scores(queries, query_labels, gallery, gallery_labels, own, *opt
 def rows_at_once(width, memory, device):
     """How many queries, of so many numbers each, to rank at once; memory: bytes or None; scalars.
     """
-    if device.type != "cpu":
-        elements = BLOCK_ELEMENTS if memory is None else memory // 16
-        return max(1, elements // width)
-    elements = BLOCK_ELEMENTS if memory is None else min(BLOCK_ELEMENTS, memory // 4)
-    elements //= torch.get_num_threads()
-    return max(1, min(256, elements // width))
+    numbers = BLOCK_ELEMENTS if memory is None else memory // (4 if device.type == "cpu" else 16)
+    if device.type == "cpu":  # each thread has a block
+        numbers = min(numbers, BLOCK_ELEMENTS) // torch.get_num_threads()
+        return max(1, min(256, numbers // width))
+    return max(1, numbers // width)
 
 
 class Ranker:
@@ -890,24 +887,9 @@ class Ranker:
         torch.neg(queries, out=self.rows32[:, :-1])
         self.columns32 = torch.cat([others, half.unsqueeze(1)], 1).t()
 
-    @functools.cached_property
-    def others64(self):
-        """The gallery [G, D] in float64, made once it is needed."""
-        return self.others.double()
-
     def wrong_rows(self, rows):
         """What scores_of_ranks takes for some queries [B], given by their places."""
-        count = self.sizes[rows] - int(self.own is not None)                     # [B]
-        return self.wrong_nearer(rows, self.matches(rows)), count
-
-    def matches(self, rows):
-        """The columns of some queries' true matches, in any order: [B] -> [B, W], -1 for none."""
-        start, size = self.starts[rows, None], self.sizes[rows, None]            # [B, 1]
-        place = torch.arange(int(size.max()), device=start.device)               # [W]
-        matches = torch.where(place < size, start + place, -1)                   # [B, W]
-        if self.own is not None:
-            matches = matches.masked_fill(matches == self.own[rows, None], -1)
-        return matches
+        return self.wrong_nearer(rows), self.sizes[rows] - int(self.own is not None)
 
     def own_class(self, rows):
         """Which columns are of some queries' [B] own class -> (the first column, [B, N] bool)."""
@@ -916,43 +898,50 @@ class Ranker:
         place = torch.arange(low, high, device=start.device)
         return low, (place >= start) & (place < stop)
 
-    def wrong_nearer(self, rows, matches):
+    def wrong_nearer(self, rows):
         """How many wrong columns are as near as the j-th nearest true match, or nearer: [B, W].
 
-        matches: columns of the true matches [B, W] in any order, -1 for none. Without every, [B,
-        1]: for the nearest.
+        rows [B]: the places of some queries. W: 1, or with every the most true matches of one.
         """
-        if not matches.shape[1]:
+        low, own_class = self.own_class(rows)                                    # [B, N]
+        if not own_class.shape[1]:
             return rows.new_zeros(len(rows), 1)
+        width = int(self.sizes[rows].max()) if self.every else 1
         wrong_keys = torch.mm(self.rows32[rows], self.columns32)                 # [B, G]
-        keys = wrong_keys.gather(1, matches.clamp_min(0)).masked_fill_(matches < 0, torch.inf)
-        low, own_class = self.own_class(rows)
-        wrong_keys[:, low:low + own_class.shape[1]].masked_fill_(own_class, torch.inf)
-        true = keys.sort(1)[0] if self.every else keys.amin(1, keepdim=True)
+        near = wrong_keys[:, low:low + own_class.shape[1]]
+        keys = near.masked_fill(~own_class, torch.inf)
+        near.masked_fill_(own_class, torch.inf)
+        if self.own is not None:
+            keys.scatter_(1, self.own[rows, None] - low, torch.inf)
+        true = keys.sort(1)[0][:, :width]
         tolerance = self.tolerance[rows, None]
         limits = torch.cat([true - tolerance, true + tolerance], 1)
         limits = limits.masked_fill_(limits == torch.inf, -torch.inf)            # [B, 2 W]
         wrong, perhaps = count_up_to(wrong_keys, limits).chunk(2, 1)
         doubtful = perhaps - wrong                                               # [B, W]
         columns, pairs = int(doubtful.sum()), int((doubtful > 0).sum())
+        step = max(1, len(rows) // 2)
         # Identical or collapsed embeddings, or many true matches: each pair means a look at a row.
         if columns > len(rows) * len(self.others) // 16 or pairs > 64 * len(rows):
-            return self.wrong_nearer_in_float64(rows, matches)
-        if pairs:
-            i, j = doubtful.nonzero(as_tuple=True)
-            step = max(1, len(rows) // 2)
-            for a, b in zip(i.split(step), j.split(step)):
-                wrong[a, b] += self.nearer_of_doubtful(rows, a, b, matches[a], keys[a], true[a, b],
-                                                       wrong_keys)
+            own_class = torch.nn.functional.pad(own_class, (low, len(self.others) - low
+                                                            - own_class.shape[1]))
+            return torch.cat([wrong_in_float64(
+                self.queries[some], self.others, true, None if self.own is None else
+                self.own[some], width) for some, true in zip(rows.split(step),
+                                                             own_class.split(step))])
+        i, j = doubtful.nonzero(as_tuple=True)
+        for a, b in zip(i.split(step), j.split(step)) if pairs else ():
+            wrong[a, b] += self.nearer_of_doubtful(rows[a], a, b, keys[a], low, true[a, b],
+                                                   wrong_keys)
         return wrong
 
-    def nearer_of_doubtful(self, rows, a, b, matches, keys, true, wrong_keys):
+    def nearer_of_doubtful(self, queries, a, b, keys, low, true, wrong_keys):
         """Of the wrong columns in doubt how many are as near as a match, or nearer: [P].
 
-        For the b-th match [P] of the queries rows[a], a [P]. matches, keys [P, W]: columns and
-        keys of their true matches; true [P]: the b-th key. wrong_keys [B, G]: of rows.
+        For the b-th match, b [P], of the queries [P]. keys [P, N]: of the columns from low on,
+        infinite but for true matches; true [P]: the b-th of them. wrong_keys [B, G], of which
+        rows a [P] are the queries'.
         """
-        queries = rows[a]
         below, above = true - self.tolerance[queries], true + self.tolerance[queries]
         pair, column = between(wrong_keys, a, below, above)
         exact = self.sq_distances(queries[pair], column)
@@ -960,7 +949,7 @@ class Ranker:
         before = (keys <= below.unsqueeze(1)).sum(1)
         match_pair, place = ((keys > below.unsqueeze(1)) & (keys <= above.unsqueeze(1))
                              ).nonzero(as_tuple=True)
-        match_exact = self.sq_distances(queries[match_pair], matches[match_pair, place])
+        match_exact = self.sq_distances(queries[match_pair], low + place)
         order = match_exact.argsort()
         order = order[match_pair[order].argsort(stable=True)]
         number = torch.bincount(match_pair, minlength=len(queries))
@@ -971,21 +960,6 @@ class Ranker:
     def sq_distances(self, rows, columns):
         """Squared distances in float64 of pairs of rows [N] and columns [N]: [N]."""
         return (self.queries[rows].double() - self.others[columns].double()).square().sum(1)
-
-    def wrong_nearer_in_float64(self, rows, matches):
-        """As wrong_nearer, with all distances in float64."""
-        wrong = []
-        step = max(1, len(rows) // 2)
-        for some, columns in zip(rows.split(step), matches.split(step)):
-            distances = torch.cdist(self.queries[some].double(), self.others64,
-                                    compute_mode="donot_use_mm_for_euclid_dist").square_()
-            true = distances.gather(1, columns.clamp_min(0)).masked_fill_(columns < 0, torch.inf)
-            true = true.sort(1)[0] if self.every else true.amin(1, keepdim=True)
-            limits = true.masked_fill(true == torch.inf, -torch.inf) * (1 + ROUNDING)
-            low, own_class = self.own_class(some)
-            distances[:, low:low + own_class.shape[1]].masked_fill_(own_class, torch.inf)
-            wrong.append(count_up_to(distances, limits))
-        return torch.cat(wrong)
 
 
 def scores_of_ranks(wrong, count, metrics, k_vals):
@@ -1002,23 +976,32 @@ def scores_of_ranks(wrong, count, metrics, k_vals):
             **{name: values.double() for name, values in scores.items()}}
 
 
-def ranks_by_comparison(queries, query_labels, others, other_labels, own, same):
-    """What scores_of_ranks takes, by a comparison of one's own: blocks, distances in float64."""
-    for rows in blocks(len(queries), 8 * len(others)):
-        sq_distances = torch.cdist(queries[rows].double(), others.double(),
-                                   compute_mode="donot_use_mm_for_euclid_dist").square_()
-        true = same(query_labels[rows].unsqueeze(1), other_labels.unsqueeze(0))  # [B, G]
-        if true.shape != sq_distances.shape or true.dtype != torch.bool:
-            raise ValueError(f"same must give a bool tensor of shape {list(sq_distances.shape)}; "
-                             f"it gives {true.dtype} of shape {list(true.shape)}")
-        if own is not None:
-            true = true.scatter(1, own[rows].unsqueeze(1), False)
-            sq_distances.scatter_(1, own[rows].unsqueeze(1), torch.inf)
-        count = true.sum(1)
-        limits = sq_distances.masked_fill(~true, torch.inf).sort(1)[0][:, :max(1, int(count.max()))]
-        limits = limits.masked_fill(limits == torch.inf, -torch.inf) * (1 + ROUNDING)
-        wrong = count_up_to(sq_distances.masked_fill_(true, torch.inf), limits)
-        yield wrong, count
+def wrong_by_comparison(queries, query_labels, others, other_labels, own, same):
+    """What scores_of_ranks takes, by a comparison of labels of one's own; as in rank_scores."""
+    true = same(query_labels.unsqueeze(1), other_labels.unsqueeze(0))            # [B, G]
+    shape = [len(queries), len(others)]
+    if list(true.shape) != shape or true.dtype != torch.bool:
+        raise ValueError(f"same must give a bool tensor of shape {shape}; it gives {true.dtype} "
+                         f"of shape {list(true.shape)}")
+    count = (true if own is None else true.scatter(1, own.unsqueeze(1), False)).sum(1)
+    return wrong_in_float64(queries, others, true, own, max(1, int(count.max()))), count
+
+
+def wrong_in_float64(queries, others, true, own, width):
+    """As Ranker.wrong_nearer, from distances in float64: [B, width].
+
+    queries [B, D], others [G, D]. true [B, G] bool: which are true matches, or own [B], if any,
+    the query itself.
+    """
+    sq_distances = torch.cdist(queries.double(), others.double(),
+                               compute_mode="donot_use_mm_for_euclid_dist").square_()
+    matches = sq_distances.masked_fill(~true, torch.inf)
+    if own is not None:
+        matches.scatter_(1, own.unsqueeze(1), torch.inf)
+        sq_distances.scatter_(1, own.unsqueeze(1), torch.inf)
+    limits = matches.sort(1)[0][:, :width]
+    limits = limits.masked_fill(limits == torch.inf, -torch.inf) * (1 + ROUNDING)
+    return count_up_to(sq_distances.masked_fill_(true, torch.inf), limits)
 
 
 def count_up_to(keys, limits):

@@ -792,7 +792,7 @@ def test_few_limits_are_compared_and_many_looked_up(monkeypatch, sizes, tight):
 @pytest.mark.parametrize("sizes", [[2] * 60, [5] * 24, [40] * 6], ids=str)
 @pytest.mark.parametrize("spread", [0, 1e-9, 1e-5, 1e-4])
 def test_collapsed_embeddings_are_ranked_in_float64(monkeypatch, sizes, spread):
-    calls = spied(monkeypatch, evaluate.Ranker, "wrong_nearer_in_float64")
+    calls = spied(monkeypatch, evaluate, "wrong_in_float64")
     labels = blobs(sizes, 2, 1.0)[1]
     rows = torch.cat([torch.ones(len(labels), 16),
                       spread * unit_rows(len(labels), 16)], 1).double()
@@ -1214,7 +1214,7 @@ def test_cluster_and_distance_metrics_do_not_depend_on_the_scale(scale):
 
 def test_many_true_matches_take_the_float64_pass(monkeypatch):
     """With half of the gallery to each class a look at a row for each close call would not end."""
-    calls = spied(monkeypatch, evaluate.Ranker, "wrong_nearer_in_float64")
+    calls = spied(monkeypatch, evaluate, "wrong_in_float64")
     generator = torch.Generator().manual_seed(0)
     rows = torch.nn.functional.normalize(torch.randn(1, 16, generator=generator), dim=1)
     rows = rows + 0.03 * torch.randn(8000, 16, generator=generator)
