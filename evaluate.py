@@ -36,14 +36,14 @@ def add_arguments(parser):
     """Adds the group 'evaluation' to an argparse parser; --k_vals is a list, the rest scalars."""
     group = parser.add_argument_group("evaluation", "what is measured on the test classes after "
                                                     "each epoch")
-    group.add_argument("--k_vals", type=auxiliaries.number(int, least=1), nargs="+", metavar="K",
+    whole = auxiliaries.number(int, least=1)
+    group.add_argument("--k_vals", type=whole, nargs="+", metavar="K",
                        help="recall at k is the share of queries with a true match among their k "
                             "nearest; at most the number of images compared with. Default 1 2 4 "
                             "8; online_products 1 10 100 1000; in-shop 1 10 20 30 50; vehicle_id "
                             "1 5 (the literature's), as far as there are so many images")
     add_metric_arguments(group)
-    group.add_argument("--cluster_every", type=auxiliaries.number(int, least=1), default=1,
-                       metavar="N",
+    group.add_argument("--cluster_every", type=whole, default=1, metavar="N",
                        help="measure nmi, ami and f1 in every N-th evaluated epoch only, and "
                             "after epoch --n_epochs. Default %(default)s (reference code)")
     group.add_argument("--save_embeddings", action="store_true",
@@ -53,11 +53,10 @@ def add_arguments(parser):
                        help="also log and plot the mean distance within classes over the mean "
                             "distance between the classes' centres, Euclidean, on the test "
                             "images: small is compact; the same as dist_ratio among --metrics")
-    group.add_argument("--eval_every", type=auxiliaries.number(int, least=1), default=1,
-                       metavar="N",
+    group.add_argument("--eval_every", type=whole, default=1, metavar="N",
                        help="evaluate after every N epochs, and after the last one. Default "
                             "%(default)s (reference code)")
-    group.add_argument("--eval_bs", type=auxiliaries.number(int, least=1), metavar="B",
+    group.add_argument("--eval_bs", type=whole, metavar="B",
                        help="images that are embedded at once for the evaluation; more need more "
                             "memory. Default twice --bs")
     group.add_argument("--plot_embeddings", choices=("pca", "tsne"), default=None,
@@ -572,12 +571,13 @@ def draw_recoveries(path, queries, gallery, query_rows, gallery_rows, seed=0, ro
     gallery_rows [G, D] their embeddings. Queries, drawn at random with the seed, are framed red,
     neighbours of the same class green, others grey and crossed out. title: a few words on top.
     """
-    others = queries if gallery is None else gallery
-    chosen = np.random.default_rng(seed).permutation(len(queries))[:rows].tolist()
-    own = torch.tensor(chosen, device=query_rows.device) if gallery is None else None
-    others_rows = query_rows if gallery is None else gallery_rows
-    _, nearest = knn(query_rows[chosen], others_rows,
-                     min(neighbours, number_compared(queries, others_rows, own)), own)
+    chosen, own = np.random.default_rng(seed).permutation(len(queries))[:rows].tolist(), None
+    others = gallery
+    if gallery is None:
+        others, gallery_rows = queries, query_rows
+        own = torch.tensor(chosen, device=query_rows.device)
+    available = number_compared(query_rows, gallery_rows, own)
+    _, nearest = knn(query_rows[chosen], gallery_rows, min(neighbours, available), own)
     grid = []
     for query, indices in zip(chosen, nearest.tolist()):
         row = [(queries.load(query), "query")]
@@ -687,7 +687,7 @@ def main(argv=None):
                         help="CUDA device, -1 for the CPU. Default: as the run that saved the "
                              "file, else the CPU")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.set_defaults(device="cpu", gallery_file="")
+    parser.set_defaults(device="cpu", gallery_file="")  # which no flag says
     with auxiliaries.one_message("evaluate.py"):
         args = parser.parse_args(argv)
         rows, labels, settings = zip(*map(read_embeddings,
@@ -826,11 +826,8 @@ def rank_scores(queries, query_labels, gallery=None, gallery_labels=None, own=No
     width = int(sizes[query_classes].max())
     parts = torch.arange(len(queries), device=queries.device).split(
         rows_at_once(2 * len(others) + 16 * width, memory, queries.device))
-
-    def score(part):
-        return scores_of_ranks(*ranker.wrong_rows(part), metrics, k_vals)
-
-    scores = together(in_threads(score, parts, queries.device))
+    scores = together(in_threads(lambda rows: scores_of_ranks(
+        ranker.wrong_nearer(rows), ranker.count[rows], metrics, k_vals), parts, queries.device))
     return {name: values[order.argsort()] for name, values in scores.items()}
 
 
@@ -865,7 +862,8 @@ class Ranker:
     """The ranks of true matches, for rank_scores, a slice of the queries at a time.
 
     queries [Q, D], others [G, D]. own [Q]: the column that is the query itself, or None.
-    starts, sizes [Q]: a query's class has the columns from start to start + size.
+    starts, sizes [Q]: a query's class has the columns from start to start + size. count [Q]: how
+    many are true matches.
     every: all true matches, or the nearest alone. Distances are compared by their keys,
     |g|^2 / 2 - q.g, which order the gallery rows g of a query q as the distances do.
     """
@@ -873,6 +871,7 @@ class Ranker:
     def __init__(self, queries, others, own, starts, sizes, every):
         self.queries, self.others, self.own = queries, others, own
         self.starts, self.sizes, self.every = starts, sizes, every
+        self.count = sizes - int(own is not None)                                # [Q]
         # Near the origin float32 keeps most digits of a product.
         wide = torch.promote_types(queries.dtype, torch.float32)
         (queries, others), _ = near_one(queries.to(wide), others.to(wide))
@@ -886,10 +885,6 @@ class Ranker:
         self.rows32 = queries.new_ones(len(queries), queries.shape[1] + 1)
         torch.neg(queries, out=self.rows32[:, :-1])
         self.columns32 = torch.cat([others, half.unsqueeze(1)], 1).t()
-
-    def wrong_rows(self, rows):
-        """What scores_of_ranks takes for some queries [B], given by their places."""
-        return self.wrong_nearer(rows), self.sizes[rows] - int(self.own is not None)
 
     def own_class(self, rows):
         """Which columns are of some queries' [B] own class -> (the first column, [B, N] bool)."""
@@ -1256,8 +1251,7 @@ def sum_across_classes(rows, labels):
             total += float(distances.sum(dtype=torch.float64))
         return 2 * total
 
-    starts = range(0, len(rows), 256)
-    return sum(in_threads(sum_from, starts, rows.device))
+    return sum(in_threads(sum_from, range(0, len(rows), 256), rows.device))
 
 
 if __name__ == "__main__":
