@@ -13,6 +13,7 @@ import csv
 import datetime
 import difflib
 import errno
+import functools
 import gc
 import itertools
 import linecache
@@ -45,7 +46,8 @@ class Parser(argparse.ArgumentParser):
     """Takes whole names of flags only; ends on a mistyped one with a line that has the nearest."""
 
     def __init__(self, *args, **options):
-        super().__init__(*args, allow_abbrev=False, **options)
+        wide = functools.partial(argparse.HelpFormatter, max_help_position=26, width=100)
+        super().__init__(*args, allow_abbrev=False, formatter_class=wide, **options)
 
     def parse_known_args(self, args=None, namespace=None):
         namespace, unknown = super().parse_known_args(args, namespace)

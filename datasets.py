@@ -75,10 +75,6 @@ def add_arguments(parser):
                             "folder of class folders. The others are the field's datasets, in the "
                             "layout of the reference or of their release. Default %(default)s, as "
                             "in the reference code")
-    group.add_argument("--source_path", type=os.path.expanduser, default="./Datasets",
-                       metavar="DIR",
-                       help="the folder that holds the dataset's folder (or that folder itself). "
-                            "python datasets.py checks it. Default %(default)s")
     group.add_argument("--image_size", type=auxiliaries.number(int, least=8, most=2048),
                        default=None, metavar="PX",
                        help="height and width of the network's input in pixels. Training crops it "
@@ -92,12 +88,6 @@ def add_arguments(parser):
                             "reports the last epoch, that choice, and the literature's, on the "
                             "test classes. Useful 0.1 to 0.5. Default %(default)s: the best epoch "
                             "on the test classes, as in the literature")
-    group.add_argument("--kernels", type=auxiliaries.number(int, least=0), default=None,
-                       metavar="N",
-                       help="processes that load images; 0 loads in the main process. Never "
-                            "changes the numbers. Default 8 (reference runs) or the number of "
-                            "cores, shared by the processes of torchrun, if that is less; glyphs "
-                            "and --cache device 0")
     group.add_argument("--cache", choices=("none", "ram", "device"), default="none",
                        help="decode each image once, reduced to the shorter side that testing "
                             "takes it to, and keep it in main memory or on the --gpu. Test "

@@ -46,9 +46,6 @@ def add_arguments(parser):
     group.add_argument("--cluster_every", type=whole, default=1, metavar="N",
                        help="measure nmi, ami and f1 in every N-th evaluated epoch only, and "
                             "after epoch --n_epochs. Default %(default)s (reference code)")
-    group.add_argument("--save_embeddings", action="store_true",
-                       help="also save the best epoch's test embeddings as embeddings.npz, from "
-                            "which python evaluate.py gives the same metrics")
     group.add_argument("--dist_measure", action="store_true",
                        help="also log and plot the mean distance within classes over the mean "
                             "distance between the classes' centres, Euclidean, on the test "
@@ -56,19 +53,19 @@ def add_arguments(parser):
     group.add_argument("--eval_every", type=whole, default=1, metavar="N",
                        help="evaluate after every N epochs, and after the last one. Default "
                             "%(default)s (reference code)")
-    group.add_argument("--eval_bs", type=whole, metavar="B",
-                       help="images that are embedded at once for the evaluation; more need more "
-                            "memory. Default twice --bs")
-    group.add_argument("--plot_embeddings", choices=("pca", "tsne"), default=None,
-                       help="after each evaluation that is the best so far, draw the embeddings "
-                            "of the test classes in two dimensions as embeddings_NNNN.svg: pca is "
-                            "quick and shows the directions of greatest spread, tsne takes some "
-                            "seconds and keeps neighbours together. At most 2,000 images, drawn "
-                            "with the seed. Default: no such plot")
     group.add_argument("--grad_measure", action="store_true",
                        help="also save the mean absolute gradient that the embedding layer sends "
                             "to each feature of the trunk, for every iteration, as one pickle "
                             "file an epoch")
+
+
+def add_memory_argument(group):
+    """Adds --eval_memory, a scalar, which a run and this file alone share."""
+    group.add_argument("--eval_memory", type=auxiliaries.number(float, above=0), metavar="GIB",
+                       help="the most memory for the blocks of distances that ranks are counted "
+                            "in, in GiB; very little is slower, the results are the same. Default "
+                            "1 on the CPU, of which small blocks use a part, a quarter of what is "
+                            "free on a GPU")
 
 
 def add_metric_arguments(group):
@@ -87,11 +84,6 @@ def add_metric_arguments(group):
                             "reference code); random_gallery takes one random image of each "
                             "vehicle as gallery, the rest as queries, and averages ten repeats "
                             f"(the dataset's own). Default {PROTOCOLS[0]}")
-    group.add_argument("--eval_memory", type=auxiliaries.number(float, above=0), metavar="GIB",
-                       help="the most memory for the blocks of distances that ranks are counted "
-                            "in, in GiB; very little is slower, the results are the same. Default "
-                            "1 on the CPU, of which small blocks use a part, a quarter of what is "
-                            "free on a GPU")
 
 
 # ---- metrics
@@ -678,6 +670,7 @@ def main(argv=None):
     parser.add_argument("--gallery", metavar="FILE", help="npz file that the queries are compared "
                         "with. Default: with each other, each left out of its own neighbours")
     add_metric_arguments(parser)
+    add_memory_argument(parser)
     parser.add_argument("--k_vals", type=auxiliaries.number(int, least=1), nargs="+", metavar="K",
                         help="recall at k. Default 1 2 4 8, as far as there are images to be "
                              "compared with")

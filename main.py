@@ -65,7 +65,7 @@ def print_help(parser, opt):
             action.help = argparse.SUPPRESS
     parser.usage = "%(prog)s [--flag value ...], here every flag" if opt.help == "all" else (
         f"%(prog)s [--flag value ...], here with the flags of --loss {opt.loss}, --trainer "
-        f"{opt.trainer} and --dataset {opt.dataset} alone; give another with --help, or --help all")
+        f"{opt.trainer} and --dataset {opt.dataset} alone; name others, or give --help all")
     parser.print_help()
 
 
@@ -102,7 +102,8 @@ def departures(plain, given, opt):
     same, final. What follows from a flag, as --g_lr from --lr, is not listed.
     """
     changed = [name for name, value in given.items()
-               if name not in results.NOT_OF_RECIPE and vars(plain)[name] != value]
+               if name not in {"seed", "weights", *results.free_options()}
+               and vars(plain)[name] != value]
     fill_defaults(plain)
     return [f"--{name} {words(vars(opt)[name])} (the recipe has {words(vars(plain)[name])})"
             for name in changed if vars(plain)[name] != vars(opt)[name]]

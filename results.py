@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import csv
 import difflib
+import functools
 import gc
 import itertools
 import os
@@ -29,18 +30,6 @@ import evaluate
 from auxiliaries import number, one_line
 
 RECIPES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "recipes.csv")
-# Options in which runs of one row of a table, or of one recipe, may differ.
-NOT_OF_RECIPE = ("seed", "seeds", "recipe", "recipes", "dry_run", "departures", "given", "subset",
-                 "savename",
-                 "save_path", "source_path", "gpu", "kernels", "resume", "tensorboard", "weights",
-                 "plot_embeddings", "save_embeddings", "checkpoint_every", "deterministic",
-                 "eval_memory", "eval_bs")
-# Options that may differ between a run and its resumption: they do not change what is computed
-# (that the data is the same is checked by its fingerprint).
-MAY_CHANGE = {"resume", "n_epochs", "patience", "gpu", "kernels", "source_path", "save_path",
-              "savename", "tensorboard", "plot_embeddings", "save_embeddings", "checkpoint_every",
-              "deterministic", "eval_memory", "seeds", "recipe", "departures",
-              "dry_run", "recipes", "given"}
 FOLLOW_DEVICE = {"amp", "channels_last"}  # unless they are given; --gpu may change
 
 
@@ -60,12 +49,18 @@ def add_arguments(parser):
                             "Default: --seed alone")
     group.add_argument("--dry_run", action="store_true",
                        help="print what would run, with all options, and end")
-    group = parser.add_argument_group("run", "device, seed, and where the files go")
+    group = parser.add_argument_group("run", "device, seed, memory, and what goes where: but for "
+                                             "the seed nothing here moves a number")
     group.add_argument("--gpu", type=int, default=0, metavar="ID",
                        help="number of the CUDA device, -1 for the CPU. Without CUDA the run says "
                             "so and takes the CPU. Under torchrun each process takes the device "
                             "of its own number instead, unless this is -1. Default %(default)s "
                             "(reference code)")
+    group.add_argument("--kernels", type=number(int, least=0), metavar="N",
+                       help="processes that load images; 0 loads in the main process. Never "
+                            "changes the numbers. Default 8 (reference runs) or the number of "
+                            "cores, shared by the processes of torchrun, if that is less; glyphs "
+                            "and --cache device 0")
     group.add_argument("--seed", type=number(int, least=0, below=2 ** 32), default=1,
                        metavar="S",
                        help="0 or more; fixes weights, batches, crops, tuples and clusters. "
@@ -75,9 +70,22 @@ def add_arguments(parser):
                        help="the run's folder is SAVE_PATH/DATASET/NAME; default is the start "
                             "time, with _2 behind it where another run has that. A folder that "
                             "exists is never written over")
+    group.add_argument("--source_path", type=os.path.expanduser, default="./Datasets",
+                       metavar="DIR",
+                       help="the folder that holds the dataset's folder (or that folder itself). "
+                            "python datasets.py checks it. Default %(default)s")
     group.add_argument("--save_path", type=os.path.expanduser, default="./Training_Results",
                        metavar="DIR",
                        help="where run folders go. Default %(default)s")
+    group.add_argument("--save_embeddings", action="store_true",
+                       help="also save the best epoch's test embeddings as embeddings.npz, from "
+                            "which python evaluate.py gives the same metrics")
+    group.add_argument("--plot_embeddings", choices=("pca", "tsne"),
+                       help="after each evaluation that is the best so far, draw the embeddings "
+                            "of the test classes in two dimensions as embeddings_NNNN.svg: pca is "
+                            "quick and shows the directions of greatest spread, tsne takes some "
+                            "seconds and keeps neighbours together. At most 2,000 images, drawn "
+                            "with the seed. Default: no such plot")
     group.add_argument("--tensorboard", action="store_true",
                        help="also write losses, learning rates and metrics for TensorBoard into "
                             "the run's folder; needs the package tensorboard")
@@ -93,6 +101,18 @@ def add_arguments(parser):
     group.add_argument("--deterministic", action="store_true",
                        help="on a GPU: only algorithms that give the same bits each time, some of "
                             "them slower. On the CPU a seed gives the same bits anyway")
+    group.add_argument("--eval_bs", type=number(int, least=1), metavar="B",
+                       help="images that are embedded at once for the evaluation; more need more "
+                            "memory. Default twice --bs")
+    evaluate.add_memory_argument(group)
+
+
+@functools.cache
+def free_options():
+    """The names of the options of a run that move no number; of the groups above, but the seed."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return {*vars(parser.parse_args([])), "given", "departures", "subset"} - {"seed"}
 
 
 @contextlib.contextmanager
@@ -190,7 +210,7 @@ class Log:
         return auxiliaries.best_row(self.val_rows, self.metric)
 
     def is_due(self, epoch):
-        """Whether an epoch is evaluated: each --eval_every-th if the trunk learns, and the last."""
+        """Whether an epoch is evaluated: each --eval_every-th if the trunk learns, the last."""
         return (epoch == self.opt.n_epochs
                 or epoch % self.opt.eval_every == 0 and "trunk" not in self.trainer.idle)
 
@@ -385,7 +405,7 @@ class Log:
         try:
             options = state["options"]
             given = {*self.opt.given, *options["given"]}
-            free = {*MAY_CHANGE, *(name for name in FOLLOW_DEVICE if name not in given)}
+            free = {"n_epochs", "patience", *free_options(), *FOLLOW_DEVICE.difference(given)}
             changed = [f"--{name} (was {one_line(options.get(name))}, is {value})"
                        for name, value in vars(self.opt).items()
                        if name not in free and options.get(name) != value]
@@ -801,9 +821,9 @@ def verdict(recipe, results, departures=()):
 def grouped(results):
     """Results -> {what their runs have in common: [the finished ones]}, and the others, in words.
 
-    Runs that differ in nothing but NOT_OF_RECIPE, the seed among it, are of one group; those of a
-    recipe, which stand beside its published values, are a group of their own. Of the runs of one
-    seed in a group the first counts.
+    Runs that differ in the seed and free_options alone are of one group; those of a recipe, which
+    stand beside its published values, are a group of their own. Of the runs of one seed in a group
+    the first counts.
     """
     groups, others = {}, []
     for result in results:
@@ -811,7 +831,7 @@ def grouped(results):
             others.append(f"{one_line(result.folder)}: {result.state()}")
             continue
         key = tuple(sorted((name, value) for name, value in result.options.items()
-                           if name not in NOT_OF_RECIPE))
+                           if name not in {"seed", "weights", *free_options()}))
         key += (("weights", os.path.basename(result.options.get("weights", "None"))),
                 ("recipe", result.options.get("recipe", "None")))
         group = groups.setdefault(key, [])

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import csv
+import functools
 import io
 import os
 import pickle
@@ -1257,7 +1258,8 @@ def test_a_slip_in_ones_own_code_shows_its_file_and_line(tmp_path):
 
 
 def test_a_constructor_that_slips_shows_it(small, monkeypatch):
-    monkeypatch.setattr(losses.MarginLoss, "__init__", lambda *_, **__: int("x"))
+    slip = functools.wraps(losses.MarginLoss.__init__)(lambda *_, **__: int("x"))
+    monkeypatch.setattr(losses.MarginLoss, "__init__", slip)
     with pytest.raises(ValueError, match="invalid literal"):
         main.main(small)
 
