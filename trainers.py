@@ -25,82 +25,6 @@ from auxiliaries import number
 from samplers import Sampler, draw_columns, pairwise_sq_distances
 
 
-def add_arguments(parser):
-    """Adds the group 'optimisation' to an argparse parser."""
-    group = parser.add_argument_group("optimisation", "Adam, its rates and their schedule")
-    group.add_argument("--lr", type=number(float, least=0, most=1e6), metavar="LR",
-                       help="learning rate of the network; useful 1e-6 to 1e-4 for pretrained "
-                            "networks, 1e-4 to 1e-2 from scratch. Default 1e-5 (reference runs); "
-                            "glyphs 1e-3")
-    group.add_argument("--fc_lr_mul", type=number(float, least=0), default=0.0, metavar="X",
-                       help="learning rate of the embedding layer as a multiple of --lr, often "
-                            "10; 0 means the same as --lr. Default %(default)s (reference runs)")
-    group.add_argument("--decay", type=number(float, least=0), default=4e-4, metavar="W",
-                       help="weight decay (L2) of the network, not of a loss's own weights; "
-                            "useful 0 to 1e-3. Default %(default)s (reference runs)")
-    group.add_argument("--n_epochs", type=number(int, least=0), metavar="N",
-                       help="passes over the training images. Default 70 (reference runs); glyphs "
-                            "20")
-    group.add_argument("--scheduler", choices=("step", "exp", "plateau", "none"), default="step",
-                       help="step: every learning rate times --gamma after each epoch of --tau. "
-                            "exp: times --gamma after every epoch. plateau: times --gamma when "
-                            "the first recall was no better in --plateau_patience evaluations. "
-                            "Default %(default)s (reference runs)")
-    group.add_argument("--plateau_patience", type=number(int, least=1), default=5, metavar="N",
-                       help="evaluations in a row without a better recall that --scheduler "
-                            "plateau waits for; useful 2 to 10. Default %(default)s")
-    group.add_argument("--patience", type=number(int, least=1), metavar="N",
-                       help="end the run after N evaluations in a row without a better first "
-                            "recall; useful 5 to 20. Default: all of --n_epochs (reference code)")
-    group.add_argument("--gamma", type=number(float, above=0, most=1), default=0.3, metavar="G",
-                       help="factor of the scheduler, above 0, at most 1. Default %(default)s "
-                            "(reference runs)")
-    group.add_argument("--tau", type=number(int, least=1), nargs="+", metavar="E",
-                       help="epochs after which --scheduler step lowers the rates. Default 30 55 "
-                            "(reference runs); glyphs 15")
-    trainer = parser.add_argument_group("trainer", "how a batch becomes losses")
-    trainer.add_argument("--trainer", choices=TRAINERS, default="MetricLossOnly",
-                         help="MetricLossOnly: the loss alone. TrainWithClassifier: and a linear "
-                              "classifier behind the embedding. CascadedEmbeddings: a loss for "
-                              "each of --embedding_sizes. DeepAdversarialMetricLearning: and a "
-                              "generator of hard negatives. UnsupervisedEmbeddingsUsing"
-                              "Augmentations: two views of an image are the positives, labels are "
-                              "not used. TwoStreamMetricLoss: anchors from one view, positives "
-                              "and negatives from a second. Default %(default)s, as the reference "
-                              "code")
-    trainer.add_argument("--classifier_weight", type=number(float, least=0), default=1.0,
-                         metavar="W",
-                         help="TrainWithClassifier: weight of the classifier's cross-entropy, the "
-                              "metric loss having 1; useful 0.1 to 2. Default %(default)s")
-    trainer.add_argument("--classifier_lr", type=number(float, least=0), metavar="LR",
-                         help="TrainWithClassifier: learning rate of the classifier. Default 10 "
-                              "times --lr")
-    trainer.add_argument("--embedding_sizes", type=number(int, least=1), nargs="+", metavar="D",
-                         help="CascadedEmbeddings: lengths of the sections, which sum to "
-                              "--embed_dim. Default three about equal ones (the paper has three)")
-    trainer.add_argument("--metric_alone_epochs", type=number(int, least=0), default=0,
-                         metavar="N",
-                         help="DeepAdversarialMetricLearning: first epochs with the metric loss "
-                              "alone. Default %(default)s")
-    trainer.add_argument("--g_alone_epochs", type=number(int, least=0), default=0, metavar="N",
-                         help="DeepAdversarialMetricLearning: epochs after those with the "
-                              "generator alone. Default %(default)s")
-    trainer.add_argument("--g_triplets_per_anchor", type=number(int, least=1), default=10,
-                         metavar="N",
-                         help="DeepAdversarialMetricLearning: triplets of each image that go "
-                              "through the generator; useful 1 to 100. Default %(default)s (the "
-                              "library these trainers follow has 100)")
-    trainer.add_argument("--g_lr", type=number(float, least=0), metavar="LR",
-                         help="DeepAdversarialMetricLearning: learning rate of the generator. "
-                              "Default --lr")
-
-    trainer.add_argument("--g_weights", type=number(float, least=0), nargs=4, default=[1.0] * 4,
-                         metavar=("ADV", "HARD", "REG", "SYNTH"),
-                         help="DeepAdversarialMetricLearning: weights of its adversarial, hard, "
-                              "regularisation and synthetic losses, the metric loss having 1. "
-                              "Default 1 each")
-
-
 def described(item):
     """A batch's type and, of a tuple or list, the types in it, for an error message."""
     parts = f" of {', '.join(type(part).__name__ for part in item)}" * isinstance(
@@ -246,25 +170,6 @@ class BaseTrainer:
         self.place = {"pass": 0, "taken": 0, "seeds": []}  # see state_dict
         self.shared_trunk = self.share_trunk()
 
-    def find_lengths(self):
-        """Sets pass_length, in batches, None if it is not known, and iterations_per_epoch."""
-        if (self.iterations_per_epoch or 0) < 0:
-            raise ValueError(f"iterations_per_epoch {self.iterations_per_epoch}: the least value "
-                             "is 1")
-        try:
-            self.pass_length = len(self.loader)
-        except TypeError as error:
-            self.pass_length = None
-            if self.iterations_per_epoch is None:
-                raise ValueError("the sampler or dataset has no length; iterations_per_epoch says "
-                                 f"how long an epoch is ({error})") from error
-        self.iterations_per_epoch = self.iterations_per_epoch or self.pass_length
-        if not self.iterations_per_epoch:
-            raise ValueError(f"there is no whole batch: a batch of {self.batch_size} from a "
-                             f"dataset of {len(self.dataset)}, or from a sampler that gives less")
-
-    # The loop
-
     def train(self, start_epoch=1, num_epochs=1):
         """Trains from epoch start_epoch to epoch num_epochs, both included and counted from 1.
 
@@ -331,10 +236,90 @@ class BaseTrainer:
         if learning:
             self.grad_scaler.update()
 
+    def next_batch(self):
+        """The next batch, on the device, thinned by the subset_batch_miner -> (data, labels)."""
+        item = next(self.batches, None) if self.batches is not None else None
+        self.place["taken"] += item is not None
+        if item is None:
+            self.start_pass()
+            item = next(self.batches, None)
+            if item is None:
+                raise ValueError("the data loader gives no batch: the sampler is empty or shorter "
+                                 f"than batch_size {self.batch_size}")
+            self.place["taken"] = 1
+        data, labels = self.unpack(item)
+        labels = self.process_labels(labels).to(self.data_device, non_blocking=True)
+        labels = auxiliaries.gather_rows(labels)
+        if "subset_batch_miner" in self.mining_funcs:
+            data, labels = self.thin_batch(data, labels)
+        return data, labels
+
+    def calculate_loss(self, data, labels):
+        """data [B, ...], labels [B] -> {loss name: scalar}; each trainer's own."""
+        raise NotImplementedError
+
+    def compute_embeddings(self, data):
+        """data [B, ...] -> embeddings [B, D]: the trunk, then the embedder."""
+        return self.embed_features(self.compute_features(data))
+
+    # What a step calls
+
+    def compute_features(self, data):
+        """data [B, ...] -> features [B, F] of the trunk.
+
+        In a training step of several processes: their shares of data -> the batch's features.
+        """
+        if auxiliaries.num_ranks() == 1 or not torch.is_grad_enabled():
+            return self.models["trunk"](data)
+        return GatherFeatures.apply(self.shared_trunk(data))
+
+    def embed_features(self, features):
+        """Features of the trunk [B, F] -> embeddings [B, D]."""
+        return self.models["embedder"](features)
+
+    def mine_tuples(self, embeddings, labels, miner="tuple_miner"):
+        """The miner's index tuples for this batch, or None without that miner."""
+        if miner not in self.mining_funcs:
+            return None
+        return not_empty(self.mining_funcs[miner](embeddings, labels))
+
+    @torch.no_grad()
+    def thin_batch(self, data, labels):
+        """Keeps what the subset_batch_miner chooses, looking at embeddings of eval mode."""
+        self.set_to_eval()
+        indices = self.mining_funcs["subset_batch_miner"](self.compute_embeddings(data), labels)
+        self.set_to_train()
+        if not len(labels[not_empty(indices)]):  # none where a mask is False everywhere
+            raise NothingMined
+        return data[indices], labels[indices]
+
+    def unpack(self, item):
+        """An item of the loader -> (data on the device, labels as they are).
+
+        data: a tensor, or what gives one by the same to(device, dtype, non_blocking).
+        """
+        item = self.data_and_label_getter(item)
+        if not isinstance(item, (tuple, list)) or len(item) != 2 or not hasattr(item[0], "to"):
+            raise ValueError("a batch must be (data, labels), data a tensor; it is "
+                             f"{described(item)}. A data_and_label_getter can take it apart")
+        data, labels = item
+        return data.to(self.data_device, self.dtype, non_blocking=True), labels
+
     def zero_gradients(self):
         """No weight has a gradient."""
         for weight in self.weights():
             weight.grad = None
+
+    def weights(self):
+        """All parameters: of models and losses, and whatever else the optimizers hold."""
+        if self.all_weights is None:
+            modules = [part for _, part in self.parts() if isinstance(part, torch.nn.Module)]
+            held = [group["params"] for optimizer in self.optimizers.values()
+                    for group in optimizer.param_groups]
+            self.all_weights = list(dict.fromkeys(
+                weight for weights in (*(module.parameters() for module in modules), *held)
+                for weight in weights))
+        return self.all_weights
 
     def skip_step(self, total=None):
         """Counts a step without anything to learn; ValueError if it never will be.
@@ -356,6 +341,30 @@ class BaseTrainer:
                        for name, loss in losses.items()}
         self.losses["total_loss"] = total.detach()
 
+    def average_gradients(self):
+        """Makes the gradients of all but the trunk, which are equal up to rounding, equal."""
+        if auxiliaries.num_ranks() == 1:
+            return
+        of_trunk = {id(weight) for weight in self.models["trunk"].parameters()}
+        gradients = [weight.grad for weight in self.weights()
+                     if weight.grad is not None and id(weight) not in of_trunk]
+        if gradients:
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            torch.distributed.all_reduce(flat)
+            parts = flat.div_(auxiliaries.num_ranks()).split([g.numel() for g in gradients])
+            for gradient, part in zip(gradients, parts):
+                gradient.copy_(part.view_as(gradient))
+
+    def learning_optimizers(self):
+        """The optimizers of what is neither frozen nor at rest."""
+        learning = [optimizer for name, optimizer in self.optimizers.items()
+                    if name.removesuffix("_optimizer") not in (*self.freeze_these, *self.idle)]
+        if self.grad_scaler.is_enabled():  # which refuses to step where there is no gradient
+            learning = [optimizer for optimizer in learning if any(
+                weight.grad is not None for group in optimizer.param_groups
+                for weight in group["params"])]
+        return learning
+
     def unscale(self, learning):
         """Under fp16 the gradients' scale is taken back; one that overflowed lets all rest.
 
@@ -370,54 +379,6 @@ class BaseTrainer:
                  .values()]
         for flag in found:
             flag.copy_(torch.stack(found).amax(0))
-
-    def learning_optimizers(self):
-        """The optimizers of what is neither frozen nor at rest."""
-        learning = [optimizer for name, optimizer in self.optimizers.items()
-                    if name.removesuffix("_optimizer") not in (*self.freeze_these, *self.idle)]
-        if self.grad_scaler.is_enabled():  # which refuses to step where there is no gradient
-            learning = [optimizer for optimizer in learning if any(
-                weight.grad is not None for group in optimizer.param_groups
-                for weight in group["params"])]
-        return learning
-
-    def weights(self):
-        """All parameters: of models and losses, and whatever else the optimizers hold."""
-        if self.all_weights is None:
-            modules = [part for _, part in self.parts() if isinstance(part, torch.nn.Module)]
-            held = [group["params"] for optimizer in self.optimizers.values()
-                    for group in optimizer.param_groups]
-            self.all_weights = list(dict.fromkeys(
-                weight for weights in (*(module.parameters() for module in modules), *held)
-                for weight in weights))
-        return self.all_weights
-
-    def calculate_loss(self, data, labels):
-        """data [B, ...], labels [B] -> {loss name: scalar}; each trainer's own."""
-        raise NotImplementedError
-
-    def compute_embeddings(self, data):
-        """data [B, ...] -> embeddings [B, D]: the trunk, then the embedder."""
-        return self.embed_features(self.compute_features(data))
-
-    def compute_features(self, data):
-        """data [B, ...] -> features [B, F] of the trunk.
-
-        In a training step of several processes: their shares of data -> the batch's features.
-        """
-        if auxiliaries.num_ranks() == 1 or not torch.is_grad_enabled():
-            return self.models["trunk"](data)
-        return GatherFeatures.apply(self.shared_trunk(data))
-
-    def embed_features(self, features):
-        """Features of the trunk [B, F] -> embeddings [B, D]."""
-        return self.models["embedder"](features)
-
-    def mine_tuples(self, embeddings, labels, miner="tuple_miner"):
-        """The miner's index tuples for this batch, or None without that miner."""
-        if miner not in self.mining_funcs:
-            return None
-        return not_empty(self.mining_funcs[miner](embeddings, labels))
 
     def look(self, total):
         """Keeps a step's loss, a scalar, and greatest gradients for check_losses.
@@ -492,6 +453,45 @@ class BaseTrainer:
         """Iterations since the first epoch."""
         return self.iteration + self.iterations_per_epoch * (self.epoch - 1)
 
+    @property
+    def loss_tracker(self):
+        """losses, 0 for those that rest, and loss_weights, for pytorch-metric-learning's hooks."""
+        weights = {**self.loss_weights, "total_loss": 1}
+        return types.SimpleNamespace(losses={**dict.fromkeys(weights, 0), **self.losses},
+                                     loss_weights=weights)
+
+    # Modes
+
+    def parts(self):
+        """Every model and loss by name."""
+        return {**self.models, **self.loss_funcs}.items()
+
+    def set_to_train(self):
+        """Train mode for all that learns; eval mode and no gradients for what is frozen."""
+        self.all_weights = None  # looked for anew: a hook may have changed the networks
+        for name, part in self.parts():
+            if not isinstance(part, torch.nn.Module):
+                continue
+            part.train(name not in self.freeze_these)
+            if name in self.freeze_these:
+                part.requires_grad_(False)
+        self.freeze_batchnorm()
+
+    def freeze_batchnorm(self):
+        """With freeze_trunk_batchnorm: eval mode for the trunk's batch normalisation."""
+        if self.freeze_trunk_batchnorm:
+            for layer in self.models["trunk"].modules():
+                if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
+                    layer.eval()
+
+    def set_to_eval(self):
+        """Eval mode for all models and losses."""
+        for _, part in self.parts():
+            if isinstance(part, torch.nn.Module):
+                part.eval()
+
+    # State
+
     def state_dict(self):
         """The states of all models, losses, optimizers and schedulers, for a file; and where.
 
@@ -528,34 +528,24 @@ class BaseTrainer:
         self.place = copy.deepcopy(state["place"])
         self.skipped_steps = state["skipped_steps"]
 
-    # Several processes
+    # The data
 
-    def share_trunk(self):
-        """The trunk in DistributedDataParallel, which a frozen one needs not; None if alone."""
-        trunk = self.models["trunk"]
-        if auxiliaries.num_ranks() == 1:
-            return None
-        if not any(weight.requires_grad for weight in trunk.parameters()):
-            return trunk
-        with warnings.catch_warnings():  # torch 2.15 has another name for it, 2.6 not yet
-            warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
-            return torch.nn.parallel.DistributedDataParallel(trunk, broadcast_buffers=False)
-
-    def average_gradients(self):
-        """Makes the gradients of all but the trunk, which are equal up to rounding, equal."""
-        if auxiliaries.num_ranks() == 1:
-            return
-        of_trunk = {id(weight) for weight in self.models["trunk"].parameters()}
-        gradients = [weight.grad for weight in self.weights()
-                     if weight.grad is not None and id(weight) not in of_trunk]
-        if gradients:
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            torch.distributed.all_reduce(flat)
-            parts = flat.div_(auxiliaries.num_ranks()).split([g.numel() for g in gradients])
-            for gradient, part in zip(gradients, parts):
-                gradient.copy_(part.view_as(gradient))
-
-    # Batches
+    def find_lengths(self):
+        """Sets pass_length, in batches, None if it is not known, and iterations_per_epoch."""
+        if (self.iterations_per_epoch or 0) < 0:
+            raise ValueError(f"iterations_per_epoch {self.iterations_per_epoch}: the least value "
+                             "is 1")
+        try:
+            self.pass_length = len(self.loader)
+        except TypeError as error:
+            self.pass_length = None
+            if self.iterations_per_epoch is None:
+                raise ValueError("the sampler or dataset has no length; iterations_per_epoch says "
+                                 f"how long an epoch is ({error})") from error
+        self.iterations_per_epoch = self.iterations_per_epoch or self.pass_length
+        if not self.iterations_per_epoch:
+            raise ValueError(f"there is no whole batch: a batch of {self.batch_size} from a "
+                             f"dataset of {len(self.dataset)}, or from a sampler that gives less")
 
     def default_collate(self):
         """What makes a batch of items without a collate_fn; None: torch's own way."""
@@ -618,45 +608,20 @@ class BaseTrainer:
                 next(self.batches, None)
             auxiliaries.restore_random_state(state)
 
-    def next_batch(self):
-        """The next batch, on the device, thinned by the subset_batch_miner -> (data, labels)."""
-        item = next(self.batches, None) if self.batches is not None else None
-        self.place["taken"] += item is not None
-        if item is None:
-            self.start_pass()
-            item = next(self.batches, None)
-            if item is None:
-                raise ValueError("the data loader gives no batch: the sampler is empty or shorter "
-                                 f"than batch_size {self.batch_size}")
-            self.place["taken"] = 1
-        data, labels = self.unpack(item)
-        labels = self.process_labels(labels).to(self.data_device, non_blocking=True)
-        labels = auxiliaries.gather_rows(labels)
-        if "subset_batch_miner" in self.mining_funcs:
-            data, labels = self.thin_batch(data, labels)
-        return data, labels
+    # Several processes
 
-    def unpack(self, item):
-        """An item of the loader -> (data on the device, labels as they are).
+    def share_trunk(self):
+        """The trunk in DistributedDataParallel, which a frozen one needs not; None if alone."""
+        trunk = self.models["trunk"]
+        if auxiliaries.num_ranks() == 1:
+            return None
+        if not any(weight.requires_grad for weight in trunk.parameters()):
+            return trunk
+        with warnings.catch_warnings():  # torch 2.15 has another name for it, 2.6 not yet
+            warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+            return torch.nn.parallel.DistributedDataParallel(trunk, broadcast_buffers=False)
 
-        data: a tensor, or what gives one by the same to(device, dtype, non_blocking).
-        """
-        item = self.data_and_label_getter(item)
-        if not isinstance(item, (tuple, list)) or len(item) != 2 or not hasattr(item[0], "to"):
-            raise ValueError("a batch must be (data, labels), data a tensor; it is "
-                             f"{described(item)}. A data_and_label_getter can take it apart")
-        data, labels = item
-        return data.to(self.data_device, self.dtype, non_blocking=True), labels
-
-    @torch.no_grad()
-    def thin_batch(self, data, labels):
-        """Keeps what the subset_batch_miner chooses, looking at embeddings of eval mode."""
-        self.set_to_eval()
-        indices = self.mining_funcs["subset_batch_miner"](self.compute_embeddings(data), labels)
-        self.set_to_train()
-        if not len(labels[not_empty(indices)]):  # none where a mask is False everywhere
-            raise NothingMined
-        return data[indices], labels[indices]
+    # Labels and keys
 
     def process_labels(self, labels):
         """Labels of the loader -> LongTensor [B]: one hierarchy level, ranks if asked for."""
@@ -694,38 +659,6 @@ class BaseTrainer:
         labels = np.asarray(self.dataset_labels)
         return np.unique(labels[:, self.label_hierarchy_level] if labels.ndim == 2 else labels)
 
-    # Modes
-
-    def parts(self):
-        """Every model and loss by name."""
-        return {**self.models, **self.loss_funcs}.items()
-
-    def set_to_train(self):
-        """Train mode for all that learns; eval mode and no gradients for what is frozen."""
-        self.all_weights = None  # looked for anew: a hook may have changed the networks
-        for name, part in self.parts():
-            if not isinstance(part, torch.nn.Module):
-                continue
-            part.train(name not in self.freeze_these)
-            if name in self.freeze_these:
-                part.requires_grad_(False)
-        self.freeze_batchnorm()
-
-    def freeze_batchnorm(self):
-        """With freeze_trunk_batchnorm: eval mode for the trunk's batch normalisation."""
-        if self.freeze_trunk_batchnorm:
-            for layer in self.models["trunk"].modules():
-                if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
-                    layer.eval()
-
-    def set_to_eval(self):
-        """Eval mode for all models and losses."""
-        for _, part in self.parts():
-            if isinstance(part, torch.nn.Module):
-                part.eval()
-
-    # Construction
-
     @staticmethod
     def check_dicts(**arguments):
         """ValueError for an argument that is no dict, as the dataset in the place of the miners.
@@ -737,13 +670,6 @@ class BaseTrainer:
                 raise ValueError(f"{name} is a {type(given).__name__}; it must be a dict. By "
                                  "position the arguments are models, optimizers, batch_size, "
                                  "loss_funcs, dataset, mining_funcs, then those by name")
-
-    @property
-    def loss_tracker(self):
-        """losses, 0 for those that rest, and loss_weights, for pytorch-metric-learning's hooks."""
-        weights = {**self.loss_weights, "total_loss": 1}
-        return types.SimpleNamespace(losses={**dict.fromkeys(weights, 0), **self.losses},
-                                     loss_weights=weights)
 
     def complete_loss_weights(self, weights):
         """The given weights, or 1 for every loss."""
@@ -1142,26 +1068,80 @@ TRAINERS = {trainer.__name__: trainer for trainer in (
     UnsupervisedEmbeddingsUsingAugmentations, TwoStreamMetricLoss)}
 
 
-class Generator(torch.nn.Module):
-    """Makes a synthetic negative of a triplet's features: [T, 3 F] -> [T, F].
+def add_arguments(parser):
+    """Adds the group 'optimisation' to an argparse parser."""
+    group = parser.add_argument_group("optimisation", "Adam, its rates and their schedule")
+    group.add_argument("--lr", type=number(float, least=0, most=1e6), metavar="LR",
+                       help="learning rate of the network; useful 1e-6 to 1e-4 for pretrained "
+                            "networks, 1e-4 to 1e-2 from scratch. Default 1e-5 (reference runs); "
+                            "glyphs 1e-3")
+    group.add_argument("--fc_lr_mul", type=number(float, least=0), default=0.0, metavar="X",
+                       help="learning rate of the embedding layer as a multiple of --lr, often "
+                            "10; 0 means the same as --lr. Default %(default)s (reference runs)")
+    group.add_argument("--decay", type=number(float, least=0), default=4e-4, metavar="W",
+                       help="weight decay (L2) of the network, not of a loss's own weights; "
+                            "useful 0 to 1e-3. Default %(default)s (reference runs)")
+    group.add_argument("--n_epochs", type=number(int, least=0), metavar="N",
+                       help="passes over the training images. Default 70 (reference runs); glyphs "
+                            "20")
+    group.add_argument("--scheduler", choices=("step", "exp", "plateau", "none"), default="step",
+                       help="step: every learning rate times --gamma after each epoch of --tau. "
+                            "exp: times --gamma after every epoch. plateau: times --gamma when "
+                            "the first recall was no better in --plateau_patience evaluations. "
+                            "Default %(default)s (reference runs)")
+    group.add_argument("--plateau_patience", type=number(int, least=1), default=5, metavar="N",
+                       help="evaluations in a row without a better recall that --scheduler "
+                            "plateau waits for; useful 2 to 10. Default %(default)s")
+    group.add_argument("--patience", type=number(int, least=1), metavar="N",
+                       help="end the run after N evaluations in a row without a better first "
+                            "recall; useful 5 to 20. Default: all of --n_epochs (reference code)")
+    group.add_argument("--gamma", type=number(float, above=0, most=1), default=0.3, metavar="G",
+                       help="factor of the scheduler, above 0, at most 1. Default %(default)s "
+                            "(reference runs)")
+    group.add_argument("--tau", type=number(int, least=1), nargs="+", metavar="E",
+                       help="epochs after which --scheduler step lowers the rates. Default 30 55 "
+                            "(reference runs); glyphs 15")
+    trainer = parser.add_argument_group("trainer", "how a batch becomes losses")
+    trainer.add_argument("--trainer", choices=TRAINERS, default="MetricLossOnly",
+                         help="MetricLossOnly: the loss alone. TrainWithClassifier: and a linear "
+                              "classifier behind the embedding. CascadedEmbeddings: a loss for "
+                              "each of --embedding_sizes. DeepAdversarialMetricLearning: and a "
+                              "generator of hard negatives. UnsupervisedEmbeddingsUsing"
+                              "Augmentations: two views of an image are the positives, labels are "
+                              "not used. TwoStreamMetricLoss: anchors from one view, positives "
+                              "and negatives from a second. Default %(default)s, as the reference "
+                              "code")
+    trainer.add_argument("--classifier_weight", type=number(float, least=0), default=1.0,
+                         metavar="W",
+                         help="TrainWithClassifier: weight of the classifier's cross-entropy, the "
+                              "metric loss having 1; useful 0.1 to 2. Default %(default)s")
+    trainer.add_argument("--classifier_lr", type=number(float, least=0), metavar="LR",
+                         help="TrainWithClassifier: learning rate of the classifier. Default 10 "
+                              "times --lr")
+    trainer.add_argument("--embedding_sizes", type=number(int, least=1), nargs="+", metavar="D",
+                         help="CascadedEmbeddings: lengths of the sections, which sum to "
+                              "--embed_dim. Default three about equal ones (the paper has three)")
+    trainer.add_argument("--metric_alone_epochs", type=number(int, least=0), default=0,
+                         metavar="N",
+                         help="DeepAdversarialMetricLearning: first epochs with the metric loss "
+                              "alone. Default %(default)s")
+    trainer.add_argument("--g_alone_epochs", type=number(int, least=0), default=0, metavar="N",
+                         help="DeepAdversarialMetricLearning: epochs after those with the "
+                              "generator alone. Default %(default)s")
+    trainer.add_argument("--g_triplets_per_anchor", type=number(int, least=1), default=10,
+                         metavar="N",
+                         help="DeepAdversarialMetricLearning: triplets of each image that go "
+                              "through the generator; useful 1 to 100. Default %(default)s (the "
+                              "library these trainers follow has 100)")
+    trainer.add_argument("--g_lr", type=number(float, least=0), metavar="LR",
+                         help="DeepAdversarialMetricLearning: learning rate of the generator. "
+                              "Default --lr")
 
-    Two linear layers with a ReLU between; Duan et al., "Deep Adversarial Metric Learning", CVPR
-    2018.
-    """
-
-    def __init__(self, num_features):
-        super().__init__()
-        self.layers = torch.nn.Sequential(torch.nn.Linear(3 * num_features, num_features),
-                                          torch.nn.ReLU(),
-                                          torch.nn.Linear(num_features, num_features))
-
-    def forward(self, triplets):
-        return self.layers(triplets)
-
-
-def two_views(item):
-    """(first view, second view, label) -> ((first, second), label); a collated batch as it is."""
-    return item if len(item) == 2 else (item[:2], item[2])
+    trainer.add_argument("--g_weights", type=number(float, least=0), nargs=4, default=[1.0] * 4,
+                         metavar=("ADV", "HARD", "REG", "SYNTH"),
+                         help="DeepAdversarialMetricLearning: weights of its adversarial, hard, "
+                              "regularisation and synthetic losses, the metric loss having 1. "
+                              "Default 1 each")
 
 
 def trainer_select(opt, trunk, embedder, make_loss, train_set, batches, device):
@@ -1237,7 +1217,26 @@ def schedulers_select(opt, optimizers):
     return schedulers
 
 
-# ---- hooks
+class Generator(torch.nn.Module):
+    """Makes a synthetic negative of a triplet's features: [T, 3 F] -> [T, F].
+
+    Two linear layers with a ReLU between; Duan et al., "Deep Adversarial Metric Learning", CVPR
+    2018.
+    """
+
+    def __init__(self, num_features):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(3 * num_features, num_features),
+                                          torch.nn.ReLU(),
+                                          torch.nn.Linear(num_features, num_features))
+
+    def forward(self, triplets):
+        return self.layers(triplets)
+
+
+def two_views(item):
+    """(first view, second view, label) -> ((first, second), label); a collated batch as it is."""
+    return item if len(item) == 2 else (item[:2], item[2])
 
 
 class Validation:
@@ -1313,6 +1312,14 @@ class Validation:
                                                        self.patience)
 
 
+def in_turn(*hooks):
+    """One hook that calls several: hook(trainer); False, which ends the training, if any was."""
+    def hook(trainer):
+        returned = [each(trainer) for each in hooks]
+        return False if any(value is False for value in returned) else None
+    return hook
+
+
 class Diagnosis:
     """What the training batches say of the embedding, averaged until it is asked for.
 
@@ -1370,11 +1377,3 @@ class Diagnosis:
     def has_collapsed(cls, row):
         """Whether the embeddings of a row were all in one place."""
         return "std" in row and not row["std"] > cls.COLLAPSED * row["length"]
-
-
-def in_turn(*hooks):
-    """One hook that calls several: hook(trainer); False, which ends the training, if any was."""
-    def hook(trainer):
-        returned = [each(trainer) for each in hooks]
-        return False if any(value is False for value in returned) else None
-    return hook
