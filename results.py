@@ -725,35 +725,24 @@ def selecting_metric(rows):
 def read_result(folder):
     """A run folder -> Result; None for a folder that is not one of a run.
 
-    ValueError where its files are damaged.
+    ValueError where its files cannot be read.
     """
     try:
         with open(os.path.join(folder, "Parameter_Info.txt"), encoding="utf-8") as file:
-            lines = [line.rstrip("\n").split(": ", 1) for line in file]
-        if any(len(line) != 2 for line in lines):
-            return None
-        options, rows = dict(lines), []
-        if not {"dataset", "arch", "loss", "sampling", "n_epochs", "seed"} <= set(options):
-            return None
-        path = os.path.join(folder, "log_val_Base.csv")
+            options = dict(line.rstrip("\n").split(": ", 1) for line in file)
+    except (FileNotFoundError, ValueError):  # another program's
+        return None
+    if not {"dataset", "arch", "loss", "sampling", "n_epochs", "seed"} <= options.keys():
+        return None
+    path = os.path.join(folder, "log_val_Base.csv")
+    result = Result(folder, options, [])
+    try:
         if os.path.exists(path):
             with open(path, encoding="utf-8", newline="") as file:
-                rows = list(csv.DictReader(file))
-            if any(None in row or None in row.values() for row in rows):
-                raise ValueError("a row of log_val_Base.csv is cut short or too long")
-            rows = [{name: float(value) for name, value in row.items() if value} for row in rows]
-        int(options["n_epochs"]), int(options["seed"])
-        if any("epoch" not in row or len(row) < 2 or selecting_metric(rows) not in row
-               for row in rows):
-            raise ValueError("a row of log_val_Base.csv lacks its epoch or its metrics")
-        epochs = [row["epoch"] for row in rows]
-        if epochs != sorted(set(epochs)) or not all(epoch.is_integer() for epoch in epochs):
-            raise ValueError("the epochs of log_val_Base.csv are no whole numbers that rise")
-        result = Result(folder, options, rows)
+                result.rows.extend({name: float(value) for name, value in row.items() if value}
+                                   for row in csv.DictReader(file))
         result.state()  # reads the rest
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
+    except (ValueError, TypeError, LookupError) as error:
         raise ValueError(f"{folder}: its logs cannot be read ({error})") from error
     return result
 
@@ -765,15 +754,13 @@ def read_results(root):
     """
     if not os.path.isdir(root):
         raise FileNotFoundError(f"{root} is not a folder of results")
-    folders = sorted(path for path, _, files in os.walk(root) if "Parameter_Info.txt" in files)
     results, damaged = [], []
-    for folder in folders:
+    for folder in sorted(path for path, _, files in os.walk(root)
+                         if "Parameter_Info.txt" in files):
         try:
-            result = read_result(folder)
+            results += filter(None, [read_result(folder)])
         except ValueError as error:
             damaged.append(str(error))
-        else:
-            results += [result] if result else []
     if not results and not damaged:
         raise ValueError(f"{root} holds no run; main.py --save_path says where they are")
     return results, damaged
