@@ -79,14 +79,17 @@ class ClassLoss(Loss):
         super().__init__(sampling, form, **sampling_options)
         self.num_classes = num_classes
 
+    def mean_cross_entropy(self, logits, embeddings, labels, indices_tuple):
+        """The mean over the images of image_weights times cross-entropy; logits [B, C]."""
+        weights = image_weights(embeddings, labels, indices_tuple, self.sampler)  # [B]
+        return (F.cross_entropy(logits, labels, reduction="none") * weights).mean()
+
 
 def full_precision(forward):
     """Runs a loss's forward in float32 or float64, not autocast: half types cannot hold a loss.
 
     forward(self, embeddings [B, D], labels [B], indices_tuple) -> scalar, as a decorator; a zero
-    in the graph for B = 0. It raises ValueError for embeddings and labels that do not fit each
-    other or the loss, and FloatingPointError, with the row, for embeddings that are not finite;
-    what needs a look at the values is left out on a GPU, which would have to wait for it.
+    in the graph for B = 0. It raises what check_batch does.
     """
     @functools.wraps(forward)
     def wrapped(self, embeddings, labels, indices_tuple=None):
@@ -101,7 +104,11 @@ def full_precision(forward):
 
 
 def check_batch(loss, embeddings, labels):
-    """The errors of full_precision: embeddings [B, D], labels [B]."""
+    """ValueError for embeddings [B, D] and labels [B] that do not fit each other or the loss.
+
+    FloatingPointError, with the row, for embeddings that are not finite. What needs a look at the
+    values is left out on a GPU, which would have to wait for it.
+    """
     name = type(loss).__name__
     if not (torch.is_tensor(embeddings) and torch.is_tensor(labels)):
         raise ValueError(f"{name}: embeddings are a {type(embeddings).__name__}, labels a "
@@ -111,24 +118,22 @@ def check_batch(loss, embeddings, labels):
                          f"shape {list(labels.shape)}; it takes [B, D] and [B]")
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"{name}: labels of type {labels.dtype}; they must be whole numbers")
-    if embeddings.is_cuda:
+    if embeddings.is_cuda or not len(labels):
         return
-    finite = torch.isfinite(embeddings.detach().sum(1))
-    if not finite.all():
-        finite = torch.isfinite(embeddings).all(1)  # a sum may overflow
+    finite = torch.isfinite(embeddings).all(1)
     if not finite.all():
         row = int(finite.int().argmin())
         raise FloatingPointError(f"{name}: {int((~finite).sum())} of {len(finite)} embeddings are "
                                  f"not finite, the first is row {row} of the batch, of class "
                                  f"{int(labels[row])}; often the learning rate (--lr) is too high")
-    classes = loss.num_classes
-    if classes is not None and len(labels) and not 0 <= labels.min() <= labels.max() < classes:
-        raise ValueError(f"{name} has weights for {classes} classes, 0 to {classes - 1}; the "
-                         f"labels are from {int(labels.min())} to {int(labels.max())}")
+    if loss.num_classes is not None and not 0 <= labels.min() <= labels.max() < loss.num_classes:
+        raise ValueError(f"{name} has weights for {loss.num_classes} classes, 0 to "
+                         f"{loss.num_classes - 1}; the labels are from {int(labels.min())} to "
+                         f"{int(labels.max())}")
 
 
 def index_vectors(indices_tuple, labels):
-    """Three index vectors (a, p, n), or four (a1, p, a2, n), as tensors; None for another form.
+    """Index vectors, (a, p, n) or (a1, p, a2, n), as a list of tensors; None for another form.
 
     labels [B]: of the batch that they index. ValueError for vectors that do not fit together.
     """
@@ -137,10 +142,9 @@ def index_vectors(indices_tuple, labels):
         return None
     vectors = [torch.as_tensor(vector, dtype=torch.long, device=labels.device)
                for vector in indices_tuple]
-    lengths = [len(vector) if vector.dim() else 0 for vector in vectors]
-    if isinstance(indices_tuple, list) or not (
-            len(lengths) == 3 and len(set(lengths)) == 1
-            or len(lengths) == 4 and lengths[0] == lengths[1] and lengths[2] == lengths[3]):
+    lengths = [vector.numel() for vector in vectors]
+    if isinstance(indices_tuple, list) or lengths not in (
+            lengths[:1] * 3, lengths[:1] * 2 + lengths[-1:] * 2):
         raise ValueError(f"indices_tuple is a {type(indices_tuple).__name__} of {len(lengths)} "
                          f"index vectors of lengths {lengths}; it takes a tuple of three (a, p, n)"
                          " or of two pairs (a1, p, a2, n) of equal lengths, or [T, 3]")
@@ -169,26 +173,31 @@ def pair_mask(first, second, valid, labels):
     return mask.index_fill_(0, pair, True)[:-1].view(number, number)
 
 
-def given_pairs(vectors, labels):
-    """Index vectors (a1, p, a2, n), labels [B] -> masks of the two kinds of pairs, [B, B] each."""
+def given_pairs(indices_tuple, labels):
+    """Index vectors (a1, p, a2, n) -> masks of the two kinds of pairs, [B, B]; None for others."""
+    vectors = index_vectors(indices_tuple, labels)
+    if vectors is None or len(vectors) == 3:
+        return None
     return tuple(pair_mask(first, second, (first >= 0) & (second >= 0), labels)
                  for first, second in (vectors[:2], vectors[2:]))
 
 
-def as_index_tuples(indices_tuple, labels, width=None):
-    """Any accepted form of indices_tuple -> LongTensor [T, width] on the device of labels [B].
+def tuples_for(sampler, embeddings, labels, indices_tuple, width=None):
+    """The tuples given in any form or, for None, the sampler's -> LongTensor [T, 3 or more].
 
-    A tensor [T, width] as it is; a list of tuples becomes rows; three index vectors (a, p, n)
-    become columns; four (a1, p, a2, n), pairs as other libraries' miners give them, become all
-    triplets whose two pairs share their anchor, as many as samplers.MOST_TRIPLETS. width: what is
-    wanted, None for 3 or more. Raises ValueError for anything else. A row with -1 among its first
-    three is none: it is -1 as a whole.
+    A tensor as it is; a list of tuples becomes rows; index vectors (a, p, n) become columns; (a1,
+    p, a2, n), pairs as other libraries' miners give them, become all triplets whose two pairs
+    share their anchor, as many as samplers.MOST_TRIPLETS. width: the one that is taken, None for
+    any. A row with -1 among its first three is none: it is -1 as a whole.
     """
+    if indices_tuple is None:
+        return sampler.give(embeddings, labels, padded=True)
+    pairs = given_pairs(indices_tuple, labels)
+    if pairs is not None:
+        return Sampler.every_triplet(*pairs)
     vectors = index_vectors(indices_tuple, labels)
-    if vectors is not None and len(vectors) == 4:
-        return Sampler.every_triplet(*given_pairs(vectors, labels))
-    tuples = torch.as_tensor(indices_tuple, dtype=torch.long, device=labels.device) \
-        if vectors is None else torch.stack(vectors, dim=1)
+    tuples = (torch.as_tensor(indices_tuple, dtype=torch.long, device=labels.device)
+              if vectors is None else torch.stack(vectors, dim=1))
     tuples = tuples.reshape(-1, 3) if tuples.numel() == 0 else tuples
     if tuples.dim() != 2 or tuples.shape[1] < 3 or width not in (None, tuples.shape[1]):
         raise ValueError("indices_tuple is neither [T, 3], nor a list of (anchor, positive, "
@@ -199,16 +208,59 @@ def as_index_tuples(indices_tuple, labels, width=None):
 
 
 def triplets_for(sampler, embeddings, labels, indices_tuple):
-    """The given triplets or, for None, the sampler's -> (valid, anchors, positives, negatives).
+    """The triplets of tuples_for -> (valid, anchors, positives, negatives), [T] each.
 
-    embeddings [B, D], labels [B]; results [T] each. Where valid is False there is no triplet, and
-    the indices are 0 so that they can be looked up without a wait for the device.
+    Where valid is False there is no triplet, and the indices are 0 so that they can be looked up
+    without a wait for the device.
     """
-    if indices_tuple is None:
-        triplets = sampler.give(embeddings, labels, padded=True)
-    else:
-        triplets = as_index_tuples(indices_tuple, labels, width=3)
+    triplets = tuples_for(sampler, embeddings, labels, indices_tuple, width=3)
     return triplets[:, 0] >= 0, *triplets.clamp_min(0).unbind(1)
+
+
+def listed_pairs(sampler, embeddings, labels, indices_tuple):
+    """The pairs that count where no triplets do -> (positive, negative) masks [B, B], or None.
+
+    Without a sampler all pairs of two images, with the sampler multisimilarity all that it finds
+    hard, and a miner's index vectors (a1, p, a2, n).
+    """
+    if indices_tuple is None and sampler is None:
+        same, positive = Sampler.pair_masks(labels)
+        return positive, ~same
+    if indices_tuple is None and sampler.method == "multisimilarity":
+        return sampler.hard_pairs(embeddings, labels)
+    return given_pairs(indices_tuple, labels)
+
+
+def pairs_for(sampler, embeddings, labels, indices_tuple):
+    """The positive and the negative pairs that count -> (positive [B, B], negative [B, B]) masks.
+
+    Row i holds the pairs of anchor i: listed_pairs, or those of the triplets.
+    """
+    pairs = listed_pairs(sampler, embeddings, labels, indices_tuple)
+    if pairs is None:
+        valid, anchors, *others = triplets_for(sampler, embeddings, labels, indices_tuple)
+        pairs = tuple(pair_mask(anchors, other, valid, labels) for other in others)
+    return pairs
+
+
+def image_weights(embeddings, labels, indices_tuple, sampler=None):
+    """How much each image counts in a loss with class weights, by its place in the tuples: [B].
+
+    How often it occurs in them, or in listed_pairs, as anchor or other, over the greatest such
+    count of the batch, as pytorch-metric-learning has it (whose ProxyNCA counts anchors alone). 1
+    each where there are no tuples to choose by; 0 each where none is valid.
+    """
+    if indices_tuple is None and sampler is None:
+        return embeddings.new_ones(len(labels))
+    pairs = listed_pairs(sampler, embeddings, labels, indices_tuple)
+    if pairs is not None:
+        counts = sum(mask.sum(0) + mask.sum(1) for mask in pairs)
+    else:
+        places = tuples_for(sampler, embeddings, labels, indices_tuple).flatten() + 1
+        counts = labels.new_zeros(len(labels) + 1)  # the first takes what is no tuple
+        counts = counts.index_add_(0, places, torch.ones_like(places))[1:]
+    counts = counts.to(embeddings.dtype)
+    return counts / counts.amax().clamp_min(1)
 
 
 def pair_sq_distances(embeddings, first, *others):
@@ -230,12 +282,53 @@ def distance_from_square(sq_distances):
     return sq_distances.clamp_min(1e-16).sqrt()
 
 
+def cosine_matrix(rows, columns=None):
+    """Cosine similarities of rows [R, D] and columns [C, D] (None: the rows) -> [R, C].
+
+    columns may be weights of another float type than the rows.
+    """
+    rows = F.normalize(rows, dim=1)
+    return rows @ (rows if columns is None else unit_weights(columns, rows)).t()
+
+
+def unit_weights(weights, embeddings):
+    """Weights [C, D] as unit vectors, in the float type of the embeddings [B, D]: [C, D]."""
+    return F.normalize(weights.to(embeddings.dtype), dim=1)
+
+
+def class_weights(num_classes, embed_dim, length=3 ** -0.5):
+    """Class weights [C, D], uniform around 0, of this length in the root mean square.
+
+    What is learned is their direction, which a step of Adam turns by about lr sqrt(D) / length. By
+    default they start as torch.nn.Linear's, as in the code of Zhai and Wu and of Roth et al. 2020.
+    """
+    bound = length * (3 / embed_dim) ** 0.5
+    return torch.nn.Parameter(torch.empty(num_classes, embed_dim).uniform_(-bound, bound))
+
+
+def masked_logsumexp(values, mask):
+    """log of the sum of exp over each row of values [R, C] where mask is True -> [R].
+
+    -inf, without a gradient, for a row that is masked out.
+    """
+    return torch.logsumexp(values.masked_fill(~mask, -torch.inf), 1)
+
+
+def log1p_exp(values):
+    """log(1 + exp(values)), any shape, shape kept."""
+    return torch.logaddexp(values, values.new_zeros(()))
+
+
+def mean_where(values, mask):
+    """The mean of values where mask is True, both of one shape -> scalar; 0 if it is nowhere."""
+    return torch.where(mask, values, 0).sum() / mask.sum().clamp_min(1)
+
+
 class NPairTuples:
     """A batch's tuples (anchor, positive, negatives), given or drawn by the sampler npair.
 
-    form: the sampler's, "paper" or "reference". embeddings [B, D], labels [B]. anchors,
-    positives, valid: [T]; is_negative [T, N]. Where valid is False there is no tuple, and indices
-    are 0.
+    anchors, positives, valid: [T]; is_negative [T, N]. Where valid is False there is no tuple, and
+    indices are 0.
     """
 
     def __init__(self, sampler, embeddings, labels, indices_tuple):
@@ -249,8 +342,7 @@ class NPairTuples:
             self.is_negative = valid & ~torch.eye(len(valid), dtype=torch.bool,
                                                   device=labels.device)
         else:
-            tuples = (sampler.give(embeddings, labels, padded=True) if indices_tuple is None else
-                      as_index_tuples(indices_tuple, labels))                    # [T, 2 + N]
+            tuples = tuples_for(sampler, embeddings, labels, indices_tuple)      # [T, 2 + N]
             valid, self.is_negative = tuples[:, 0] >= 0, tuples[:, 2:] >= 0
             tuples = tuples.clamp_min(0)
             anchors, positives, self.negatives = tuples[:, 0], tuples[:, 1], tuples[:, 2:]
@@ -271,120 +363,16 @@ class NPairTuples:
         logits = self.products(a, embeddings) - (a * p).sum(1, keepdim=True)     # [T, N]
         penalty = ((a.square() + p.square()).sum(1) if self.form == "paper" else
                    embeddings.norm(dim=1).mean())
-        return log1p_sum_exp(logits.clamp(-most, most), self.is_negative) + l2npair * penalty
-
-
-def listed_pairs(sampler, embeddings, labels, indices_tuple):
-    """The pairs that count where no triplets do -> (positive, negative) masks [B, B], or None.
-
-    Without a sampler all pairs of two images, with the sampler multisimilarity all that it finds
-    hard, and a miner's index vectors (a1, p, a2, n).
-    """
-    if indices_tuple is None and sampler is None:
-        same, positive = Sampler.pair_masks(labels)
-        return positive, ~same
-    if indices_tuple is None and sampler.method == "multisimilarity":
-        return sampler.hard_pairs(embeddings, labels)
-    vectors = index_vectors(indices_tuple, labels)
-    return given_pairs(vectors, labels) if vectors is not None and len(vectors) == 4 else None
-
-
-def pairs_for(sampler, embeddings, labels, indices_tuple):
-    """The positive and the negative pairs that count -> (positive [B, B], negative [B, B]) masks.
-
-    embeddings [B, D], labels [B]. Row i holds the pairs of anchor i: listed_pairs, or those of the
-    triplets that are given or sampled.
-    """
-    pairs = listed_pairs(sampler, embeddings, labels, indices_tuple)
-    if pairs is None:
-        valid, anchors, *others = triplets_for(sampler, embeddings, labels, indices_tuple)
-        pairs = tuple(pair_mask(anchors, other, valid, labels) for other in others)
-    return pairs
-
-
-def cosine_matrix(rows, columns=None):
-    """Cosine similarities of rows [R, D] and columns [C, D] (None: the rows) -> [R, C].
-
-    columns may be weights of another float type than the rows.
-    """
-    rows = F.normalize(rows, dim=1)
-    return rows @ (rows if columns is None else unit_weights(columns, rows)).t()
-
-
-def masked_logsumexp(values, mask):
-    """log of the sum of exp over each row of values [R, C] where mask is True -> [R].
-
-    -inf, without a gradient, for a row that is masked out.
-    """
-    return torch.logsumexp(values.masked_fill(~mask, -torch.inf), 1)
-
-
-def log1p_sum_exp(values, mask):
-    """log(1 + sum of exp) over each row of values [R, C] where mask is True -> [R]."""
-    return torch.logaddexp(masked_logsumexp(values, mask), values.new_zeros(()))
-
-
-def mean_where(values, mask):
-    """The mean of values where mask is True, both of one shape -> scalar; 0 if it is nowhere."""
-    return torch.where(mask, values, 0).sum() / mask.sum().clamp_min(1)
-
-
-def class_weights(num_classes, embed_dim, length=3 ** -0.5):
-    """Class weights [C, D], uniform around 0, of this length in the root mean square.
-
-    What is learned is their direction, which a step of Adam turns by about lr sqrt(D) / length. By
-    default they start as torch.nn.Linear's, as in the code of Zhai and Wu and of Roth et al. 2020.
-    """
-    bound = length * (3 / embed_dim) ** 0.5
-    return torch.nn.Parameter(torch.empty(num_classes, embed_dim).uniform_(-bound, bound))
-
-
-def unit_weights(weights, embeddings):
-    """Weights [C, D] as unit vectors, in the float type of the embeddings [B, D]: [C, D]."""
-    return F.normalize(weights.to(embeddings.dtype), dim=1)
-
-
-def mean_cross_entropy(logits, labels, weights):
-    """The mean over images of weight times cross-entropy; logits [B, C], labels, weights [B]."""
-    return (F.cross_entropy(logits, labels, reduction="none") * weights).mean()
-
-
-def image_weights(embeddings, labels, indices_tuple, sampler=None):
-    """How much each image counts in a loss with class weights, by its place in the tuples: [B].
-
-    How often it occurs in them, as anchor or other, over the greatest such count of the batch, as
-    pytorch-metric-learning has it (whose ProxyNCA counts anchors alone). 1 each where there are
-    no tuples to choose by; 0 each, there 1, where no tuple is valid. embeddings [B, D], labels
-    [B]; indices_tuple: any form, the sampler's tuples for None; of multisimilarity its pairs.
-    """
-    if indices_tuple is None and sampler is None:
-        return embeddings.new_ones(len(labels))
-    if indices_tuple is None and sampler.method == "multisimilarity":
-        counts = sum(pairs.sum(0) + pairs.sum(1)
-                     for pairs in sampler.hard_pairs(embeddings, labels))
-    else:
-        if indices_tuple is None:
-            indices_tuple = sampler.give(embeddings, labels, padded=True)
-        vectors = index_vectors(indices_tuple, labels)
-        if vectors is not None and len(vectors) == 4:
-            rows = torch.cat([torch.stack(vectors[:2], 1), torch.stack(vectors[2:], 1)])  # [T, 2]
-            rows = rows.masked_fill((rows < 0).any(1, keepdim=True), -1)
-        else:
-            rows = as_index_tuples(indices_tuple, labels)                        # [T, 3 or more]
-        places = rows.flatten() + 1  # the first takes what is no tuple
-        counts = labels.new_zeros(len(labels) + 1)
-        counts = counts.index_add_(0, places, torch.ones_like(places))[1:]
-    counts = counts.to(embeddings.dtype)
-    return counts / counts.amax().clamp_min(1)
+        return (log1p_exp(masked_logsumexp(logits.clamp(-most, most), self.is_negative))
+                + l2npair * penalty)
 
 
 class TripletLoss(Loss):
     """Triplet loss: the mean over triplets of max(0, d(a, p)^2 - d(a, n)^2 + margin).
 
-    Schroff et al., "FaceNet", CVPR 2015, eq. 2. margin: a squared distance. sampling: a method of
-    samplers.Sampler; sampling_options, here and below: samplers.OPTIONS, see there. embeddings [B,
-    D] unit-norm rows, labels [B]. Departs from the paper: the mean over the sampled triplets,
-    inactive ones included, stands for the sum, as in the reference code.
+    Schroff et al., "FaceNet", CVPR 2015, eq. 2. embeddings [B, D] unit-norm rows, labels [B].
+    Departs from the paper: the mean over the sampled triplets, inactive ones included, stands for
+    the sum, as in the reference code.
     """
 
     samplings = TRIPLET_SAMPLINGS
@@ -394,8 +382,7 @@ class TripletLoss(Loss):
 
     def __init__(self, margin=0.2, sampling="distance", **sampling_options):
         super().__init__(sampling, margin=margin, squared=True, **sampling_options)
-        check_range(least=0, margin=margin)
-        self.margin = margin
+        self.margin = check_range(least=0, margin=margin)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
@@ -414,12 +401,11 @@ class MarginLoss(Loss):
     Wu et al., "Sampling Matters in Deep Embedding Learning", ICCV 2017, eq. 6 to 9, on triplets:
     the sum of max(0, d_ap - beta + margin) and max(0, beta - d_an + margin), d the plain Euclidean
     distance and beta that of the anchor's class, plus nu times the sum of the tuples' betas, all
-    divided by the number of terms above zero, as in the authors' code; 0 without one.
-    num_classes: how many betas; beta: their first value; beta_constant: they are not learned.
-    embeddings [B, D] unit-norm rows, labels [B] below num_classes. form reference: divided by the
-    number of triplets with a term above zero, as in the code of Roth et al. 2020. Departs from the
-    paper: beta has a part for the class alone, neither a global nor an image's own, as in the
-    reference code.
+    divided by the number of terms above zero, as in the authors' code; 0 without one. embeddings
+    [B, D] unit-norm rows, labels [B] below num_classes. form reference: divided by the number of
+    triplets with a term above zero, as in the code of Roth et al. 2020. Departs from the paper:
+    beta has a part for the class alone, neither a global nor an image's own, as in the reference
+    code.
     """
 
     samplings = TRIPLET_SAMPLINGS
@@ -433,11 +419,10 @@ class MarginLoss(Loss):
     def __init__(self, num_classes, margin=0.2, beta=1.2, beta_constant=False, nu=0.0,
                  sampling="distance", form="paper", **sampling_options):
         super().__init__(sampling, form, margin=margin, squared=False, **sampling_options)
-        check_range(least=0, margin=margin, nu=nu, beta=beta)
         self.num_classes = num_classes
-        self.margin = margin
-        self.nu = nu
-        betas = torch.full((num_classes,), float(beta))
+        self.margin = check_range(least=0, margin=margin)
+        self.nu = check_range(least=0, nu=nu)
+        betas = torch.full((num_classes,), float(check_range(least=0, beta=beta)))
         if beta_constant:
             self.register_buffer("beta", betas)
         else:
@@ -482,8 +467,7 @@ class NPairLoss(Loss):
 
     def __init__(self, l2npair=0.02, form="paper"):
         super().__init__("npair", form)
-        check_range(least=0, l2npair=l2npair)
-        self.l2npair = l2npair
+        self.l2npair = check_range(least=0, l2npair=l2npair)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
@@ -496,11 +480,9 @@ class ProxyNCALoss(ClassLoss):
 
     Movshovitz-Attias et al., "No Fuss Distance Metric Learning using Proxies", ICCV 2017, eq. 4
     and algorithm 1: d is the squared Euclidean distance between unit vectors, one learned proxy
-    for each class, the image's own left out of the sum (the loss can be negative).
-    proxynca_positive_in_denominator sums over all proxies, a softmax. embeddings [B, D]
-    (normalised here), labels [B] below num_classes. indices_tuple: image_weights. Departs from the
-    paper: embeddings and proxies are unit vectors scaled by 3, as in the reference code, so d
-    ranges to 36.
+    for each class, the image's own left out of the sum (the loss can be negative). embeddings [B,
+    D] (normalised here), labels [B] below num_classes. Departs from the paper: embeddings and
+    proxies are unit vectors scaled by 3, as in the reference code, so d ranges to 36.
     """
 
     default_samples_per_class = 1  # reference runs
@@ -512,10 +494,6 @@ class ProxyNCALoss(ClassLoss):
 
     def __init__(self, num_classes, embed_dim, proxynca_positive_in_denominator=False):
         super().__init__(num_classes)
-        if num_classes < 2 and not proxynca_positive_in_denominator:
-            raise ValueError(f"ProxyNCA with {num_classes} class: the sum over the other proxies "
-                             "is empty; it needs two classes or "
-                             "--proxynca_positive_in_denominator")
         self.positive_in_denominator = proxynca_positive_in_denominator
         self.proxies = torch.nn.Parameter(torch.randn(num_classes, embed_dim) / 8)
 
@@ -534,8 +512,8 @@ class ProxyNCALoss(ClassLoss):
 class CrossEntropyLoss(ClassLoss):
     """Softmax cross-entropy of a linear classifier on the embedding, both learned together.
 
-    embeddings [B, D], labels [B] below num_classes. indices_tuple: image_weights.
-    Its classifier starts as torch.nn.Linear does and has a bias.
+    embeddings [B, D], labels [B] below num_classes. Its classifier starts as torch.nn.Linear does
+    and has a bias.
     """
 
     def __init__(self, num_classes, embed_dim):
@@ -545,39 +523,35 @@ class CrossEntropyLoss(ClassLoss):
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
         weight, bias = (p.to(embeddings.dtype) for p in self.classifier.parameters())
-        return mean_cross_entropy(F.linear(embeddings, weight, bias), labels,
-                                  image_weights(embeddings, labels, indices_tuple))
+        logits = F.linear(embeddings, weight, bias)                              # [B, C]
+        return self.mean_cross_entropy(logits, embeddings, labels, indices_tuple)
 
 
 class ArcFaceLoss(ClassLoss):
     """ArcFace: softmax over cosines to class weights, the own class's angle enlarged by a margin.
 
     Deng et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recognition", CVPR 2019, eq.
-    3: the cross-entropy of logits s cos(theta_j), for the own class s cos(theta_y + m).
-    arcface_scale: s; arcface_margin: m in radians. Where theta_y + m would pass pi the own logit
-    is s (cos(theta_y) - m sin(m)), as in the authors' code, so that it goes on falling with the
-    angle. embeddings [B, D] (normalised here), labels [B] below num_classes. sampling: none, or a
-    method of samplers.Sampler, by whose tuples image_weights weighs the images. form reference:
-    cosines below 0 are 0, without a gradient, as in the code of Roth et al. 2020.
+    3: the cross-entropy of logits s cos(theta_j), for the own class s cos(theta_y + m). Where
+    theta_y + m would pass pi the own logit is s (cos(theta_y) - m sin(m)), as in the authors'
+    code, so that it goes on falling with the angle. embeddings [B, D] (normalised here), labels
+    [B] below num_classes. form reference: cosines below 0 are 0, without a gradient, as in the
+    code of Roth et al. 2020.
     """
 
     samplings = ("none", *TRIPLET_SAMPLINGS)
     lr_factor = 50  # Roth et al. 2020, 5e-4 beside 1e-5
-    flags = {"arcface_scale": "factor of the cosines, above 0; useful 16 to 128 (paper: 64)",
-             "arcface_margin": "margin in radians, 0 to pi; useful 0.1 to 0.6 (paper: 0.5)"}
+    flags = {"arcface_scale": "factor s of the cosines, above 0; useful 16 to 128 (paper: 64)",
+             "arcface_margin": "margin m in radians, 0 to pi; useful 0.1 to 0.6 (paper: 0.5)"}
 
     def __init__(self, num_classes, embed_dim, arcface_scale=64.0, arcface_margin=0.5,
                  sampling="none", form="paper", **sampling_options):
         super().__init__(num_classes, sampling, form, **sampling_options)
-        check_range(above=0, arcface_scale=arcface_scale)
-        check_range(least=0, most=math.pi, arcface_margin=arcface_margin)
-        self.scale = arcface_scale
-        self.margin = arcface_margin
+        self.scale = check_range(above=0, arcface_scale=arcface_scale)
+        self.margin = check_range(least=0, most=math.pi, arcface_margin=arcface_margin)
         self.weight = class_weights(num_classes, embed_dim)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
-        weights = image_weights(embeddings, labels, indices_tuple, self.sampler)  # [B]
         cosines = cosine_matrix(embeddings, self.weight)                         # [B, C]
         cosines = cosines.clamp_min(1e-10) if self.form == "reference" else cosines
         own = cosines.gather(1, labels.unsqueeze(1))                             # [B, 1]
@@ -587,19 +561,17 @@ class ArcFaceLoss(ClassLoss):
         beyond = own - self.margin * math.sin(self.margin)
         enlarged = torch.where(own > math.cos(math.pi - self.margin), enlarged, beyond)
         logits = self.scale * cosines.scatter(1, labels.unsqueeze(1), enlarged)
-        return mean_cross_entropy(logits, labels, weights)
+        return self.mean_cross_entropy(logits, embeddings, labels, indices_tuple)
 
 
 class ContrastiveLoss(Loss):
     """Contrastive loss: pairs of one class by d^2, others by max(0, margin - d)^2.
 
     Hadsell, Chopra, LeCun, "Dimensionality Reduction by Learning an Invariant Mapping", CVPR 2006,
-    eq. 4; d is the Euclidean distance. contrastive_margin: a plain distance. contrastive_linear: d
-    and max(0, margin - d) instead of their squares. sampling none takes all pairs of the batch.
-    embeddings [B, D] unit-norm rows, labels [B]. Departs from the paper: the mean over positive
-    pairs plus the mean over the negative pairs nearer than the margin, without the factors 1/2,
-    stands for the sum; with triplets, sampled or given, both means are over all of them, zeros
-    included, as in the code of Roth et al. 2020.
+    eq. 4; d is the Euclidean distance. embeddings [B, D] unit-norm rows, labels [B]. Departs from
+    the paper: the mean over positive pairs plus the mean over the negative pairs nearer than the
+    margin, without the factors 1/2, stands for the sum; with triplets, sampled or given, both
+    means are over all of them, zeros included, as in the code of Roth et al. 2020.
     """
 
     samplings = ("none", *TRIPLET_SAMPLINGS)
@@ -612,8 +584,7 @@ class ContrastiveLoss(Loss):
     def __init__(self, contrastive_margin=1.0, contrastive_linear=False, sampling="none",
                  **sampling_options):
         super().__init__(sampling, **sampling_options)
-        check_range(above=0, contrastive_margin=contrastive_margin)
-        self.margin = contrastive_margin
+        self.margin = check_range(above=0, contrastive_margin=contrastive_margin)
         self.squared = not contrastive_linear
 
     @full_precision
@@ -643,10 +614,9 @@ class LiftedLoss(Loss):
 
     Hermans, Beyer, Leibe, "In Defense of the Triplet Loss for Person Re-Identification", 2017, eq.
     8, after Oh Song et al., CVPR 2016: the mean over the anchors that have a positive and a
-    negative, d the plain Euclidean distance. lifted_margin: a plain distance. embeddings [B, D]
-    not normalised, labels [B]. sampling none takes all pairs of the batch. Departs from the paper:
-    lifted_l2 times the mean squared length of the embeddings keeps them from growing; form
-    reference: their mean length, as in the code of Roth et al. 2020.
+    negative, d the plain Euclidean distance. embeddings [B, D] not normalised, labels [B]. Departs
+    from the paper: lifted_l2 times the mean squared length of the embeddings keeps them from
+    growing; form reference: their mean length, as in the code of Roth et al. 2020.
     """
 
     unit_norm = False
@@ -659,9 +629,8 @@ class LiftedLoss(Loss):
     def __init__(self, lifted_margin=1.0, lifted_l2=0.005, sampling="none", form="paper",
                  **sampling_options):
         super().__init__(sampling, form, **sampling_options)
-        check_range(least=0, lifted_margin=lifted_margin, lifted_l2=lifted_l2)
-        self.margin = lifted_margin
-        self.l2 = lifted_l2
+        self.margin = check_range(least=0, lifted_margin=lifted_margin)
+        self.l2 = check_range(least=0, lifted_l2=lifted_l2)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
@@ -681,38 +650,35 @@ class MultiSimilarityLoss(Loss):
 
     Wang et al., "Multi-Similarity Loss with General Pair Weighting for Deep Metric Learning", CVPR
     2019, eq. 15: the mean over all images of the batch, s cosine similarities, sums over the pairs
-    that the sampling multisimilarity (eq. 7 and 8) leaves. multisimilarity_alpha: a,
-    multisimilarity_beta: b, multisimilarity_lambda: l, a cosine. sampling none takes all pairs.
-    embeddings [B, D] (normalised here), labels [B]. form reference: the mean over the images with
-    pairs left, as in the code of Roth et al. 2020.
+    that the sampling multisimilarity (eq. 7 and 8) leaves. embeddings [B, D] (normalised here),
+    labels [B]. form reference: the mean over the images with pairs left, as in the code of Roth et
+    al. 2020.
     """
 
     samplings = ("multisimilarity", *(name for name in PAIR_SAMPLINGS
                                       if name != "multisimilarity"), "rho")
-    flags = {"multisimilarity_alpha": "sharpness for positives, above 0; useful 1 to 20 (paper: "
-                                      "2)",
-             "multisimilarity_beta": "sharpness for negatives, above 0; useful 10 to 80 (paper: "
-                                     "50)",
-             "multisimilarity_lambda": "cosine from which a pair counts much; useful 0.3 to 1 "
+    flags = {"multisimilarity_alpha": "sharpness a for positives, above 0; useful 1 to 20 "
+                                      "(paper: 2)",
+             "multisimilarity_beta": "sharpness b for negatives, above 0; useful 10 to 80 "
+                                     "(paper: 50)",
+             "multisimilarity_lambda": "cosine l from which a pair counts much; useful 0.3 to 1 "
                                        "(paper: 1; the authors' code: 0.5)"}
 
     def __init__(self, multisimilarity_alpha=2.0, multisimilarity_beta=50.0,
                  multisimilarity_lambda=1.0, sampling="multisimilarity", form="paper",
                  **sampling_options):
         super().__init__(sampling, form, **sampling_options)
-        check_range(above=0, multisimilarity_alpha=multisimilarity_alpha,
-                    multisimilarity_beta=multisimilarity_beta)
-        check_range(least=-1, most=1, multisimilarity_lambda=multisimilarity_lambda)
-        self.alpha = multisimilarity_alpha
-        self.beta = multisimilarity_beta
-        self.threshold = multisimilarity_lambda
+        self.alpha = check_range(above=0, multisimilarity_alpha=multisimilarity_alpha)
+        self.beta = check_range(above=0, multisimilarity_beta=multisimilarity_beta)
+        self.threshold = check_range(least=-1, most=1,
+                                     multisimilarity_lambda=multisimilarity_lambda)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
         positive, negative = pairs_for(self.sampler, embeddings, labels, indices_tuple)
         beyond = cosine_matrix(embeddings) - self.threshold                      # [B, B]
-        losses = (log1p_sum_exp(-self.alpha * beyond, positive) / self.alpha
-                  + log1p_sum_exp(self.beta * beyond, negative) / self.beta)     # [B]
+        losses = (log1p_exp(masked_logsumexp(-self.alpha * beyond, positive)) / self.alpha
+                  + log1p_exp(masked_logsumexp(self.beta * beyond, negative)) / self.beta)   # [B]
         if self.form == "reference":
             return mean_where(losses, (positive | negative).any(1))
         return losses.sum() / max(1, len(losses))
@@ -724,22 +690,19 @@ class CircleLoss(Loss):
     Sun et al., "Circle Loss: A Unified Perspective of Pair Similarity Optimization", CVPR 2020,
     eq. 6 with the paper's one parameter m: weights w_n = max(0, s_n + m) and w_p = max(0, 1 + m -
     s_p), which pass no gradient, s cosine similarities. For each anchor with a positive and a
-    negative; their mean. circle_margin: m, circle_gamma: g. embeddings [B, D] (normalised here),
-    labels [B]. sampling none takes all pairs of the batch.
+    negative; their mean. embeddings [B, D] (normalised here), labels [B].
     """
 
     samplings = PAIR_SAMPLINGS
     stops_gradients = True
-    flags = {"circle_margin": "relaxation, a cosine, between -1 and 1; useful 0.2 to 0.5 (paper, "
-                              "retrieval: 0.4)",
-             "circle_gamma": "sharpness, above 0; useful 32 to 256 (paper, retrieval: 80)"}
+    flags = {"circle_margin": "relaxation m, a cosine, between -1 and 1; useful 0.2 to 0.5 "
+                              "(paper, retrieval: 0.4)",
+             "circle_gamma": "sharpness g, above 0; useful 32 to 256 (paper, retrieval: 80)"}
 
     def __init__(self, circle_margin=0.4, circle_gamma=80.0, sampling="none", **sampling_options):
         super().__init__(sampling, **sampling_options)
-        check_range(above=-1, below=1, circle_margin=circle_margin)
-        check_range(above=0, circle_gamma=circle_gamma)
-        self.margin = circle_margin
-        self.gamma = circle_gamma
+        self.margin = check_range(above=-1, below=1, circle_margin=circle_margin)
+        self.gamma = check_range(above=0, circle_gamma=circle_gamma)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
@@ -751,7 +714,7 @@ class CircleLoss(Loss):
         losses = (masked_logsumexp(self.gamma * negative_logits, negative)
                   + masked_logsumexp(self.gamma * positive_logits, positive))    # [B]
         anchors = positive.any(1) & negative.any(1)
-        return mean_where(torch.logaddexp(losses, losses.new_zeros(())), anchors)
+        return mean_where(log1p_exp(losses), anchors)
 
 
 class NTXentLoss(Loss):
@@ -759,19 +722,18 @@ class NTXentLoss(Loss):
 
     Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", ICML
     2020, eq. 1: the mean over the positive pairs of the batch, s cosine similarities, n the images
-    of other classes. ntxent_temperature: T. embeddings [B, D] (normalised here), labels [B].
-    sampling none takes all pairs. Departs from the paper, where each image has one positive: with
-    more, an anchor's other positives are not in the denominator.
+    of other classes. embeddings [B, D] (normalised here), labels [B]. Departs from the paper,
+    where each image has one positive: with more, an anchor's other positives are not in the
+    denominator.
     """
 
     samplings = PAIR_SAMPLINGS
-    flags = {"ntxent_temperature": "temperature of the cosines, above 0; useful 0.01 to 0.5 "
+    flags = {"ntxent_temperature": "temperature T of the cosines, above 0; useful 0.01 to 0.5 "
                                    "(paper, ImageNet: 0.1)"}
 
     def __init__(self, ntxent_temperature=0.1, sampling="none", **sampling_options):
         super().__init__(sampling, **sampling_options)
-        check_range(above=0, ntxent_temperature=ntxent_temperature)
-        self.temperature = ntxent_temperature
+        self.temperature = check_range(above=0, ntxent_temperature=ntxent_temperature)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
@@ -787,18 +749,17 @@ class SupConLoss(Loss):
 
     Khosla et al., "Supervised Contrastive Learning", NeurIPS 2020, eq. 2 (L_out, the mean outside
     of the logarithm): i runs over all other images of the batch, positives included; then the mean
-    over the anchors that have a positive. s: cosine similarities. supcon_temperature: T.
-    embeddings [B, D] (normalised here), labels [B]. sampling none takes all pairs.
+    over the anchors that have a positive. s: cosine similarities. embeddings [B, D] (normalised
+    here), labels [B].
     """
 
     samplings = PAIR_SAMPLINGS
-    flags = {"supcon_temperature": "temperature of the cosines, above 0; useful 0.01 to 0.5 "
+    flags = {"supcon_temperature": "temperature T of the cosines, above 0; useful 0.01 to 0.5 "
                                    "(paper: 0.1)"}
 
     def __init__(self, supcon_temperature=0.1, sampling="none", **sampling_options):
         super().__init__(sampling, **sampling_options)
-        check_range(above=0, supcon_temperature=supcon_temperature)
-        self.temperature = supcon_temperature
+        self.temperature = check_range(above=0, supcon_temperature=supcon_temperature)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
@@ -814,12 +775,11 @@ class AngularLoss(Loss):
     """N-pair loss plus an angular one: log(1 + sum_n exp(4 t (a + p).n - 2 (1 + t) a.p)).
 
     Wang et al., "Deep Metric Learning with Angular Loss", ICCV 2017, eq. 8 and 9: t = tan^2 of
-    angular_alpha, which is in degrees and bounds the angle at the negative; the mean over anchors.
-    The n-pair loss on the embeddings as they are has weight 1, the angular one, on unit vectors,
-    angular_weight. The negatives of an anchor are the positives of the batch's other classes.
-    l2npair: as in NPairLoss. embeddings [B, D] not normalised, labels [B]. Departs from the paper:
-    the anchors of other classes are no negatives, as in the n-pair loss. form reference: tuples
-    and penalty as in NPairLoss, and the n-pair exponents end at -50 and 50.
+    angular_alpha; the mean over anchors. The n-pair loss on the embeddings as they are has weight
+    1, the angular one, on unit vectors, angular_weight. The negatives of an anchor are the
+    positives of the batch's other classes. embeddings [B, D] not normalised, labels [B]. Departs
+    from the paper: the anchors of other classes are no negatives, as in the n-pair loss. form
+    reference: tuples and penalty as in NPairLoss, and the n-pair exponents end at -50 and 50.
     """
 
     unit_norm = False
@@ -832,10 +792,9 @@ class AngularLoss(Loss):
     def __init__(self, angular_alpha=45.0, angular_weight=2.0, l2npair=0.02, form="paper"):
         super().__init__("npair", form)
         check_range(above=0, below=90, angular_alpha=angular_alpha)
-        check_range(least=0, angular_weight=angular_weight, l2npair=l2npair)
         self.sq_tangent = math.tan(math.radians(angular_alpha)) ** 2
-        self.weight = angular_weight
-        self.l2npair = l2npair
+        self.weight = check_range(least=0, angular_weight=angular_weight)
+        self.l2npair = check_range(least=0, l2npair=l2npair)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
@@ -844,7 +803,7 @@ class AngularLoss(Loss):
         a, p = (rows.index_select(0, part) for part in (tuples.anchors, tuples.positives))
         logits = (4 * self.sq_tangent * tuples.products(a + p, rows)
                   - 2 * (1 + self.sq_tangent) * (a * p).sum(1, keepdim=True))    # [T, N]
-        losses = self.weight * log1p_sum_exp(logits, tuples.is_negative)         # [T]
+        losses = self.weight * log1p_exp(masked_logsumexp(logits, tuples.is_negative))    # [T]
         most = math.inf if self.sampler.form == "paper" else 50
         losses = losses + tuples.npair_losses(embeddings, self.l2npair, most)
         return mean_where(losses, tuples.valid)
@@ -856,10 +815,10 @@ class HistogramLoss(Loss):
     Ustinova and Lempitsky, "Learning Deep Embeddings with Histogram Loss", NIPS 2016, eq. 2 to 4:
     the cosines of the batch's positive and negative pairs are put, linearly, on the nodes of two
     histograms h+ and h- over [-1, 1]; the loss is the sum over nodes r of h-(r) times the sum of
-    h+ up to r. histogram_bins: intervals, one fewer than nodes. embeddings [B, D] (normalised
-    here), labels [B]. indices_tuple picks the pairs. 0 without a positive or a negative pair. form
-    reference: as in the code of Roth et al. 2020, a cell's upper node gets its share only where
-    two floating-point sums agree: with 64 bins everywhere, with 10 not in six of the cells.
+    h+ up to r. embeddings [B, D] (normalised here), labels [B]. 0 without a positive or a negative
+    pair. form reference: as in the code of Roth et al. 2020, a cell's upper node gets its share
+    only where two floating-point sums agree: with 64 bins everywhere, with 10 not in six of the
+    cells.
     """
 
     flags = {"histogram_bins": "intervals between cosines -1 and 1, 1 or more; fewer for fewer "
@@ -867,8 +826,7 @@ class HistogramLoss(Loss):
 
     def __init__(self, histogram_bins=100, form="paper"):
         super().__init__(form=form)
-        check_range(least=1, histogram_bins=histogram_bins)
-        self.bins = histogram_bins
+        self.bins = check_range(least=1, histogram_bins=histogram_bins)
         width = 2 / histogram_bins
         nodes = [k * width - 1 for k in range(histogram_bins)] + [1]
         agree = torch.tensor([lower == upper - width for lower, upper in zip(nodes, nodes[1:])])
@@ -877,7 +835,7 @@ class HistogramLoss(Loss):
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
         # Each pair stands twice in the masks, which changes no share.
-        pairs = pairs_for(None, embeddings, labels, indices_tuple)
+        pairs = pairs_for(self.sampler, embeddings, labels, indices_tuple)
         places = (cosine_matrix(embeddings).clamp(-1, 1) + 1) * (self.bins / 2)  # [B, B]
         positive, negative = (
             soft_histogram(places.view(1, -1), mask.reshape(1, -1), self.bins, self.kept)
@@ -906,7 +864,7 @@ class FastAPLoss(Loss):
     with a positive of 1 - (1 / N+) sum_l h+_l H+_l / H_l. h+_l and h_l: histograms over [0, 4] of
     the positives and of all others, each shared linearly by the two nearest of fastap_bins + 1
     nodes; H+, H: their cumulative sums. The query itself is in none. embeddings [B, D] (normalised
-    here), labels [B]. indices_tuple picks the pairs.
+    here), labels [B].
     """
 
     flags = {"fastap_bins": "intervals between squared distances 0 and 4, 1 or more; useful 10 "
@@ -914,12 +872,11 @@ class FastAPLoss(Loss):
 
     def __init__(self, fastap_bins=10):
         super().__init__()
-        check_range(least=1, fastap_bins=fastap_bins)
-        self.bins = fastap_bins
+        self.bins = check_range(least=1, fastap_bins=fastap_bins)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
-        positive, negative = pairs_for(None, embeddings, labels, indices_tuple)
+        positive, negative = pairs_for(self.sampler, embeddings, labels, indices_tuple)
         # On the unit sphere the squared distance is 2 - 2 s, from 0 to 4.
         places = (1 - cosine_matrix(embeddings).clamp(-1, 1)) * (self.bins / 2)  # [B, B]
         true = soft_histogram(places, positive, self.bins)                       # [B, bins + 1]
@@ -937,8 +894,8 @@ class SmoothAPLoss(Loss):
     eq. 7: the mean over the queries with a positive of 1 - (1 / P) sum_i (1 + sum of g(s_j - s_i)
     over the other positives j) / (1 + the same over all other images j). g(x) is the sigmoid of x
     / smoothap_temperature, s cosine similarities to the query, which is itself in no sum. Classes
-    may differ in size. embeddings [B, D] (normalised here), labels [B]. indices_tuple picks the
-    pairs. How many positives there are is looked up, so a GPU waits.
+    may differ in size. embeddings [B, D] (normalised here), labels [B]. How many positives there
+    are is looked up, so a GPU waits.
     """
 
     flags = {"smoothap_temperature": "width of the sigmoid that compares cosines, above 0; "
@@ -946,12 +903,11 @@ class SmoothAPLoss(Loss):
 
     def __init__(self, smoothap_temperature=0.01):
         super().__init__()
-        check_range(above=0, smoothap_temperature=smoothap_temperature)
-        self.temperature = smoothap_temperature
+        self.temperature = check_range(above=0, smoothap_temperature=smoothap_temperature)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
-        positive, negative = pairs_for(None, embeddings, labels, indices_tuple)
+        positive, negative = pairs_for(self.sampler, embeddings, labels, indices_tuple)
         valid, among_positives, among_all = smooth_ranks(cosine_matrix(embeddings), positive,
                                                          negative, self.temperature)  # [B, W]
         count = valid.sum(1)
@@ -965,7 +921,7 @@ def smooth_ranks(similarities, positive, negative, temperature):
     similarities, positive, negative: [B, B]; results [B, W], W the most positives of a query, in
     no order. A rank is 1 plus the sum over the other images of sigmoid((s_j - s_i) / temperature).
     """
-    width = int(positive.sum(1).max()) if len(positive) else 0
+    width = max(1, int(positive.sum(1).max()))
     valid, columns = positive.float().topk(width, 1)                             # [B, W]
 
     def ranks_of(similarities, column):
@@ -975,9 +931,6 @@ def smooth_ranks(similarities, positive, negative, temperature):
         true = (nearer * positive).sum(1)
         return torch.stack([1 + true, 1 + true + (nearer * negative).sum(1)], 1)  # [B, 2]
 
-    if not width:
-        nothing = similarities[:, :0]
-        return nothing > 0, nothing, nothing
     # Each column's [B, B] is made again in the backward pass instead of being kept.
     ranks = torch.stack([torch.utils.checkpoint.checkpoint(
         ranks_of, similarities, column, use_reentrant=False, preserve_rng_state=False)
@@ -991,9 +944,8 @@ class RecallAtKLoss(Loss):
     Patel, Tolias, Matas, "Recall@k Surrogate Loss with Large Batches and Similarity Mixup", CVPR
     2022, eq. 5 to 8: for each query the positives' ranks r come from sigmoids of width
     recallatk_tau2, as in SmoothAPLoss; the recall at k is min(k, sum of sigmoid((k - r) /
-    recallatk_tau1)) / min(k, P). The query itself is in no sum. recallatk_k: the ks. embeddings
-    [B, D] (normalised here), labels [B]. indices_tuple picks the pairs. How many positives there
-    are is looked up, so a GPU waits.
+    recallatk_tau1)) / min(k, P). The query itself is in no sum. embeddings [B, D] (normalised
+    here), labels [B]. How many positives there are is looked up, so a GPU waits.
     """
 
     flags = {"recallatk_k": "the k whose recall is averaged, 1 or more (paper: 1 2 4 8 16)",
@@ -1006,13 +958,13 @@ class RecallAtKLoss(Loss):
         super().__init__()
         for k in recallatk_k:
             check_range(least=1, recallatk_k=k)
-        check_range(above=0, recallatk_tau1=recallatk_tau1, recallatk_tau2=recallatk_tau2)
-        self.k_vals = tuple(recallatk_k)
-        self.tau1, self.tau2 = recallatk_tau1, recallatk_tau2
+        self.k_vals = tuple(check_range(least=1, recallatk_k=k) for k in recallatk_k)
+        self.tau1 = check_range(above=0, recallatk_tau1=recallatk_tau1)
+        self.tau2 = check_range(above=0, recallatk_tau2=recallatk_tau2)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
-        positive, negative = pairs_for(None, embeddings, labels, indices_tuple)
+        positive, negative = pairs_for(self.sampler, embeddings, labels, indices_tuple)
         valid, _, ranks = smooth_ranks(cosine_matrix(embeddings), positive, negative, self.tau2)
         count = valid.sum(1)                                                     # [B]
         recall = 0
@@ -1039,9 +991,8 @@ class SNRLoss(Loss):
 
     def __init__(self, snr_margin=0.2, snr_lambda=0.005, sampling="distance", **sampling_options):
         super().__init__(sampling, **sampling_options)
-        check_range(least=0, snr_margin=snr_margin, snr_lambda=snr_lambda)
-        self.margin = snr_margin
-        self.weight = snr_lambda
+        self.margin = check_range(least=0, snr_margin=snr_margin)
+        self.weight = check_range(least=0, snr_lambda=snr_lambda)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
@@ -1080,18 +1031,15 @@ class QuadrupletLoss(Loss):
 
     def __init__(self, quadruplet_margin1=0.2, quadruplet_margin2=0.2, sampling="distance",
                  form="paper", **sampling_options):
-        check_range(least=0, quadruplet_margin1=quadruplet_margin1,
-                    quadruplet_margin2=quadruplet_margin2)
-        super().__init__(sampling, form, **{**sampling_options, "margin": quadruplet_margin1,
-                                            "squared": form == "paper"})
-        self.margin1, self.margin2 = quadruplet_margin1, quadruplet_margin2
+        super().__init__(sampling, form, **{
+            **sampling_options, "squared": form == "paper",
+            "margin": check_range(least=0, quadruplet_margin1=quadruplet_margin1)})
+        self.margin1 = quadruplet_margin1
+        self.margin2 = check_range(least=0, quadruplet_margin2=quadruplet_margin2)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
-        if indices_tuple is None:
-            tuples = self.sampler.give(embeddings, labels, padded=True)          # [T, 3]
-        else:
-            tuples = as_index_tuples(indices_tuple, labels)                      # [T, 3 or 4]
+        tuples = tuples_for(self.sampler, embeddings, labels, indices_tuple)     # [T, 3 or 4]
         if tuples.shape[1] == 3:
             tuples = self.complete(tuples, labels)
         elif tuples.shape[1] != 4:
@@ -1139,20 +1087,17 @@ class ProxyAnchorLoss(ClassLoss):
     Kim et al., "Proxy Anchor Loss for Deep Metric Learning", CVPR 2020, eq. 4: the mean over the
     proxies with an image in the batch of log(1 + sum over their images of exp(-a (s - delta))),
     plus the mean over all proxies of log(1 + sum over other images of exp(a (s + delta))), s
-    cosine similarities. proxyanchor_alpha: a; proxyanchor_delta: a cosine. embeddings [B, D]
-    (normalised here), labels [B] below num_classes. indices_tuple: image_weights.
+    cosine similarities. embeddings [B, D] (normalised here), labels [B] below num_classes.
     """
 
     lr_factor = 100  # authors' code
-    flags = {"proxyanchor_alpha": "sharpness, above 0; useful 16 to 64 (paper: 32)",
-             "proxyanchor_delta": "margin, a cosine; useful 0 to 0.4 (paper: 0.1)"}
+    flags = {"proxyanchor_alpha": "sharpness a, above 0; useful 16 to 64 (paper: 32)",
+             "proxyanchor_delta": "margin delta, a cosine; useful 0 to 0.4 (paper: 0.1)"}
 
     def __init__(self, num_classes, embed_dim, proxyanchor_alpha=32.0, proxyanchor_delta=0.1):
         super().__init__(num_classes)
-        check_range(above=0, proxyanchor_alpha=proxyanchor_alpha)
-        check_range(least=-1, most=1, proxyanchor_delta=proxyanchor_delta)
-        self.alpha = proxyanchor_alpha
-        self.delta = proxyanchor_delta
+        self.alpha = check_range(above=0, proxyanchor_alpha=proxyanchor_alpha)
+        self.delta = check_range(least=-1, most=1, proxyanchor_delta=proxyanchor_delta)
         self.proxies = torch.nn.Parameter(torch.empty(num_classes, embed_dim))
         torch.nn.init.kaiming_normal_(self.proxies, mode="fan_out")
 
@@ -1171,7 +1116,7 @@ class ProxyAnchorLoss(ClassLoss):
         positive_terms = (most + total.log()) * present
         push = self.alpha * (cosines + self.delta) + (weights - 1).unsqueeze(1)
         push = push.scatter(1, own, -torch.inf)
-        negative_terms = torch.logaddexp(torch.logsumexp(push, 0), push.new_zeros(()))   # [C]
+        negative_terms = log1p_exp(torch.logsumexp(push, 0))                     # [C]
         # Times 0 where no tuple is valid.
         return weights.amax() * (positive_terms.sum() / present.sum() + negative_terms.mean())
 
@@ -1181,36 +1126,34 @@ class ProxyNCAPlusPlusLoss(ClassLoss):
 
     Teh, DeVries, Taylor, "ProxyNCA++: Revisiting and Revitalizing Proxy Neighborhood Component
     Analysis", ECCV 2020, eq. 5 and section 3.4: of unit vectors, the image's own proxy in the sum,
-    at the temperature T, proxyncapp_temperature. embeddings [B, D] (normalised here), labels [B]
-    below num_classes. indices_tuple: image_weights. The paper's pooling, layer normalisation and
-    Adam with an epsilon of 1 are not part of a loss and not built here.
+    at the temperature T. embeddings [B, D] (normalised here), labels [B] below num_classes. The
+    paper's pooling, layer normalisation and Adam with an epsilon of 1 are not part of a loss and
+    not built here.
     """
 
     lr_factor = 100  # the authors' is 1e5, with that epsilon
-    flags = {"proxyncapp_temperature": "temperature of the squared distances, above 0; useful "
+    flags = {"proxyncapp_temperature": "temperature T of the squared distances, above 0; useful "
                                        "0.03 to 1 (paper: 1/9)"}
 
     def __init__(self, num_classes, embed_dim, proxyncapp_temperature=1 / 9):
         super().__init__(num_classes)
-        check_range(above=0, proxyncapp_temperature=proxyncapp_temperature)
-        self.temperature = proxyncapp_temperature
+        self.temperature = check_range(above=0, proxyncapp_temperature=proxyncapp_temperature)
         self.proxies = torch.nn.Parameter(torch.randn(num_classes, embed_dim) / 8)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
         # -d = 2 s - 2; the constant cancels in the softmax.
         scaled = F.normalize(embeddings, dim=1) * (2 / self.temperature)
-        return mean_cross_entropy(scaled @ unit_weights(self.proxies, scaled).t(), labels,
-                                  image_weights(embeddings, labels, indices_tuple))
+        logits = scaled @ unit_weights(self.proxies, scaled).t()                 # [B, C]
+        return self.mean_cross_entropy(logits, embeddings, labels, indices_tuple)
 
 
 class NormSoftmaxLoss(ClassLoss):
     """Normalised softmax: the cross-entropy of cosines to class weights over a temperature.
 
     Zhai and Wu, "Classification is a Strong Baseline for Deep Metric Learning", BMVC 2019, eq. 3.
-    normsoftmax_temperature: of the cosines. embeddings [B, D] (normalised here), labels [B] below
-    num_classes. indices_tuple: image_weights. The paper's layer normalisation is the network's and
-    not built here.
+    embeddings [B, D] (normalised here), labels [B] below num_classes. The paper's layer
+    normalisation is the network's and not built here.
     """
 
     lr_factor = 50  # Roth et al. 2020 have 1 on CUB and Cars, 200 on Online Products
@@ -1219,36 +1162,32 @@ class NormSoftmaxLoss(ClassLoss):
 
     def __init__(self, num_classes, embed_dim, normsoftmax_temperature=0.05):
         super().__init__(num_classes)
-        check_range(above=0, normsoftmax_temperature=normsoftmax_temperature)
-        self.temperature = normsoftmax_temperature
+        self.temperature = check_range(above=0, normsoftmax_temperature=normsoftmax_temperature)
         self.weight = class_weights(num_classes, embed_dim)
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
         scaled = F.normalize(embeddings, dim=1) / self.temperature
-        return mean_cross_entropy(scaled @ unit_weights(self.weight, scaled).t(), labels,
-                                  image_weights(embeddings, labels, indices_tuple))
+        logits = scaled @ unit_weights(self.weight, scaled).t()                  # [B, C]
+        return self.mean_cross_entropy(logits, embeddings, labels, indices_tuple)
 
 
 class CosFaceLoss(ClassLoss):
     """CosFace: softmax over cosines to class weights, the own class's lowered by a margin.
 
     Wang et al., "CosFace: Large Margin Cosine Loss for Deep Face Recognition", CVPR 2018, eq. 4:
-    the cross-entropy of logits s cos(theta_j), for the own class s (cos(theta_y) - m).
-    cosface_scale: s; cosface_margin: m, a cosine. embeddings [B, D] (normalised here), labels [B]
-    below num_classes. indices_tuple: image_weights.
+    the cross-entropy of logits s cos(theta_j), for the own class s (cos(theta_y) - m). embeddings
+    [B, D] (normalised here), labels [B] below num_classes.
     """
 
     lr_factor = 50  # as ArcFace's
-    flags = {"cosface_scale": "factor of the cosines, above 0; useful 16 to 128 (paper: 64)",
-             "cosface_margin": "margin, a cosine, 0 to 2; useful 0.1 to 0.5 (paper: 0.35)"}
+    flags = {"cosface_scale": "factor s of the cosines, above 0; useful 16 to 128 (paper: 64)",
+             "cosface_margin": "margin m, a cosine, 0 to 2; useful 0.1 to 0.5 (paper: 0.35)"}
 
     def __init__(self, num_classes, embed_dim, cosface_scale=64.0, cosface_margin=0.35):
         super().__init__(num_classes)
-        check_range(above=0, cosface_scale=cosface_scale)
-        check_range(least=0, most=2, cosface_margin=cosface_margin)
-        self.scale = cosface_scale
-        self.margin = cosface_margin
+        self.scale = check_range(above=0, cosface_scale=cosface_scale)
+        self.margin = check_range(least=0, most=2, cosface_margin=cosface_margin)
         self.weight = class_weights(num_classes, embed_dim)
 
     @full_precision
@@ -1256,8 +1195,8 @@ class CosFaceLoss(ClassLoss):
         scaled = F.normalize(embeddings, dim=1) * self.scale
         logits = scaled @ unit_weights(self.weight, scaled).t()                  # [B, C]
         margins = logits.new_full((len(labels), 1), -self.scale * self.margin)
-        return mean_cross_entropy(logits.scatter_add(1, labels.unsqueeze(1), margins), labels,
-                                  image_weights(embeddings, labels, indices_tuple))
+        logits = logits.scatter_add(1, labels.unsqueeze(1), margins)
+        return self.mean_cross_entropy(logits, embeddings, labels, indices_tuple)
 
 
 class SphereFaceLoss(ClassLoss):
@@ -1265,17 +1204,16 @@ class SphereFaceLoss(ClassLoss):
 
     Liu et al., "SphereFace: Deep Hypersphere Embedding for Face Recognition", CVPR 2017, eq. 7 and
     8: the own class's logit is s psi(theta), psi(theta) = (-1)^k cos(m theta) - 2 k for theta from
-    k pi / m to (k + 1) pi / m. sphereface_margin: m. The margin is phased in, as in the paper: the
-    logit is (l cos(theta) + psi(theta)) / (1 + l), where l falls with the number t of training
-    steps as 1500 / (1 + t / 10), a common choice, down to sphereface_lambda. embeddings [B, D]
-    (normalised here), labels [B] below num_classes. indices_tuple: image_weights.
-    Departs from the paper: s is the constant sphereface_scale, not the length of the embedding,
-    since retrieval is by distances of unit vectors.
+    k pi / m to (k + 1) pi / m. The margin is phased in, as in the paper: the logit is (l
+    cos(theta) + psi(theta)) / (1 + l), where l falls with the number t of training steps as 1500 /
+    (1 + t / 10), a common choice, down to sphereface_lambda. embeddings [B, D] (normalised here),
+    labels [B] below num_classes. Departs from the paper: s is the constant sphereface_scale, not
+    the length of the embedding, since retrieval is by distances of unit vectors.
     """
 
     lr_factor = 50  # as ArcFace's
-    flags = {"sphereface_margin": "whole-numbered factor of the angle, 1 or more; useful 2 to 4 "
-                                  "(paper: 4)",
+    flags = {"sphereface_margin": "whole-numbered factor m of the angle, 1 or more; useful 2 to "
+                                  "4 (paper: 4)",
              "sphereface_lambda": "least weight of the plain cosine beside the one with the "
                                   "margin, which starts at 1,500 and falls; 0 or more",
              "sphereface_scale": "factor of the cosines, above 0; useful 16 to 128"}
@@ -1283,12 +1221,9 @@ class SphereFaceLoss(ClassLoss):
     def __init__(self, num_classes, embed_dim, sphereface_margin=4, sphereface_lambda=5.0,
                  sphereface_scale=64.0):
         super().__init__(num_classes)
-        check_range(least=1, sphereface_margin=sphereface_margin)
-        check_range(least=0, sphereface_lambda=sphereface_lambda)
-        check_range(above=0, sphereface_scale=sphereface_scale)
-        self.margin = sphereface_margin
-        self.least = sphereface_lambda
-        self.scale = sphereface_scale
+        self.margin = check_range(least=1, sphereface_margin=sphereface_margin)
+        self.least = check_range(least=0, sphereface_lambda=sphereface_lambda)
+        self.scale = check_range(above=0, sphereface_scale=sphereface_scale)
         self.weight = class_weights(num_classes, embed_dim, length=1)  # authors' code
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
@@ -1298,8 +1233,7 @@ class SphereFaceLoss(ClassLoss):
         plain = (1500 / (1 + steps / 10)).clamp_min(self.least)                  # l
         if self.training:
             self.steps += 1
-        rows = F.normalize(embeddings, dim=1)
-        cosines = rows @ unit_weights(self.weight, rows).t()                     # [B, C]
+        cosines = cosine_matrix(embeddings, self.weight)                         # [B, C]
         own = cosines.gather(1, labels.unsqueeze(1)).clamp(-1, 1)                # [B, 1]
         # cos(m theta) is Chebyshev's polynomial of cos(theta), whose slope is finite everywhere.
         before, multiple = torch.ones_like(own), own
@@ -1309,8 +1243,7 @@ class SphereFaceLoss(ClassLoss):
         psi = (1 - 2 * (turns % 2)) * multiple - 2 * turns
         enlarged = (plain * own + psi) / (1 + plain)
         logits = self.scale * cosines.scatter(1, labels.unsqueeze(1), enlarged.to(own.dtype))
-        return mean_cross_entropy(logits, labels,
-                                  image_weights(embeddings, labels, indices_tuple))
+        return self.mean_cross_entropy(logits, embeddings, labels, indices_tuple)
 
 
 class SoftTripleLoss(ClassLoss):
@@ -1320,11 +1253,10 @@ class SoftTripleLoss(ClassLoss):
     to 10: the similarity to a class is the mean of the cosines s_k to its centres, weighted by
     softmax(s_k / gamma); the loss is the cross-entropy of lambda times it, softtriple_delta
     subtracted for the own class, plus tau times half the mean over the pairs of a class's centres
-    of their distance, which merges centres. softtriple_centers: of a class. embeddings [B, D]
-    (normalised here), labels [B] below num_classes. indices_tuple: image_weights. form reference:
-    the code of Roth et al. 2020, which differs in three places: the softmax is of gamma s_k, not
-    s_k / gamma; it runs over the classes, for each place of a centre, not over a class's centres;
-    and each dimension of all centres has length one, not each centre.
+    of their distance, which merges centres. embeddings [B, D] (normalised here), labels [B] below
+    num_classes. form reference: the code of Roth et al. 2020, which differs in three places: the
+    softmax is of gamma s_k, not s_k / gamma; it runs over the classes, for each place of a centre,
+    not over a class's centres; and each dimension of all centres has length one, not each centre.
     """
 
     lr_factor = 100  # authors' code
@@ -1339,16 +1271,13 @@ class SoftTripleLoss(ClassLoss):
     def __init__(self, num_classes, embed_dim, softtriple_centers=10, softtriple_lambda=20.0,
                  softtriple_gamma=0.1, softtriple_delta=0.01, softtriple_tau=0.2, form="paper"):
         super().__init__(num_classes, form=form)
-        check_range(least=1, softtriple_centers=softtriple_centers)
-        check_range(above=0, softtriple_lambda=softtriple_lambda,
-                    softtriple_gamma=softtriple_gamma)
-        check_range(least=0, softtriple_delta=softtriple_delta, softtriple_tau=softtriple_tau)
-        self.scale = softtriple_lambda
-        self.gamma = softtriple_gamma
-        self.margin = softtriple_delta
-        self.tau = softtriple_tau
-        self.centers = torch.nn.Parameter(torch.empty(num_classes, softtriple_centers, embed_dim))
-        bound = (num_classes * softtriple_centers) ** -0.5  # authors' code
+        self.scale = check_range(above=0, softtriple_lambda=softtriple_lambda)
+        self.gamma = check_range(above=0, softtriple_gamma=softtriple_gamma)
+        self.margin = check_range(least=0, softtriple_delta=softtriple_delta)
+        self.tau = check_range(least=0, softtriple_tau=softtriple_tau)
+        number = check_range(least=1, softtriple_centers=softtriple_centers)
+        self.centers = torch.nn.Parameter(torch.empty(num_classes, number, embed_dim))
+        bound = (num_classes * number) ** -0.5  # authors' code
         torch.nn.init.uniform_(self.centers, -bound, bound)
 
     @full_precision
@@ -1363,8 +1292,7 @@ class SoftTripleLoss(ClassLoss):
         similarities = (weights * cosines).sum(1)                                # [B, C]
         margins = similarities.new_full((len(labels), 1), -self.margin)
         logits = self.scale * similarities.scatter_add(1, labels.unsqueeze(1), margins)
-        loss = mean_cross_entropy(logits, labels,
-                                  image_weights(embeddings, labels, indices_tuple))
+        loss = self.mean_cross_entropy(logits, embeddings, labels, indices_tuple)
         number = centers.shape[1]
         if self.tau == 0 or number == 1:
             return loss

@@ -114,14 +114,15 @@ def draw_columns(weights, number=None):
     return columns.squeeze(1) if number is None else columns
 
 
-def check_range(above=-math.inf, least=-math.inf, most=math.inf, below=math.inf, **flags):
-    """ValueError for a scalar, given under its flag's name, outside of what makes sense."""
-    allowed = " and ".join(f"{word} {bound:g}" for word, bound in (
-        ("above", above), ("at least", least), ("at most", most), ("below", below))
-        if math.isfinite(bound))
-    for name, value in flags.items():
-        if not (above < value < below and least <= value <= most):
-            raise ValueError(f"--{name} {value}: it must be {allowed or 'a finite number'}")
+def check_range(above=-math.inf, least=-math.inf, most=math.inf, below=math.inf, **flag):
+    """A scalar, given under its flag's name, as it is; ValueError outside of what makes sense."""
+    (name, value), = flag.items()
+    if not (above < value < below and least <= value <= most):
+        allowed = " and ".join(f"{word} {bound:g}" for word, bound in (
+            ("above", above), ("at least", least), ("at most", most), ("below", below))
+            if math.isfinite(bound))
+        raise ValueError(f"--{name} {value}: it must be {allowed}")
+    return value
 
 
 def check_form(form):
@@ -153,21 +154,18 @@ class Sampler(torch.nn.Module):
         if method not in METHODS:
             raise ValueError(f"no sampling method {method!r}; --sampling takes "
                              f"{', '.join(METHODS)}")
-        check_range(least=0, margin=margin, mining_epsilon=mining_epsilon)
-        check_range(least=0, most=1, rho_probability=rho_probability)
-        check_range(above=0, lower_cutoff=lower_cutoff)
         if distance_cutoff is not None:
             check_range(above=lower_cutoff, distance_cutoff=distance_cutoff)
         if positives != "one" and (positives != "all" or method not in DRAW_NEGATIVES):
             raise ValueError(f"--positives {positives} with --sampling {method}: it is one, or "
                              f"all for {', '.join(DRAW_NEGATIVES)}")
         self.method = method
-        self.margin = margin
+        self.margin = check_range(least=0, margin=margin)
         self.squared = squared
         self.distance_cutoff = distance_cutoff
-        self.lower_cutoff = lower_cutoff
-        self.mining_epsilon = mining_epsilon
-        self.rho_probability = rho_probability
+        self.lower_cutoff = check_range(above=0, lower_cutoff=lower_cutoff)
+        self.mining_epsilon = check_range(least=0, mining_epsilon=mining_epsilon)
+        self.rho_probability = check_range(least=0, most=1, rho_probability=rho_probability)
         self.positives = positives
         self.form = check_form(form)
         if (method, positives, form) == ("random", "all", "reference"):

@@ -1458,15 +1458,6 @@ def test_proxynca_with_11318_proxies_is_an_ordinary_step():
     assert loss.proxies.grad.isfinite().all() and loss.proxies.grad.any()
 
 
-def test_proxynca_of_one_class_needs_the_positive_in_the_denominator():
-    """One class leaves no other proxy; with its own in the sum the loss is log 1 = 0."""
-    with pytest.raises(ValueError, match="--proxynca_positive_in_denominator"):
-        ProxyNCALoss(1, 4)
-    loss = ProxyNCALoss(1, 4, proxynca_positive_in_denominator=True)
-    value = loss(torch.eye(4), torch.zeros(4, dtype=torch.long))
-    assert value.item() == pytest.approx(0, abs=1e-6)
-
-
 # ---- ArcFace: all angles
 
 def at_angles(degrees, dtype=torch.float64):
@@ -2552,8 +2543,7 @@ class WeightsByColumn(losses.ClassLoss):
     def forward(self, embeddings, labels, indices_tuple=None):
         cosines = F.normalize(embeddings, dim=1) @ F.normalize(self.weight, dim=0).to(
             embeddings.dtype)
-        weights = losses.image_weights(embeddings, labels, indices_tuple)
-        return losses.mean_cross_entropy(10 * cosines, labels, weights)
+        return self.mean_cross_entropy(10 * cosines, embeddings, labels, indices_tuple)
 
 
 class EvenBatches(SoundLoss):
