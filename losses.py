@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 
 import samplers
-from samplers import (Sampler, check_form, check_range, draw_columns, pairwise_sq_distances)
+from samplers import Sampler, check_form, check_range, draw_columns, pairwise_sq_distances
 
 # The first is the default.
 TRIPLET_SAMPLINGS = tuple(name for name in samplers.METHODS if name != "npair")
@@ -32,24 +32,19 @@ PAIR_SAMPLINGS = ("none", *(name for name in TRIPLET_SAMPLINGS if name != "rho")
 class Loss(torch.nn.Module):
     """Base of the losses, forward(embeddings [B, D], labels [B], indices_tuple=None) -> scalar.
 
-    The class says unit_norm, whether it wants embeddings of length one; samplings, which
-    --sampling it takes, the default first; min_samples_per_class, how many images of a class a
-    batch should hold at least, and default_samples_per_class unless the user says; lr_flag, the
-    option with the learning rate of its own weights, and lr_factor, how much faster than the
-    network they learn by default; flags, {option: help}, its constructor's parameters that no
-    other loss has said before. sampling: one of samplings, "none" for no sampler. form, see
-    add_arguments, and sampling_options: samplers.Sampler's. repr shows the hyper-parameters, and
-    the sampler if there is one.
+    sampling: one of samplings, "none" for no sampler. form: one of samplers.FORMS; a docstring
+    says what the reference form computes, where there is one. sampling_options: those of
+    samplers.Sampler. repr shows the hyper-parameters and the sampler.
     """
 
-    unit_norm = True
-    samplings = ()
-    min_samples_per_class = 2
-    default_samples_per_class = 4
-    lr_flag, lr_factor = None, 1
-    flags = {}
-    num_classes = None                  # with weights for classes, how many
-    stops_gradients = False             # so that the numbers' slope is not the gradient
+    unit_norm = True                # it wants embeddings of length one
+    samplings = ()                  # which --sampling it takes, the default first
+    min_samples_per_class = 2       # how many images of a class a batch should hold at least
+    default_samples_per_class = 4   # unless the user says
+    lr_flag, lr_factor = None, 1    # of its own weights: the option of their rate, times --lr
+    flags = {}                      # option: help, of parameters that no loss above has named
+    num_classes = None              # with weights for classes, how many
+    stops_gradients = False         # so that the numbers' slope is not the gradient
     rotation_invariant = True
 
     def __init__(self, sampling="none", form="paper", **sampling_options):
@@ -67,7 +62,7 @@ class Loss(torch.nn.Module):
 
 
 class ClassLoss(Loss):
-    """Base of the losses that compare images with weights of classes, 0 to num_classes - 1.
+    """Base of the losses that compare images with weights of classes; labels below num_classes.
 
     indices_tuple, and the sampling of those that have one, weigh the images: image_weights.
     """
@@ -110,9 +105,6 @@ def check_batch(loss, embeddings, labels):
     values is left out on a GPU, which would have to wait for it.
     """
     name = type(loss).__name__
-    if not (torch.is_tensor(embeddings) and torch.is_tensor(labels)):
-        raise ValueError(f"{name}: embeddings are a {type(embeddings).__name__}, labels a "
-                         f"{type(labels).__name__}; both must be tensors (torch.as_tensor)")
     if embeddings.dim() != 2 or labels.shape != embeddings.shape[:1]:
         raise ValueError(f"{name}: embeddings of shape {list(embeddings.shape)} with labels of "
                          f"shape {list(labels.shape)}; it takes [B, D] and [B]")
@@ -133,21 +125,12 @@ def check_batch(loss, embeddings, labels):
 
 
 def index_vectors(indices_tuple, labels):
-    """Index vectors, (a, p, n) or (a1, p, a2, n), as a list of tensors; None for another form.
-
-    labels [B]: of the batch that they index. ValueError for vectors that do not fit together.
-    """
-    if not isinstance(indices_tuple, (tuple, list)) or not hasattr(
+    """A tuple of index vectors as a list of tensors; None for another form of indices_tuple."""
+    if not isinstance(indices_tuple, tuple) or not hasattr(
             next(iter(indices_tuple), None), "shape"):
         return None
     vectors = [torch.as_tensor(vector, dtype=torch.long, device=labels.device)
                for vector in indices_tuple]
-    lengths = [vector.numel() for vector in vectors]
-    if isinstance(indices_tuple, list) or lengths not in (
-            lengths[:1] * 3, lengths[:1] * 2 + lengths[-1:] * 2):
-        raise ValueError(f"indices_tuple is a {type(indices_tuple).__name__} of {len(lengths)} "
-                         f"index vectors of lengths {lengths}; it takes a tuple of three (a, p, n)"
-                         " or of two pairs (a1, p, a2, n) of equal lengths, or [T, 3]")
     for vector in vectors:
         check_indices(vector, labels)
     return vectors
@@ -162,10 +145,7 @@ def check_indices(indices, labels):
 
 
 def pair_mask(first, second, valid, labels):
-    """The pairs (first[t], second[t]) that are valid, [T] each, as a mask [B, B].
-
-    An image is no pair with itself.
-    """
+    """The pairs (first[t], second[t]) of two images that are valid, [T] each: a mask [B, B]."""
     number = len(labels)
     # One element more than pairs: it takes what is not valid.
     pair = torch.where(valid & (first != second), first * number + second, number * number)
@@ -176,7 +156,7 @@ def pair_mask(first, second, valid, labels):
 def given_pairs(indices_tuple, labels):
     """Index vectors (a1, p, a2, n) -> masks of the two kinds of pairs, [B, B]; None for others."""
     vectors = index_vectors(indices_tuple, labels)
-    if vectors is None or len(vectors) == 3:
+    if vectors is None or len(vectors) != 4:
         return None
     return tuple(pair_mask(first, second, (first >= 0) & (second >= 0), labels)
                  for first, second in (vectors[:2], vectors[2:]))
@@ -210,8 +190,7 @@ def tuples_for(sampler, embeddings, labels, indices_tuple, width=None):
 def triplets_for(sampler, embeddings, labels, indices_tuple):
     """The triplets of tuples_for -> (valid, anchors, positives, negatives), [T] each.
 
-    Where valid is False there is no triplet, and the indices are 0 so that they can be looked up
-    without a wait for the device.
+    Indices are 0 where valid is False, so that looking them up does not wait for the device.
     """
     triplets = tuples_for(sampler, embeddings, labels, indices_tuple, width=3)
     return triplets[:, 0] >= 0, *triplets.clamp_min(0).unbind(1)
@@ -220,8 +199,7 @@ def triplets_for(sampler, embeddings, labels, indices_tuple):
 def listed_pairs(sampler, embeddings, labels, indices_tuple):
     """The pairs that count where no triplets do -> (positive, negative) masks [B, B], or None.
 
-    Without a sampler all pairs of two images, with the sampler multisimilarity all that it finds
-    hard, and a miner's index vectors (a1, p, a2, n).
+    All pairs without a sampler, the hard ones of the sampler multisimilarity, and a miner's.
     """
     if indices_tuple is None and sampler is None:
         same, positive = Sampler.pair_masks(labels)
@@ -246,9 +224,8 @@ def pairs_for(sampler, embeddings, labels, indices_tuple):
 def image_weights(embeddings, labels, indices_tuple, sampler=None):
     """How much each image counts in a loss with class weights, by its place in the tuples: [B].
 
-    How often it occurs in them, or in listed_pairs, as anchor or other, over the greatest such
-    count of the batch, as pytorch-metric-learning has it (whose ProxyNCA counts anchors alone). 1
-    each where there are no tuples to choose by; 0 each where none is valid.
+    How often it occurs in them or in listed_pairs over the greatest such count of the batch, as
+    in pytorch-metric-learning (whose ProxyNCA counts anchors alone); 1 each where nothing chooses.
     """
     if indices_tuple is None and sampler is None:
         return embeddings.new_ones(len(labels))
@@ -266,9 +243,8 @@ def image_weights(embeddings, labels, indices_tuple, sampler=None):
 def pair_sq_distances(embeddings, first, *others):
     """Squared distances of the pairs (first[t], other[t]) for each of others: [B, D] -> [O, T].
 
-    Few pairs are computed row by row, exactly; many (a miner can return B^3 triplets) are looked
-    up in the matrix of all pairs, which then costs less memory than the gathered rows. An image is
-    0 from itself, without a gradient.
+    Few are computed row by row, exactly; many (a miner can return B^3) are looked up in the matrix
+    of all pairs, which then costs less memory. An image is 0 from itself, without a gradient.
     """
     if len(first) <= 4 * len(embeddings):
         shape = len(others), *first.shape, embeddings.shape[1]
@@ -283,10 +259,7 @@ def distance_from_square(sq_distances):
 
 
 def cosine_matrix(rows, columns=None):
-    """Cosine similarities of rows [R, D] and columns [C, D] (None: the rows) -> [R, C].
-
-    columns may be weights of another float type than the rows.
-    """
+    """Cosines of rows [R, D] and columns [C, D], of any float type (None: the rows) -> [R, C]."""
     rows = F.normalize(rows, dim=1)
     return rows @ (rows if columns is None else unit_weights(columns, rows)).t()
 
@@ -307,10 +280,7 @@ def class_weights(num_classes, embed_dim, length=3 ** -0.5):
 
 
 def masked_logsumexp(values, mask):
-    """log of the sum of exp over each row of values [R, C] where mask is True -> [R].
-
-    -inf, without a gradient, for a row that is masked out.
-    """
+    """log of the sum of exp over a row of values [R, C] where mask is True -> [R]; or -inf."""
     return torch.logsumexp(values.masked_fill(~mask, -torch.inf), 1)
 
 
@@ -327,8 +297,7 @@ def mean_where(values, mask):
 class NPairTuples:
     """A batch's tuples (anchor, positive, negatives), given or drawn by the sampler npair.
 
-    anchors, positives, valid: [T]; is_negative [T, N]. Where valid is False there is no tuple, and
-    indices are 0.
+    anchors, positives, valid: [T]; is_negative [T, N]. Indices are 0 where valid is False.
     """
 
     def __init__(self, sampler, embeddings, labels, indices_tuple):
@@ -355,10 +324,7 @@ class NPairTuples:
         return (rows @ embeddings.t()).gather(1, self.negatives)
 
     def npair_losses(self, embeddings, l2npair, most=math.inf):
-        """Each tuple's term of the n-pair loss, its length penalty included: [B, D] -> [T].
-
-        most: the exponents' largest size.
-        """
+        """Each tuple's n-pair loss with its penalty: [B, D] -> [T]; most: size of an exponent."""
         a, p = (embeddings.index_select(0, part) for part in (self.anchors, self.positives))
         logits = self.products(a, embeddings) - (a * p).sum(1, keepdim=True)     # [T, N]
         penalty = ((a.square() + p.square()).sum(1) if self.form == "paper" else
@@ -370,9 +336,9 @@ class NPairTuples:
 class TripletLoss(Loss):
     """Triplet loss: the mean over triplets of max(0, d(a, p)^2 - d(a, n)^2 + margin).
 
-    Schroff et al., "FaceNet", CVPR 2015, eq. 2. embeddings [B, D] unit-norm rows, labels [B].
-    Departs from the paper: the mean over the sampled triplets, inactive ones included, stands for
-    the sum, as in the reference code.
+    Schroff et al., "FaceNet", CVPR 2015, eq. 2. embeddings [B, D] unit-norm rows. Departs from the
+    paper: the mean over the sampled triplets, inactive ones included, stands for the sum, as in
+    the reference code.
     """
 
     samplings = TRIPLET_SAMPLINGS
@@ -386,9 +352,8 @@ class TripletLoss(Loss):
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
-        valid, anchors, positives, negatives = triplets_for(self.sampler, embeddings, labels,
-                                                            indices_tuple)       # [T] each
-        sq_ap, sq_an = pair_sq_distances(embeddings, anchors, positives, negatives)
+        valid, *triplets = triplets_for(self.sampler, embeddings, labels, indices_tuple)  # [T]
+        sq_ap, sq_an = pair_sq_distances(embeddings, *triplets)
         losses = F.relu(sq_ap - sq_an + self.margin) * valid
         number = valid.sum().clamp_min(1)
         self.active = (losses > 0).sum() / number
@@ -402,10 +367,9 @@ class MarginLoss(Loss):
     the sum of max(0, d_ap - beta + margin) and max(0, beta - d_an + margin), d the plain Euclidean
     distance and beta that of the anchor's class, plus nu times the sum of the tuples' betas, all
     divided by the number of terms above zero, as in the authors' code; 0 without one. embeddings
-    [B, D] unit-norm rows, labels [B] below num_classes. form reference: divided by the number of
-    triplets with a term above zero, as in the code of Roth et al. 2020. Departs from the paper:
-    beta has a part for the class alone, neither a global nor an image's own, as in the reference
-    code.
+    [B, D] unit-norm rows. form reference: divided by the number of triplets with a term above
+    zero, as in the code of Roth et al. 2020. Departs from the paper: beta is of the class alone,
+    without a global part or an image's own, as in the reference code.
     """
 
     samplings = TRIPLET_SAMPLINGS
@@ -453,17 +417,16 @@ class NPairLoss(Loss):
 
     Sohn, "Improved Deep Metric Learning with Multi-class N-pair Loss Objective", NIPS 2016, eq. 5
     and section 3.2.2. The negatives of an anchor are the positives of the batch's other classes.
-    l2npair weighs mean(|a|^2 + |p|^2). embeddings [B, D] not normalised, labels [B]. form
-    reference, as in the code of Roth et al. 2020: every image with a positive is an anchor, with
-    all images of other classes as negatives, and l2npair weighs the mean length of all images;
-    that of Roth and Brattoli 2019 is the paper's.
+    l2npair weighs mean(|a|^2 + |p|^2). embeddings [B, D] not normalised. form reference, as in the
+    code of Roth et al. 2020: every image with a positive is an anchor, with all images of other
+    classes as negatives, and l2npair weighs the mean length of all images; that of Roth and
+    Brattoli 2019 is the paper's.
     """
 
     unit_norm = False
     samplings = ("npair",)
     flags = {"l2npair": "weight of the mean squared length of anchor and positive; too small and "
-                        "embeddings grow without bound; useful 0.001 to 0.1 (reference runs: "
-                        "0.02)"}
+                        "embeddings grow without bound; useful 0.001 to 0.1 (reference: 0.02)"}
 
     def __init__(self, l2npair=0.02, form="paper"):
         super().__init__("npair", form)
@@ -481,8 +444,8 @@ class ProxyNCALoss(ClassLoss):
     Movshovitz-Attias et al., "No Fuss Distance Metric Learning using Proxies", ICCV 2017, eq. 4
     and algorithm 1: d is the squared Euclidean distance between unit vectors, one learned proxy
     for each class, the image's own left out of the sum (the loss can be negative). embeddings [B,
-    D] (normalised here), labels [B] below num_classes. Departs from the paper: embeddings and
-    proxies are unit vectors scaled by 3, as in the reference code, so d ranges to 36.
+    D] (normalised here). Departs from the paper: embeddings and proxies are unit vectors scaled by
+    3, as in the reference code, so d ranges to 36.
     """
 
     default_samples_per_class = 1  # reference runs
@@ -490,7 +453,7 @@ class ProxyNCALoss(ClassLoss):
     scale = 3.0
     flags = {"proxynca_positive_in_denominator": "sum the denominator over all proxies (a "
                                                  "softmax) instead of all but the image's own "
-                                                 "(paper and reference runs)"}
+                                                 "(paper, reference runs)"}
 
     def __init__(self, num_classes, embed_dim, proxynca_positive_in_denominator=False):
         super().__init__(num_classes)
@@ -512,8 +475,7 @@ class ProxyNCALoss(ClassLoss):
 class CrossEntropyLoss(ClassLoss):
     """Softmax cross-entropy of a linear classifier on the embedding, both learned together.
 
-    embeddings [B, D], labels [B] below num_classes. Its classifier starts as torch.nn.Linear does
-    and has a bias.
+    embeddings [B, D]. Its classifier starts as torch.nn.Linear does and has a bias.
     """
 
     def __init__(self, num_classes, embed_dim):
@@ -533,9 +495,8 @@ class ArcFaceLoss(ClassLoss):
     Deng et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recognition", CVPR 2019, eq.
     3: the cross-entropy of logits s cos(theta_j), for the own class s cos(theta_y + m). Where
     theta_y + m would pass pi the own logit is s (cos(theta_y) - m sin(m)), as in the authors'
-    code, so that it goes on falling with the angle. embeddings [B, D] (normalised here), labels
-    [B] below num_classes. form reference: cosines below 0 are 0, without a gradient, as in the
-    code of Roth et al. 2020.
+    code, so that it goes on falling with the angle. embeddings [B, D] (normalised here). form
+    reference: cosines below 0 are 0, without a gradient, as in the code of Roth et al. 2020.
     """
 
     samplings = ("none", *TRIPLET_SAMPLINGS)
@@ -568,16 +529,15 @@ class ContrastiveLoss(Loss):
     """Contrastive loss: pairs of one class by d^2, others by max(0, margin - d)^2.
 
     Hadsell, Chopra, LeCun, "Dimensionality Reduction by Learning an Invariant Mapping", CVPR 2006,
-    eq. 4; d is the Euclidean distance. embeddings [B, D] unit-norm rows, labels [B]. Departs from
-    the paper: the mean over positive pairs plus the mean over the negative pairs nearer than the
-    margin, without the factors 1/2, stands for the sum; with triplets, sampled or given, both
-    means are over all of them, zeros included, as in the code of Roth et al. 2020.
+    eq. 4; d is the Euclidean distance. embeddings [B, D] unit-norm rows. Departs from the paper:
+    the mean over positive pairs plus the mean over the negative pairs nearer than the margin,
+    without the factors 1/2, stands for the sum; with triplets, sampled or given, both means are
+    over all of them, zeros included, as in the code of Roth et al. 2020.
     """
 
     samplings = ("none", *TRIPLET_SAMPLINGS)
-    flags = {"contrastive_margin": "distance that pairs of two classes keep; unit-norm rows lie "
-                                   "0 to 2 apart; useful 0.3 to 1.4 (Rev. Training Strategies: "
-                                   "1)",
+    flags = {"contrastive_margin": "distance that pairs of two classes keep; unit-norm rows are "
+                                   "0 to 2 apart; useful 0.3 to 1.4 (Roth et al. 2020: 1)",
              "contrastive_linear": "plain distances instead of squared ones, as in all known "
                                    "libraries; the paper squares"}
 
@@ -614,17 +574,16 @@ class LiftedLoss(Loss):
 
     Hermans, Beyer, Leibe, "In Defense of the Triplet Loss for Person Re-Identification", 2017, eq.
     8, after Oh Song et al., CVPR 2016: the mean over the anchors that have a positive and a
-    negative, d the plain Euclidean distance. embeddings [B, D] not normalised, labels [B]. Departs
-    from the paper: lifted_l2 times the mean squared length of the embeddings keeps them from
-    growing; form reference: their mean length, as in the code of Roth et al. 2020.
+    negative, d the plain Euclidean distance. embeddings [B, D] not normalised. Departs from the
+    paper: lifted_l2 times the mean squared length of the embeddings keeps them from growing; form
+    reference: their mean length, as in the code of Roth et al. 2020.
     """
 
     unit_norm = False
     # That by distance is for unit-norm rows.
     samplings = tuple(name for name in PAIR_SAMPLINGS if name != "distance")
     flags = {"lifted_margin": "margin, a plain distance; useful 0.5 to 2 (paper: 1)",
-             "lifted_l2": "weight of the mean squared length of the embeddings; useful 0.001 to "
-                          "0.1"}
+             "lifted_l2": "weight of the mean squared length of embeddings; useful 0.001 to 0.1"}
 
     def __init__(self, lifted_margin=1.0, lifted_l2=0.005, sampling="none", form="paper",
                  **sampling_options):
@@ -650,17 +609,14 @@ class MultiSimilarityLoss(Loss):
 
     Wang et al., "Multi-Similarity Loss with General Pair Weighting for Deep Metric Learning", CVPR
     2019, eq. 15: the mean over all images of the batch, s cosine similarities, sums over the pairs
-    that the sampling multisimilarity (eq. 7 and 8) leaves. embeddings [B, D] (normalised here),
-    labels [B]. form reference: the mean over the images with pairs left, as in the code of Roth et
-    al. 2020.
+    that the sampling multisimilarity (eq. 7 and 8) leaves. embeddings [B, D] (normalised here).
+    form reference: the mean over the images with pairs left, as in the code of Roth et al. 2020.
     """
 
     samplings = ("multisimilarity", *(name for name in PAIR_SAMPLINGS
                                       if name != "multisimilarity"), "rho")
-    flags = {"multisimilarity_alpha": "sharpness a for positives, above 0; useful 1 to 20 "
-                                      "(paper: 2)",
-             "multisimilarity_beta": "sharpness b for negatives, above 0; useful 10 to 80 "
-                                     "(paper: 50)",
+    flags = {"multisimilarity_alpha": "sharpness a of positives, > 0; useful 1 to 20 (paper: 2)",
+             "multisimilarity_beta": "sharpness b of negatives, > 0; useful 10 to 80 (paper: 50)",
              "multisimilarity_lambda": "cosine l from which a pair counts much; useful 0.3 to 1 "
                                        "(paper: 1; the authors' code: 0.5)"}
 
@@ -690,13 +646,12 @@ class CircleLoss(Loss):
     Sun et al., "Circle Loss: A Unified Perspective of Pair Similarity Optimization", CVPR 2020,
     eq. 6 with the paper's one parameter m: weights w_n = max(0, s_n + m) and w_p = max(0, 1 + m -
     s_p), which pass no gradient, s cosine similarities. For each anchor with a positive and a
-    negative; their mean. embeddings [B, D] (normalised here), labels [B].
+    negative; their mean. embeddings [B, D] (normalised here).
     """
 
     samplings = PAIR_SAMPLINGS
     stops_gradients = True
-    flags = {"circle_margin": "relaxation m, a cosine, between -1 and 1; useful 0.2 to 0.5 "
-                              "(paper, retrieval: 0.4)",
+    flags = {"circle_margin": "relaxation m, a cosine, -1 to 1; useful 0.2 to 0.5 (paper: 0.4)",
              "circle_gamma": "sharpness g, above 0; useful 32 to 256 (paper, retrieval: 80)"}
 
     def __init__(self, circle_margin=0.4, circle_gamma=80.0, sampling="none", **sampling_options):
@@ -722,9 +677,8 @@ class NTXentLoss(Loss):
 
     Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", ICML
     2020, eq. 1: the mean over the positive pairs of the batch, s cosine similarities, n the images
-    of other classes. embeddings [B, D] (normalised here), labels [B]. Departs from the paper,
-    where each image has one positive: with more, an anchor's other positives are not in the
-    denominator.
+    of other classes. embeddings [B, D] (normalised here). Departs from the paper, where each image
+    has one positive: with more, an anchor's other positives are not in the denominator.
     """
 
     samplings = PAIR_SAMPLINGS
@@ -748,13 +702,12 @@ class SupConLoss(Loss):
     """Supervised contrastive: the mean over positives of -log(e^(s_ap/T) / sum_i e^(s_ai/T)).
 
     Khosla et al., "Supervised Contrastive Learning", NeurIPS 2020, eq. 2 (L_out, the mean outside
-    of the logarithm): i runs over all other images of the batch, positives included; then the mean
-    over the anchors that have a positive. s: cosine similarities. embeddings [B, D] (normalised
-    here), labels [B].
+    of the logarithm): i runs over all other images of the batch, positives included; the mean over
+    the anchors with a positive. s: cosines. embeddings [B, D] (normalised here).
     """
 
     samplings = PAIR_SAMPLINGS
-    flags = {"supcon_temperature": "temperature T of the cosines, above 0; useful 0.01 to 0.5 "
+    flags = {"supcon_temperature": "temperature T of cosines, above 0; useful 0.01 to 0.5 "
                                    "(paper: 0.1)"}
 
     def __init__(self, supcon_temperature=0.1, sampling="none", **sampling_options):
@@ -776,8 +729,7 @@ class AngularLoss(Loss):
 
     Wang et al., "Deep Metric Learning with Angular Loss", ICCV 2017, eq. 8 and 9: t = tan^2 of
     angular_alpha; the mean over anchors. The n-pair loss on the embeddings as they are has weight
-    1, the angular one, on unit vectors, angular_weight. The negatives of an anchor are the
-    positives of the batch's other classes. embeddings [B, D] not normalised, labels [B]. Departs
+    1, the angular one, on unit vectors, angular_weight. embeddings [B, D] not normalised. Departs
     from the paper: the anchors of other classes are no negatives, as in the n-pair loss. form
     reference: tuples and penalty as in NPairLoss, and the n-pair exponents end at -50 and 50.
     """
@@ -786,8 +738,7 @@ class AngularLoss(Loss):
     samplings = ("npair",)
     flags = {"angular_alpha": "bound of the angle at the negative, in degrees, above 0 and below "
                               "90; useful 30 to 55 (paper: 45)",
-             "angular_weight": "weight of the angular term, the n-pair term having 1; 0 or more "
-                               "(paper: 2)"}
+             "angular_weight": "weight of the angular term; n-pair's is 1; 0 or more (paper: 2)"}
 
     def __init__(self, angular_alpha=45.0, angular_weight=2.0, l2npair=0.02, form="paper"):
         super().__init__("npair", form)
@@ -804,9 +755,9 @@ class AngularLoss(Loss):
         logits = (4 * self.sq_tangent * tuples.products(a + p, rows)
                   - 2 * (1 + self.sq_tangent) * (a * p).sum(1, keepdim=True))    # [T, N]
         losses = self.weight * log1p_exp(masked_logsumexp(logits, tuples.is_negative))    # [T]
-        most = math.inf if self.sampler.form == "paper" else 50
-        losses = losses + tuples.npair_losses(embeddings, self.l2npair, most)
-        return mean_where(losses, tuples.valid)
+        most = math.inf if self.form == "paper" else 50
+        return mean_where(losses + tuples.npair_losses(embeddings, self.l2npair, most),
+                          tuples.valid)
 
 
 class HistogramLoss(Loss):
@@ -815,10 +766,9 @@ class HistogramLoss(Loss):
     Ustinova and Lempitsky, "Learning Deep Embeddings with Histogram Loss", NIPS 2016, eq. 2 to 4:
     the cosines of the batch's positive and negative pairs are put, linearly, on the nodes of two
     histograms h+ and h- over [-1, 1]; the loss is the sum over nodes r of h-(r) times the sum of
-    h+ up to r. embeddings [B, D] (normalised here), labels [B]. 0 without a positive or a negative
-    pair. form reference: as in the code of Roth et al. 2020, a cell's upper node gets its share
-    only where two floating-point sums agree: with 64 bins everywhere, with 10 not in six of the
-    cells.
+    h+ up to r. embeddings [B, D] (normalised here). 0 without a positive or a negative pair. form
+    reference: as in the code of Roth et al. 2020, a cell's upper node gets its share only where
+    two floating-point sums agree: with 64 bins everywhere, with 10 not in six of the cells.
     """
 
     flags = {"histogram_bins": "intervals between cosines -1 and 1, 1 or more; fewer for fewer "
@@ -862,13 +812,11 @@ class FastAPLoss(Loss):
 
     Cakir et al., "Deep Metric Learning to Rank", CVPR 2019, eq. 8 and 11: the mean over the images
     with a positive of 1 - (1 / N+) sum_l h+_l H+_l / H_l. h+_l and h_l: histograms over [0, 4] of
-    the positives and of all others, each shared linearly by the two nearest of fastap_bins + 1
-    nodes; H+, H: their cumulative sums. The query itself is in none. embeddings [B, D] (normalised
-    here), labels [B].
+    the positives and of all others, each shared by the two nearest of fastap_bins + 1 nodes; H+,
+    H: their cumulative sums. The query itself is in none. embeddings [B, D] (normalised here).
     """
 
-    flags = {"fastap_bins": "intervals between squared distances 0 and 4, 1 or more; useful 10 "
-                            "to 25 (paper: 10)"}
+    flags = {"fastap_bins": "intervals of squared distances 0 to 4; useful 10 to 25 (paper: 10)"}
 
     def __init__(self, fastap_bins=10):
         super().__init__()
@@ -893,9 +841,8 @@ class SmoothAPLoss(Loss):
     Brown et al., "Smooth-AP: Smoothing the Path Towards Large-Scale Image Retrieval", ECCV 2020,
     eq. 7: the mean over the queries with a positive of 1 - (1 / P) sum_i (1 + sum of g(s_j - s_i)
     over the other positives j) / (1 + the same over all other images j). g(x) is the sigmoid of x
-    / smoothap_temperature, s cosine similarities to the query, which is itself in no sum. Classes
-    may differ in size. embeddings [B, D] (normalised here), labels [B]. How many positives there
-    are is looked up, so a GPU waits.
+    / smoothap_temperature, s cosine similarities to the query, which is itself in no sum.
+    embeddings [B, D] (normalised here). The number of positives is looked up: a GPU waits.
     """
 
     flags = {"smoothap_temperature": "width of the sigmoid that compares cosines, above 0; "
@@ -945,7 +892,7 @@ class RecallAtKLoss(Loss):
     2022, eq. 5 to 8: for each query the positives' ranks r come from sigmoids of width
     recallatk_tau2, as in SmoothAPLoss; the recall at k is min(k, sum of sigmoid((k - r) /
     recallatk_tau1)) / min(k, P). The query itself is in no sum. embeddings [B, D] (normalised
-    here), labels [B]. How many positives there are is looked up, so a GPU waits.
+    here). As there, a GPU waits.
     """
 
     flags = {"recallatk_k": "the k whose recall is averaged, 1 or more (paper: 1 2 4 8 16)",
@@ -956,8 +903,6 @@ class RecallAtKLoss(Loss):
 
     def __init__(self, recallatk_k=(1, 2, 4, 8, 16), recallatk_tau1=1.0, recallatk_tau2=0.01):
         super().__init__()
-        for k in recallatk_k:
-            check_range(least=1, recallatk_k=k)
         self.k_vals = tuple(check_range(least=1, recallatk_k=k) for k in recallatk_k)
         self.tau1 = check_range(above=0, recallatk_tau1=recallatk_tau1)
         self.tau2 = check_range(above=0, recallatk_tau2=recallatk_tau2)
@@ -980,14 +925,14 @@ class SNRLoss(Loss):
     Yuan et al., "Signal-to-Noise Ratio: A Robust Distance Metric for Deep Metric Learning", CVPR
     2019, section 3.3: max(0, d_ap - d_an + snr_margin), plus snr_lambda times the mean absolute
     sum of an embedding's elements, which keeps their mean near zero. Variances are over the D
-    elements. embeddings [B, D] unit-norm rows, labels [B]. Departs from the paper: the mean over
-    the triplets above zero stands for the sum, as in the code of Roth et al. 2020; 0 without one.
+    elements. embeddings [B, D] unit-norm rows. Departs from the paper: the mean over the triplets
+    above zero stands for the sum, as in the code of Roth et al. 2020; 0 without one.
     """
 
     samplings = TRIPLET_SAMPLINGS
     rotation_invariant = False  # a variance depends on the axes
     flags = {"snr_margin": "margin between noise-to-signal ratios, 0 or more; useful 0.05 to 1",
-             "snr_lambda": "weight of the mean absolute sum of an embedding's elements, 0 or more"}
+             "snr_lambda": "weight of the mean absolute sum of an embedding's values, 0 or more"}
 
     def __init__(self, snr_margin=0.2, snr_lambda=0.005, sampling="distance", **sampling_options):
         super().__init__(sampling, **sampling_options)
@@ -996,12 +941,11 @@ class SNRLoss(Loss):
 
     @full_precision
     def forward(self, embeddings, labels, indices_tuple=None):
-        valid, anchors, positives, negatives = triplets_for(self.sampler, embeddings, labels,
-                                                            indices_tuple)       # [T] each
+        valid, *triplets = triplets_for(self.sampler, embeddings, labels, indices_tuple)  # [T]
         # The variance of a difference is the squared distance of the centred rows, over D.
         rows = embeddings - embeddings.mean(1, keepdim=True)
-        signal = rows.square().sum(1).clamp_min(1e-12)[anchors]                  # [T]
-        d_ap, d_an = pair_sq_distances(rows, anchors, positives, negatives) / signal
+        signal = rows.square().sum(1).clamp_min(1e-12)[triplets[0]]              # [T]
+        d_ap, d_an = pair_sq_distances(rows, *triplets) / signal
         losses = F.relu(d_ap - d_an + self.margin) * valid
         above_zero = (losses > 0).sum()
         self.active = above_zero / valid.sum().clamp_min(1)
@@ -1015,12 +959,12 @@ class QuadrupletLoss(Loss):
     Chen et al., "Beyond Triplet Loss: a Deep Quadruplet Network for Person Re-identification",
     CVPR 2017, eq. 7: max(0, d_ap - d_an + quadruplet_margin1) + max(0, d_ap - d_nl +
     quadruplet_margin2), d squared Euclidean distances, l a random image of a third class.
-    embeddings [B, D] unit-norm rows, labels [B]. indices_tuple may be (a, p, n, l), [T, 4], too.
-    Departs from the paper: the margins are constants, the mean over the sampled tuples stands for
-    the sum; a triplet without a third class counts by its first term alone. form reference, as in
-    the code of Roth et al. 2020: d are plain distances; the fourth image is the anchor of a random
-    triplet with another negative, whatever its class; and the second term is the mean over all
-    pairs of a triplet and a fourth image.
+    embeddings [B, D] unit-norm rows. indices_tuple may be (a, p, n, l), [T, 4], too. Departs from
+    the paper: the margins are constants, the mean over the sampled tuples stands for the sum; a
+    triplet without a third class counts by its first term alone. form reference, as in the code of
+    Roth et al. 2020: d are plain distances; the fourth image is the anchor of a random triplet
+    with another negative, whatever its class; and the second term is the mean over all pairs of a
+    triplet and a fourth image.
     """
 
     samplings = TRIPLET_SAMPLINGS
@@ -1042,9 +986,6 @@ class QuadrupletLoss(Loss):
         tuples = tuples_for(self.sampler, embeddings, labels, indices_tuple)     # [T, 3 or 4]
         if tuples.shape[1] == 3:
             tuples = self.complete(tuples, labels)
-        elif tuples.shape[1] != 4:
-            raise ValueError("QuadrupletLoss: indices_tuple must be [T, 3] or [T, 4]; it is "
-                             f"{list(tuples.shape)}")
         valid, third = tuples[:, 0] >= 0, tuples[:, 3] >= 0                      # [T]
         anchors, positives, negatives, others = tuples.clamp_min(0).unbind(1)
         d_ap, d_an = pair_sq_distances(embeddings, anchors, positives, negatives)
@@ -1087,7 +1028,7 @@ class ProxyAnchorLoss(ClassLoss):
     Kim et al., "Proxy Anchor Loss for Deep Metric Learning", CVPR 2020, eq. 4: the mean over the
     proxies with an image in the batch of log(1 + sum over their images of exp(-a (s - delta))),
     plus the mean over all proxies of log(1 + sum over other images of exp(a (s + delta))), s
-    cosine similarities. embeddings [B, D] (normalised here), labels [B] below num_classes.
+    cosine similarities. embeddings [B, D] (normalised here).
     """
 
     lr_factor = 100  # authors' code
@@ -1126,9 +1067,8 @@ class ProxyNCAPlusPlusLoss(ClassLoss):
 
     Teh, DeVries, Taylor, "ProxyNCA++: Revisiting and Revitalizing Proxy Neighborhood Component
     Analysis", ECCV 2020, eq. 5 and section 3.4: of unit vectors, the image's own proxy in the sum,
-    at the temperature T. embeddings [B, D] (normalised here), labels [B] below num_classes. The
-    paper's pooling, layer normalisation and Adam with an epsilon of 1 are not part of a loss and
-    not built here.
+    at the temperature T. embeddings [B, D] (normalised here). The paper's pooling, layer
+    normalisation and Adam with an epsilon of 1 are not part of a loss and not built here.
     """
 
     lr_factor = 100  # the authors' is 1e5, with that epsilon
@@ -1152,8 +1092,8 @@ class NormSoftmaxLoss(ClassLoss):
     """Normalised softmax: the cross-entropy of cosines to class weights over a temperature.
 
     Zhai and Wu, "Classification is a Strong Baseline for Deep Metric Learning", BMVC 2019, eq. 3.
-    embeddings [B, D] (normalised here), labels [B] below num_classes. The paper's layer
-    normalisation is the network's and not built here.
+    embeddings [B, D] (normalised here). The paper's layer normalisation is the network's and not
+    built here.
     """
 
     lr_factor = 50  # Roth et al. 2020 have 1 on CUB and Cars, 200 on Online Products
@@ -1177,7 +1117,7 @@ class CosFaceLoss(ClassLoss):
 
     Wang et al., "CosFace: Large Margin Cosine Loss for Deep Face Recognition", CVPR 2018, eq. 4:
     the cross-entropy of logits s cos(theta_j), for the own class s (cos(theta_y) - m). embeddings
-    [B, D] (normalised here), labels [B] below num_classes.
+    [B, D] (normalised here).
     """
 
     lr_factor = 50  # as ArcFace's
@@ -1206,14 +1146,13 @@ class SphereFaceLoss(ClassLoss):
     8: the own class's logit is s psi(theta), psi(theta) = (-1)^k cos(m theta) - 2 k for theta from
     k pi / m to (k + 1) pi / m. The margin is phased in, as in the paper: the logit is (l
     cos(theta) + psi(theta)) / (1 + l), where l falls with the number t of training steps as 1500 /
-    (1 + t / 10), a common choice, down to sphereface_lambda. embeddings [B, D] (normalised here),
-    labels [B] below num_classes. Departs from the paper: s is the constant sphereface_scale, not
-    the length of the embedding, since retrieval is by distances of unit vectors.
+    (1 + t / 10), a common choice, down to sphereface_lambda. embeddings [B, D] (normalised here).
+    Departs from the paper: s is the constant sphereface_scale, not the length of the embedding,
+    since retrieval is by distances of unit vectors.
     """
 
     lr_factor = 50  # as ArcFace's
-    flags = {"sphereface_margin": "whole-numbered factor m of the angle, 1 or more; useful 2 to "
-                                  "4 (paper: 4)",
+    flags = {"sphereface_margin": "whole factor m of the angle, from 1; useful 2 to 4 (paper: 4)",
              "sphereface_lambda": "least weight of the plain cosine beside the one with the "
                                   "margin, which starts at 1,500 and falls; 0 or more",
              "sphereface_scale": "factor of the cosines, above 0; useful 16 to 128"}
@@ -1253,16 +1192,15 @@ class SoftTripleLoss(ClassLoss):
     to 10: the similarity to a class is the mean of the cosines s_k to its centres, weighted by
     softmax(s_k / gamma); the loss is the cross-entropy of lambda times it, softtriple_delta
     subtracted for the own class, plus tau times half the mean over the pairs of a class's centres
-    of their distance, which merges centres. embeddings [B, D] (normalised here), labels [B] below
-    num_classes. form reference: the code of Roth et al. 2020, which differs in three places: the
-    softmax is of gamma s_k, not s_k / gamma; it runs over the classes, for each place of a centre,
-    not over a class's centres; and each dimension of all centres has length one, not each centre.
+    of their distance, which merges centres. embeddings [B, D] (normalised here). form reference:
+    the code of Roth et al. 2020, which differs in three places: the softmax is of gamma s_k, not
+    s_k / gamma; it runs over the classes, for each place of a centre, not over a class's centres;
+    and each dimension of all centres has length one, not each centre.
     """
 
     lr_factor = 100  # authors' code
     flags = {"softtriple_centers": "centres of each class, 1 or more; useful 2 to 10 (paper: 10)",
-             "softtriple_lambda": "factor of the similarities, above 0; useful 5 to 40 (paper: "
-                                  "20)",
+             "softtriple_lambda": "factor of similarities, above 0; useful 5 to 40 (paper: 20)",
              "softtriple_gamma": "temperature of the choice of a centre, above 0; useful 0.05 to "
                                  "0.5 (paper: 0.1)",
              "softtriple_delta": "margin, a cosine, 0 or more; useful 0 to 0.1 (paper: 0.01)",
@@ -1333,10 +1271,10 @@ LOSSES = {
 }
 
 
-def defaults_of(loss_class):
-    """{name: default} of the parameters that the constructor of a loss names."""
+def defaults_of(named):
+    """{name: default} of the parameters that a class's constructor names."""
     return {name: parameter.default
-            for name, parameter in inspect.signature(loss_class).parameters.items()
+            for name, parameter in inspect.signature(named).parameters.items()
             if parameter.kind is parameter.POSITIONAL_OR_KEYWORD}
 
 
@@ -1360,49 +1298,42 @@ def add_arguments(parser):
                             f"the code of Roth et al. 2020 computes, for {two_forms} and random "
                             "sampling; the docstrings say what differs. All others have one form. "
                             "Default %(default)s; the rev- recipes set it")
-    group.add_argument("--beta_lr", type=float, default=5e-4, metavar="LR",
-                       help="marginloss: learning rate of the boundaries, one for each class; "
-                            "useful 1e-4 to 1e-1. Default %(default)s (reference runs)")
-    group.add_argument("--proxy_lr", type=float, default=None, metavar="LR",
-                       help="proxynca: learning rate of the proxies; useful 1 to 1000 times --lr. "
-                            "Default 1e-5 (reference runs); glyphs 1e-2")
-    group.add_argument("--loss_lr", type=float, default=None, metavar="LR",
-                       help="learning rate of a loss's own weights, classifier or proxies, where "
-                            "no flag above names it; too low and they stay at random places; "
-                            "useful 1 to 1000 times --lr. Default --lr for crossentropy (Roth and "
-                            "Brattoli 2019), 50 times that for arcface (Roth et al. 2020), "
-                            "cosface, sphereface and normsoftmax, 100 times for proxyanchor and "
-                            "softtriple (their authors' code) and proxynca++; glyphs 1e-2")
-    for loss_class in LOSSES.values():
-        for flag, text in loss_class.flags.items():
-            default = defaults_of(loss_class)[flag]
-            readers = ", ".join(name for name in LOSSES if flag in flags_of(name))
-            if default is False:
-                group.add_argument(f"--{flag}", action="store_true", help=f"{readers}: {text}")
-                continue
-            values = default if isinstance(default, tuple) else [default]
-            default = {"nargs": "+", "default": list(default)} if default is values else {
-                "default": default}
-            group.add_argument(f"--{flag}", type=type(values[0]), **default,
-                               metavar=flag.split("_")[-1].upper(),
-                               help=f"{readers}: {text}. Default "
-                                    f"{' '.join(f'{value:g}' for value in values)}")
+    for flag, default, text in (
+            ("beta_lr", 5e-4, "marginloss: learning rate of the boundaries, one for each class; "
+             "useful 1e-4 to 1e-1. Default %(default)s (reference runs)"),
+            ("proxy_lr", None, "proxynca: learning rate of the proxies; useful 1 to 1000 times "
+             "--lr. Default 1e-5 (reference runs); glyphs 1e-2"),
+            ("loss_lr", None, "learning rate of a loss's own weights, classifier or proxies, "
+             "where no flag above names it; too low and they stay at random places; useful 1 to "
+             "1000 times --lr. Default --lr for crossentropy (Roth and Brattoli 2019), 50 times "
+             "that for arcface (Roth et al. 2020), cosface, sphereface and normsoftmax, 100 times "
+             "for proxyanchor and softtriple (their authors' code) and proxynca++; glyphs 1e-2")):
+        group.add_argument(f"--{flag}", type=float, default=default, metavar="LR", help=text)
+    for flag, text in [row for loss in LOSSES.values() for row in loss.flags.items()]:
+        readers = [name for name in LOSSES if flag in flags_of(name)]
+        default = defaults_of(LOSSES[readers[0]])[flag]
+        text = f"{', '.join(readers)}: {text}"
+        if default is False:
+            group.add_argument(f"--{flag}", action="store_true", help=text)
+            continue
+        values = list(default) if isinstance(default, tuple) else [default]
+        group.add_argument(f"--{flag}", type=type(values[0]), metavar=flag.split("_")[-1].upper(),
+                           nargs="+" if isinstance(default, tuple) else None,
+                           default=values if isinstance(default, tuple) else default,
+                           help=f"{text}. Default {' '.join(f'{v:g}' for v in values)}")
 
 
 def loss_select(opt, num_classes, **changes):
     """Builds the loss that opt.loss names -> (loss module, parameter group or None).
 
-    Its constructor's parameters take the options of the same names. num_classes: of the training
-    images. changes: values in place of the options'. The group is of a loss with weights of its
-    own, without weight decay.
+    Its constructor's parameters take the options of the same names; changes: values in place of
+    the options'. The group is of a loss with weights of its own, without weight decay.
     """
     values = {**vars(opt), "num_classes": num_classes, **changes}
     loss_class = LOSSES[values["loss"]]
-    names = list(inspect.signature(loss_class).parameters)
-    if "sampling_options" in names:
-        names.remove("sampling_options")
-        names += [name for name in inspect.signature(Sampler).parameters
-                  if name in values and name not in names]
+    names = list(defaults_of(loss_class))
+    if "sampling_options" in inspect.signature(loss_class).parameters:
+        names += [name for name in defaults_of(Sampler) if name in values and name not in names]
     missing = [name for name in names if name not in values]
     if missing:
         raise ValueError(f"{loss_class.__name__} takes {missing[0]}, which no flag gives: name it "
@@ -1413,7 +1344,6 @@ def loss_select(opt, num_classes, **changes):
         return loss, None
     if loss.lr_flag not in values:
         raise ValueError(f"{loss_class.__name__} has weights of its own: its lr_flag must name "
-                         f"the option with their learning rate, such as loss_lr, not "
-                         f"{loss.lr_flag}")
+                         f"their learning rate's option, such as loss_lr, not {loss.lr_flag}")
     check_range(least=0, **{loss.lr_flag: values[loss.lr_flag]})
     return loss, {"params": weights, "lr": values[loss.lr_flag], "weight_decay": 0}
