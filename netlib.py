@@ -240,23 +240,6 @@ def share_batchnorm(trunk, device):
     return trunk
 
 
-class Generator(torch.nn.Module):
-    """Makes a synthetic negative of a triplet's features: [T, 3 F] -> [T, F].
-
-    Two linear layers with a ReLU between; Duan et al., "Deep Adversarial Metric Learning", CVPR
-    2018.
-    """
-
-    def __init__(self, num_features):
-        super().__init__()
-        self.layers = torch.nn.Sequential(torch.nn.Linear(3 * num_features, num_features),
-                                          torch.nn.ReLU(),
-                                          torch.nn.Linear(num_features, num_features))
-
-    def forward(self, triplets):
-        return self.layers(triplets)
-
-
 def network_select(opt, unit_norm, sections=None):
     """The trunk and embedder that the options ask for -> (Trunk, Embedder), on the CPU.
 
