@@ -69,12 +69,12 @@ class EvaluationSet(NamedTuple):
 
 def add_arguments(parser):
     """Adds the group 'data' to an argparse parser."""
-    group = parser.add_argument_group("data", "which images are learned from and tested on")
+    group = parser.add_argument_group("data (what is learned from and tested on)")
     group.add_argument("--dataset", choices=DATASETS, default="cub200",
-                       help="glyphs needs no files: it is drawn from a font. folder takes any "
-                            "folder of class folders. The others are the field's datasets, in the "
-                            "layout of the reference or of their release. Default %(default)s, as "
-                            "in the reference code")
+                       metavar="NAME",
+                       help=f"{', '.join(DATASETS)}. glyphs is drawn from a font; folder takes "
+                            "any folder of class folders; the others come in the layout of the "
+                            "reference or of their release. Default %(default)s (reference code)")
     group.add_argument("--image_size", type=auxiliaries.number(int, least=8, most=2048),
                        default=None, metavar="PX",
                        help="height and width of the network's input in pixels. Training crops it "
@@ -84,16 +84,16 @@ def add_arguments(parser):
     group.add_argument("--val_split", type=auxiliaries.number(float, least=0, below=1),
                        default=0.0, metavar="SHARE",
                        help="hold out this share of the training classes, always the same ones, "
-                            "measure on them too and choose the best epoch there; the run then "
-                            "reports the last epoch, that choice, and the literature's, on the "
-                            "test classes. Useful 0.1 to 0.5. Default %(default)s: the best epoch "
-                            "on the test classes, as in the literature")
+                            "and choose the best epoch on them; the run then reports the last "
+                            "epoch, that choice, and the literature's, on the test classes. Useful 0.1 "
+                            "to 0.5. Default %(default)s: the best on the test classes")
     group.add_argument("--cache", choices=("none", "ram", "device"), default="none",
+                       metavar="WHERE",
                        help="decode each image once, reduced to the shorter side that testing "
-                            "takes it to, and keep it in main memory or on the --gpu. Test "
-                            "pictures stay the same; training crops are cut from the reduced "
+                            "takes it to, and keep it in main memory (ram) or on the --gpu "
+                            "(device); none reads files in each epoch. Test pictures stay the same; training crops are cut from the reduced "
                             "image, so numbers differ a little. 256 x 341 pixels are 256 KiB. "
-                            "Default %(default)s: read files in each epoch")
+                            "Default %(default)s")
 
 
 def dataset_select(opt, device="cpu", views=1):

@@ -34,8 +34,7 @@ DEFAULT_K_VALS = (1, 2, 4, 8)
 
 def add_arguments(parser):
     """Adds the group 'evaluation' to an argparse parser; --k_vals is a list, the rest scalars."""
-    group = parser.add_argument_group("evaluation", "what is measured on the test classes after "
-                                                    "each epoch")
+    group = parser.add_argument_group("evaluation (on the test classes)")
     whole = auxiliaries.number(int, least=1)
     group.add_argument("--k_vals", type=whole, nargs="+", metavar="K",
                        help="recall at k is the share of queries with a true match among their k "

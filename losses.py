@@ -1286,7 +1286,7 @@ def flags_of(name):
 
 def add_arguments(parser):
     """Adds the group 'loss' to an argparse parser: what follows, and the flags of each class."""
-    group = parser.add_argument_group("loss", "what is minimised, and its hyper-parameters")
+    group = parser.add_argument_group("loss")
     group.add_argument("--loss", choices=LOSSES, default="marginloss",
                        help="marginloss (Wu et al. 2017), triplet (Schroff et al. 2015), npair "
                             "(Sohn 2016), proxynca (Movshovitz-Attias et al. 2017), crossentropy: "

@@ -24,7 +24,7 @@ AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}
 
 def add_arguments(parser):
     """Adds the group 'network' to an argparse parser."""
-    group = parser.add_argument_group("network", "the network that is trained")
+    group = parser.add_argument_group("network")
     group.add_argument("--arch", default=None, metavar="NAME",
                        help="a torchvision classification network by its name (resnet50 as in the "
                             "reference runs, mobilenet_v3_small, vit_b_16, ...), or of "
@@ -40,17 +40,15 @@ def add_arguments(parser):
                        help="start the trunk from this local state dict, of torchvision's "
                             "(resnet50-0676ba61.pth), your own or a checkpoint of this program's; "
                             "its classifier is ignored")
-    group.add_argument("--batchnorm", choices=("frozen", "trained"), default=None,
+    group.add_argument("--batchnorm", choices=("frozen", "trained"), metavar="HOW",
                        help="frozen keeps the running means and variances of batch normalisation "
-                            "(its scales and shifts still learn), as the reference runs do. "
-                            "Default frozen for pretrained trunks and trained for random ones, "
-                            "which have no statistics to keep")
-    group.add_argument("--amp", choices=("bf16", "fp16", "none"), default=None,
-                       help="the trunk's arithmetic: bf16 or fp16 (GPU only, with a gradient "
-                            "scaler) by torch's autocast, or none, float32. Embedding layer, "
-                            "losses and distances are in float32 always. Default that of "
-                            "--arch; else bf16 on a CPU with bfloat16 matrix units (amx_bf16), "
-                            "where it is several times faster, and none elsewhere")
+                            "(its scales and shifts still learn), as the reference runs do; or "
+                            "trained. Default frozen for pretrained trunks, trained for others")
+    group.add_argument("--amp", choices=("bf16", "fp16", "none"), metavar="TYPE",
+                       help="the trunk's arithmetic: bf16, fp16 (GPU only, with a gradient "
+                            "scaler), or none, float32; all else is in float32 always. Default that of "
+                            "--arch, else bf16 on a CPU with units for it (amx_bf16), where it "
+                            "is several times faster, and none elsewhere")
     group.add_argument("--channels_last", action=argparse.BooleanOptionalAction, default=None,
                        help="keep images as [B, H, W, 3] in memory, which convolutions are often "
                             "faster on; the results differ by rounding. Default that of --arch; "

@@ -35,7 +35,7 @@ FOLLOW_DEVICE = {"amp", "channels_last"}  # unless they are given; --gpu may cha
 
 def add_arguments(parser):
     """Adds the groups 'recipe' and 'run' to an argparse parser."""
-    group = parser.add_argument_group("recipe", "published results, one command each")
+    group = parser.add_argument_group("recipe (published results, one command each)")
     group.add_argument("--recipe", metavar="NAME",
                        help="take the options of a published result from recipes.csv, such as "
                             "cub200/margin-distance, and end with measured beside published "
@@ -49,18 +49,15 @@ def add_arguments(parser):
                             "Default: --seed alone")
     group.add_argument("--dry_run", action="store_true",
                        help="print what would run, with all options, and end")
-    group = parser.add_argument_group("run", "device, seed, memory, and what goes where: but for "
-                                             "the seed nothing here moves a number")
+    group = parser.add_argument_group("run (but for the seed nothing here moves a number)")
     group.add_argument("--gpu", type=int, default=0, metavar="ID",
                        help="number of the CUDA device, -1 for the CPU. Without CUDA the run says "
-                            "so and takes the CPU. Under torchrun each process takes the device "
-                            "of its own number instead, unless this is -1. Default %(default)s "
-                            "(reference code)")
+                            "so and takes the CPU; under torchrun each process takes the device "
+                            "of its own number. Default %(default)s (reference code)")
     group.add_argument("--kernels", type=number(int, least=0), metavar="N",
-                       help="processes that load images; 0 loads in the main process. Never "
-                            "changes the numbers. Default 8 (reference runs) or the number of "
-                            "cores, shared by the processes of torchrun, if that is less; glyphs "
-                            "and --cache device 0")
+                       help="processes that load images; 0 loads in the main one. Default 8 "
+                            "(reference runs) or a process's share of the cores, if that is "
+                            "less; glyphs and --cache device 0")
     group.add_argument("--seed", type=number(int, least=0, below=2 ** 32), default=1,
                        metavar="S",
                        help="0 or more; fixes weights, batches, crops, tuples and clusters. "
@@ -80,24 +77,21 @@ def add_arguments(parser):
     group.add_argument("--save_embeddings", action="store_true",
                        help="also save the best epoch's test embeddings as embeddings.npz, from "
                             "which python evaluate.py gives the same metrics")
-    group.add_argument("--plot_embeddings", choices=("pca", "tsne"),
-                       help="after each evaluation that is the best so far, draw the embeddings "
-                            "of the test classes in two dimensions as embeddings_NNNN.svg: pca is "
-                            "quick and shows the directions of greatest spread, tsne takes some "
-                            "seconds and keeps neighbours together. At most 2,000 images, drawn "
-                            "with the seed. Default: no such plot")
+    group.add_argument("--plot_embeddings", choices=("pca", "tsne"), metavar="HOW",
+                       help="draw the test embeddings of each best evaluation so far in two "
+                            "dimensions, as embeddings_NNNN.svg: pca is quick and shows the "
+                            "directions of greatest spread, tsne takes some seconds and keeps "
+                            "neighbours together. At most 2,000 images. Default: no plot")
     group.add_argument("--tensorboard", action="store_true",
                        help="also write losses, learning rates and metrics for TensorBoard into "
                             "the run's folder; needs the package tensorboard")
     group.add_argument("--resume", action="store_true",
                        help="go on with the run named by --savename where its last checkpoint "
-                            "is; give the same options as before (--n_epochs, --patience, --gpu, "
-                            "--kernels, --deterministic, paths and what is saved or drawn, and "
-                            "when, may change)")
+                            "is; give the same options as before (--n_epochs, --patience, and "
+                            "those of this group but the seed may change)")
     group.add_argument("--checkpoint_every", type=number(int, least=1), metavar="N",
-                       help="save the state every N iterations, for long epochs; it is saved at "
-                            "the end of every epoch's training and after its evaluation in any "
-                            "case. Default: only then")
+                       help="save the state every N iterations, for long epochs. Default: after "
+                            "an epoch's training and after its evaluation alone")
     group.add_argument("--deterministic", action="store_true",
                        help="on a GPU: only algorithms that give the same bits each time, some of "
                             "them slower. On the CPU a seed gives the same bits anyway")

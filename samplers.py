@@ -26,7 +26,7 @@ MOST_TRIPLETS = 2 ** 24  # that "all" and "multisimilarity" list: 900 MiB while 
 
 def add_arguments(parser):
     """Adds the groups 'batch' and 'sampling', scalars and names, to an argparse parser."""
-    batch = parser.add_argument_group("batch", "how the images of a batch are chosen")
+    batch = parser.add_argument_group("batch (how its images are chosen)")
     batch.add_argument("--bs", "--batch_size", type=int, default=112, metavar="B",
                        help="images per batch; a multiple of --samples_per_class. Larger batches "
                             "give harder negatives and need more memory; useful 32 to 512. "
@@ -44,7 +44,7 @@ def add_arguments(parser):
                             "but never one of the last two classes again (the reference runs). "
                             "Repeated images make a class's pairs easier, most in small classes. "
                             "Default %(default)s")
-    sampling = parser.add_argument_group("sampling", "how tuples are chosen inside a batch")
+    sampling = parser.add_argument_group("sampling (how tuples of a batch are chosen)")
     sampling.add_argument("--sampling", choices=(*METHODS, "none"), default=None,
                           help="random: any positive, any negative. semihard: negatives up to "
                                "0.2 behind the positive in plain distance (reference runs). "

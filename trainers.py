@@ -1070,7 +1070,7 @@ TRAINERS = {trainer.__name__: trainer for trainer in (
 
 def add_arguments(parser):
     """Adds the group 'optimisation' to an argparse parser."""
-    group = parser.add_argument_group("optimisation", "Adam, its rates and their schedule")
+    group = parser.add_argument_group("optimisation (Adam)")
     group.add_argument("--lr", type=number(float, least=0, most=1e6), metavar="LR",
                        help="learning rate of the network; useful 1e-6 to 1e-4 for pretrained "
                             "networks, 1e-4 to 1e-2 from scratch. Default 1e-5 (reference runs); "
@@ -1101,7 +1101,7 @@ def add_arguments(parser):
     group.add_argument("--tau", type=number(int, least=1), nargs="+", metavar="E",
                        help="epochs after which --scheduler step lowers the rates. Default 30 55 "
                             "(reference runs); glyphs 15")
-    trainer = parser.add_argument_group("trainer", "how a batch becomes losses")
+    trainer = parser.add_argument_group("trainer (how a batch becomes losses)")
     trainer.add_argument("--trainer", choices=TRAINERS, default="MetricLossOnly",
                          help="MetricLossOnly: the loss alone. TrainWithClassifier: and a linear "
                               "classifier behind the embedding. CascadedEmbeddings: a loss for "

@@ -996,7 +996,8 @@ def test_the_default_k_are_those_that_a_small_test_set_has(small, tmp_path, caps
 
 def test_help_is_grouped_and_says_where_defaults_come_from():
     parser = main.build_parser()
-    titles = [group.title for group in parser._action_groups if group._group_actions]
+    titles = [group.title.partition(" (")[0] for group in parser._action_groups
+              if group._group_actions]
     assert titles[-10:] == ["data", "batch", "sampling", "network", "loss", "optimisation",
                             "trainer", "evaluation", "recipe", "run"]
     for action in FLAGS:
