@@ -85,15 +85,15 @@ def add_arguments(parser):
                        default=0.0, metavar="SHARE",
                        help="hold out this share of the training classes, always the same ones, "
                             "and choose the best epoch on them; the run then reports the last "
-                            "epoch, that choice, and the literature's, on the test classes. Useful 0.1 "
-                            "to 0.5. Default %(default)s: the best on the test classes")
+                            "epoch, that choice, and the literature's, on the test classes. "
+                            "Useful 0.1 to 0.5. Default %(default)s: the best on the test classes")
     group.add_argument("--cache", choices=("none", "ram", "device"), default="none",
                        metavar="WHERE",
                        help="decode each image once, reduced to the shorter side that testing "
                             "takes it to, and keep it in main memory (ram) or on the --gpu "
-                            "(device); none reads files in each epoch. Test pictures stay the same; training crops are cut from the reduced "
-                            "image, so numbers differ a little. 256 x 341 pixels are 256 KiB. "
-                            "Default %(default)s")
+                            "(device); none reads files in each epoch. Test pictures stay the "
+                            "same; training crops are cut from the reduced image, so numbers "
+                            "differ a little. 256 x 341 pixels are 256 KiB. Default %(default)s")
 
 
 def dataset_select(opt, device="cpu", views=1):

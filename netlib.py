@@ -46,9 +46,9 @@ def add_arguments(parser):
                             "trained. Default frozen for pretrained trunks, trained for others")
     group.add_argument("--amp", choices=("bf16", "fp16", "none"), metavar="TYPE",
                        help="the trunk's arithmetic: bf16, fp16 (GPU only, with a gradient "
-                            "scaler), or none, float32; all else is in float32 always. Default that of "
-                            "--arch, else bf16 on a CPU with units for it (amx_bf16), where it "
-                            "is several times faster, and none elsewhere")
+                            "scaler), or none, float32; all else is in float32 always. Default "
+                            "that of --arch, else bf16 on a CPU with units for it (amx_bf16), "
+                            "where it is several times faster, and none elsewhere")
     group.add_argument("--channels_last", action=argparse.BooleanOptionalAction, default=None,
                        help="keep images as [B, H, W, 3] in memory, which convolutions are often "
                             "faster on; the results differ by rounding. Default that of --arch; "
