@@ -761,6 +761,23 @@ def escape(text):
                                   text))
 
 
+def label(x, y, text, **style):
+    """An SVG element with a text; style: its attributes, such as font_weight."""
+    style = "".join(f' {name.replace("_", "-")}="{value}"' for name, value in style.items())
+    return f'<text x="{x}" y="{y}"{style}>{escape(text)}</text>'
+
+
+def save_svg(path, width, height, title, parts):
+    """Writes a picture of so many pixels: its header lines above, below them SVG elements."""
+    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+             'font-family="Helvetica, Arial, sans-serif" font-size="13">',
+             '<rect width="100%" height="100%" fill="white"/>',
+             *(label(20, 26 + 20 * i, line, font_weight="normal" if i else "bold")
+               for i, line in enumerate(title)), *parts, "</svg>\n"]
+    with written_whole(path, "w") as file:
+        file.write("\n".join(lines))
+
+
 def save_plot(path, title, panels):
     """Draws curves over epochs, one panel beside the other, as an SVG that a browser opens.
 
@@ -769,66 +786,52 @@ def save_plot(path, title, panels):
     value; three stand in a row.
     """
     width, height, head = 620, 380, 24 + 20 * len(title)
-    parts = opening(width * min(3, len(panels)), height * -(-len(panels) // 3) + head, title)
+    parts = []
     for i, (name, curves) in enumerate(panels):
-        parts.append(f'<g transform="translate({width * (i % 3)} {height * (i // 3) + head})">')
-        parts += panel(name, curves, width, height)
-        parts.append("</g>")
-    parts.append("</svg>")
-    with written_whole(path, "w") as file:
-        file.write("\n".join(parts) + "\n")
-
-
-def opening(width, height, title):
-    """The first SVG elements of a picture of so many pixels, with its header lines."""
-    return [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-            'font-family="Helvetica, Arial, sans-serif" font-size="13">',
-            '<rect width="100%" height="100%" fill="white"/>',
-            *(f'<text x="20" y="{26 + 20 * i}" font-weight="{"normal" if i else "bold"}">'
-              f'{escape(line)}</text>' for i, line in enumerate(title))]
+        parts += [f'<g transform="translate({width * (i % 3)} {height * (i // 3) + head})">',
+                  *panel(name, curves, width, height), "</g>"]
+    save_svg(path, width * min(3, len(panels)), height * -(-len(panels) // 3) + head, title, parts)
 
 
 def panel(name, curves, width, height):
     """The SVG elements of one panel of save_plot."""
     left, right, top, bottom = 62, width - 170, 24, height - 46
-    curves = {label: [(x, y) for x, y in points if np.isfinite(y)]
-              for label, points in curves.items()}
+    curves = {curve_name: [(x, y) for x, y in points if np.isfinite(y)]
+              for curve_name, points in curves.items()}
     points = [point for curve in curves.values() for point in curve] or [(0, 0)]
     x_ticks = ticks(min(x for x, _ in points), max(x for x, _ in points), whole=True)
     y_ticks = ticks(min(y for _, y in points), max(y for _, y in points))
 
     def at_x(x):
-        return left + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (right - left)
+        return f"{left + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (right - left):.1f}"
 
-    def at_y(y):
-        return bottom - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (bottom - top)
+    def at_y(y, below=0):
+        share = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        return f"{bottom - share * (bottom - top) + below:.1f}"
 
-    parts = [f'<text x="{left}" y="{top - 10}" font-weight="bold">{escape(name)}</text>']
+    parts = [label(left, top - 10, name, font_weight="bold")]
     for x in x_ticks:
-        parts.append(f'<line x1="{at_x(x):.1f}" y1="{top}" x2="{at_x(x):.1f}" y2="{bottom}" '
-                     'stroke="#e5e5e5"/>')
-        parts.append(f'<text x="{at_x(x):.1f}" y="{bottom + 18}" text-anchor="middle">'
-                     f'{x:g}</text>')
+        parts += [f'<line x1="{at_x(x)}" y1="{top}" x2="{at_x(x)}" y2="{bottom}" '
+                  'stroke="#e5e5e5"/>',
+                  label(at_x(x), bottom + 18, f"{x:g}", text_anchor="middle")]
     for y in y_ticks:
-        parts.append(f'<line x1="{left}" y1="{at_y(y):.1f}" x2="{right}" y2="{at_y(y):.1f}" '
-                     'stroke="#e5e5e5"/>')
-        parts.append(f'<text x="{left - 8}" y="{at_y(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
-    parts.append(f'<path d="M{left} {top} V{bottom} H{right}" stroke="black" fill="none"/>')
-    parts.append(f'<text x="{(left + right) / 2}" y="{bottom + 38}" text-anchor="middle">'
-                 'epoch</text>')
+        parts += [f'<line x1="{left}" y1="{at_y(y)}" x2="{right}" y2="{at_y(y)}" '
+                  'stroke="#e5e5e5"/>',
+                  label(left - 8, at_y(y, 4), f"{y:g}", text_anchor="end")]
+    parts += [f'<path d="M{left} {top} V{bottom} H{right}" stroke="black" fill="none"/>',
+              label((left + right) / 2, bottom + 38, "epoch", text_anchor="middle")]
     if any(curves.values()):
-        parts.append(f'<text x="{right + 12}" y="{top - 10}">last epoch:</text>')
-    for i, (label, curve) in enumerate(curves.items()):
+        parts.append(label(right + 12, top - 10, "last epoch:"))
+    for i, (curve_name, curve) in enumerate(curves.items()):
         colour = COLOURS[i % len(COLOURS)]
-        line = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in curve)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [f'<circle cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="2.5" fill="{colour}"/>'
-                  for x, y in curve]
+        line = " ".join(f"{at_x(x)},{at_y(y)}" for x, y in curve)
         last = f" {curve[-1][1]:.4g}" if curve else ""
         y = top + 8 + 20 * i
-        parts.append(f'<line x1="{right + 12}" y1="{y - 4}" x2="{right + 32}" y2="{y - 4}" '
-                     f'stroke="{colour}" stroke-width="3"/>')
-        parts.append(f'<text x="{right + 38}" y="{y}">{escape(label + last)}</text>')
+        parts += [f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>',
+                  *(f'<circle cx="{at_x(x)}" cy="{at_y(y)}" r="2.5" fill="{colour}"/>'
+                    for x, y in curve),
+                  f'<line x1="{right + 12}" y1="{y - 4}" x2="{right + 32}" y2="{y - 4}" '
+                  f'stroke="{colour}" stroke-width="3"/>', label(right + 38, y, curve_name + last)]
     return parts
 
 
@@ -847,8 +850,7 @@ def save_scatter(path, title, points, names, size=760):
         groups.setdefault(name, []).append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2"/>')
     with_legend = len(groups) <= 20
     head = 14 + 20 * len(title)
-    parts = [*opening(size + 220 * with_legend, size + head, title),
-             f'<g transform="translate(0 {head})" fill-opacity="0.75">',
+    parts = [f'<g transform="translate(0 {head})" fill-opacity="0.75">',
              f'<rect x="8" y="0" width="{size - 16}" height="{size - 8}" fill="none" '
              'stroke="#cccccc"/>']
     for i, (name, circles) in enumerate(sorted(groups.items())):
@@ -856,10 +858,8 @@ def save_scatter(path, title, points, names, size=760):
         parts += [f'<g fill="{colour}"><title>{escape(name)}</title>', *circles, "</g>"]
         if with_legend:
             parts += [f'<circle cx="{size + 16}" cy="{24 + 22 * i}" r="5" fill="{colour}"/>',
-                      f'<text x="{size + 28}" y="{28 + 22 * i}">{escape(name)}</text>']
-    parts += ["</g>", "</svg>"]
-    with written_whole(path, "w") as file:
-        file.write("\n".join(parts) + "\n")
+                      label(size + 28, 28 + 22 * i, name)]
+    save_svg(path, size + 220 * with_legend, size + head, title, [*parts, "</g>"])
 
 
 def colour_of(i):
