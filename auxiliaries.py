@@ -174,7 +174,7 @@ def written_whole(path, mode="wb"):
 
     Raises OSError that names the path where the disk is full or cannot be written.
     """
-    temporary = f"{path}.tmp{os.getpid()}"
+    temporary = f"{path}.tmp"
     try:
         with open(temporary, mode, **({} if "b" in mode else {
                 "encoding": "utf-8", "errors": "backslashreplace", "newline": ""})) as f:
@@ -195,12 +195,10 @@ def written_whole(path, mode="wb"):
 def make_run_folder(save_path, dataset, savename=None, resume=False):
     """The run's folder, made new: save_path/dataset/savename or, without a name, the start time.
 
-    A second run of the same second has _2 behind it, and so on.
-    With resume it must be there already. Raises ValueError or OSError where that does not hold.
+    A second run of the same second has _2 behind it, and so on. With resume it must be there
+    already. Raises ValueError or OSError where that does not hold.
     """
-    if resume and not savename:
-        raise ValueError("--resume needs --savename, the name of the run to go on with")
-    if savename and os.path.basename(savename) != savename or savename in (".", ".."):
+    if savename in ("", ".", "..") or savename and os.path.basename(savename) != savename:
         raise ValueError(f"--savename {savename}: it is the name of a folder, not a path; "
                          "--save_path says where")
     if resume:
@@ -227,52 +225,33 @@ def make_run_folder(save_path, dataset, savename=None, resume=False):
 def lock_folder(folder):
     """Keeps other runs out of a run folder -> the lock file, which is open as long as it counts.
 
-    The lock goes with the process, however it ends. Where the file system has no locks, a process
-    of this host that is named in the file and lives has it. What a killed run left half written
-    is removed. ValueError where another run has the lock.
+    The lock goes with the process, however it ends. Says so where there are no locks; on Windows
+    nothing is locked. ValueError where another run has the lock.
     """
     file = open(os.path.join(folder, ".lock"), "a+")
-    file.seek(0)
-    owner = file.read().strip()
     try:
-        import fcntl  # not on Windows, where nothing is locked
+        import fcntl
         # Unlike flock's, not inherited by loading processes, which outlive a killed run.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        taken = False
     except (BlockingIOError, PermissionError):
-        taken = True
-    except (ImportError, OSError):  # a file system without locks
-        number, _, host = owner.removeprefix("process ").partition(" on ")
-        taken = host == platform.node() and int(number) != os.getpid() and lives(int(number))
-    if taken:
-        file.close()
-        raise ValueError(f"another run is writing to {folder} ({owner}): wait for it, or choose "
-                         "another --savename")
+        with file:
+            file.seek(0)
+            raise ValueError(f"another run is writing to {folder} ({file.read().strip()}): wait "
+                             "for it, or choose another --savename") from None
+    except ImportError:  # Windows
+        pass
+    except OSError as error:
+        print(printable(f"note: {folder} could not be locked ({error}): let no other run write "
+                        "there"), flush=True)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()
-    for entry in os.listdir(folder):
-        if re.search(r"\.tmp\d+$", entry):
-            os.remove(os.path.join(folder, entry))
     return file
-
-
-def lives(process):
-    """Whether a process of this host, by its id, has not ended; never on Windows."""
-    if os.name != "posix":  # where os.kill would end it
-        return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it is another user's
-        pass
-    return True
 
 
 def previous(path):
     """Where the checkpoint before the one in a file is kept."""
-    return re.sub(r"(\.pth\.tar)?$", r"_previous\1", path, count=1)
+    return path.removesuffix(".pth.tar") + "_previous.pth.tar"
 
 
 def save_checkpoint(path, state, keep_previous=False):
@@ -282,17 +261,10 @@ def save_checkpoint(path, state, keep_previous=False):
     """
     with written_whole(path) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())  # a full disk may show only here
-        if keep_previous and os.path.exists(path):  # a second name, so that it is never away
-            temporary = f"{previous(path)}.tmp{os.getpid()}"
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(temporary)
-            try:
-                os.link(path, temporary)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(path, temporary)
-            os.replace(temporary, previous(path))
+        if keep_previous and os.path.exists(path):
+            file.flush()
+            os.fsync(file.fileno())  # a full disk may show only here
+            os.replace(path, previous(path))
 
 
 def load_last_checkpoint(path, keys):
@@ -301,16 +273,17 @@ def load_last_checkpoint(path, keys):
     keys: as in load_checkpoint. Says so when it is the one before; a damaged file is renamed, lest
     it become the one before. None where there is neither file, ValueError where neither is whole.
     """
-    if not os.path.exists(path) and not os.path.exists(previous(path)):
+    there, before = os.path.exists(path), os.path.exists(previous(path))
+    if not there and not before:
         return None
     try:
         return load_checkpoint(path, keys)
     except (ValueError, FileNotFoundError) as error:
-        if not os.path.exists(previous(path)):
+        if not before:
             raise
         state = load_checkpoint(previous(path), keys)
-        if rank() == 0 and os.path.exists(path):
-            os.replace(path, re.sub(r"(\.pth\.tar)?$", r"_damaged\1", path, count=1))
+        if there:
+            os.replace(path, path.removesuffix(".pth.tar") + "_damaged.pth.tar")
         print(printable(f"warning: {error}; going on from the one before, {previous(path)}"),
               flush=True)
         return state
@@ -324,20 +297,18 @@ def load_checkpoint(path, keys):
     """
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-            if archive.testzip() is not None:
-                raise ValueError(f"the checksum of {archive.testzip()} is another")
+            if archive.testzip():
+                raise zipfile.BadZipFile
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if not set(keys) <= set(state):
+            raise KeyError
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no checkpoint {path}") from None
     except Exception as error:  # torch.load raises a dozen types for damaged or foreign files
-        # torch's own message advises to read the file without this protection: it is not shown.
-        raise ValueError(f"the checkpoint {path} is damaged, or not one of this program: torch "
-                         "cannot read it safely, as tensors and plain values alone "
-                         f"({type(error).__name__})") from error
-    missing = [key for key in keys if not isinstance(state, dict) or key not in state]
-    if missing:
-        raise ValueError(f"the checkpoint {path} is not one of this program: it has no "
-                         f"{missing[0]}")
+        # Its own message advises to read the file without this protection: it is not shown.
+        raise ValueError(f"the checkpoint {path} is damaged, or not one of this program: it "
+                         "cannot be read safely, as tensors and plain values alone, or lacks a "
+                         f"part ({type(error).__name__})") from error
     return state
 
 
@@ -412,15 +383,15 @@ def random_state():
     """
     name, keys, *rest = np.random.get_state()
     return {"cpu": torch.get_rng_state(),
-            "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
+            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
             "numpy": [name, keys.tolist(), *rest], "python": random.getstate()}
 
 
 def restore_random_state(state):
     """Sets the generators to a state of random_state; a GPU's only where there is one."""
     torch.set_rng_state(state["cpu"])
-    if len(state["cuda"]) == 1 and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"][0])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     version, numbers, rest = state["python"]

@@ -145,8 +145,8 @@ def test_resume_takes_a_folder_that_exists(tmp_path):
     assert auxiliaries.make_run_folder(str(tmp_path), "cub200", "trial", resume=True) == folder
     with pytest.raises(FileNotFoundError, match="other"):
         auxiliaries.make_run_folder(str(tmp_path), "cub200", "other", resume=True)
-    for name in (None, ""):
-        with pytest.raises(ValueError, match="--resume needs --savename"):
+    for name in ("", ".", "..", "a/b"):
+        with pytest.raises(ValueError, match="--savename"):
             auxiliaries.make_run_folder(str(tmp_path), "cub200", name, resume=True)
     assert os.listdir(tmp_path / "cub200") == ["trial"]
 
@@ -296,12 +296,6 @@ def test_the_same_seed_gives_the_same_numbers():
     assert numbers(2 ** 32 - 1) == numbers(2 ** 32 - 1)
 
 
-@pytest.mark.parametrize("seed", [-1, 2 ** 32])
-def test_a_seed_out_of_range_is_refused(seed):
-    with pytest.raises(ValueError, match=f"--seed {seed}"):
-        auxiliaries.seed_everything(seed)
-
-
 def test_the_random_state_comes_back(tmp_path):
     torch.manual_seed(4)
     torch.rand(3)
@@ -312,13 +306,6 @@ def test_the_random_state_comes_back(tmp_path):
     state = auxiliaries.load_checkpoint(path, ["random_state"])["random_state"]
     auxiliaries.restore_random_state(state)
     assert torch.equal(torch.rand(5), expected)
-
-
-def test_the_random_state_of_more_gpus_is_left_alone():
-    state = auxiliaries.random_state()
-    state["cuda"] = [torch.zeros(16, dtype=torch.uint8)] * 99
-    auxiliaries.restore_random_state(state)
-    assert torch.equal(torch.get_rng_state(), state["cpu"])
 
 
 def test_a_missing_gpu_is_said_in_one_line(capsys, monkeypatch):
@@ -868,7 +855,7 @@ def mistyped(program, arguments, capsys):
     ("main.py", "--dataset=glyph", "argument --dataset: invalid choice: 'glyph' (choose from "
                                    ".*); did you mean glyphs?"),
     ("main.py", "--loss tripelt", "argument --loss: invalid choice: .*; did you mean triplet?"),
-    ("main.py", "--lr fast", "argument --lr: invalid float value: 'fast';"),
+    ("main.py", "--lr fast", "--lr fast: it must be a finite number at least 0 and .*;"),
     ("main.py", "glyphs", "unrecognized arguments: glyphs;"),
     ("main.py", "--tau", "argument --tau: expected at least one argument;"),
     ("datasets.py", "--downlaod", "unrecognized arguments: --downlaod; did you mean --download?"),
@@ -896,7 +883,7 @@ def test_a_reader_that_goes_ends_a_program_quietly(program, monkeypatch, capsys)
         patch.setattr(sys, "stdout", stream)
         with pytest.raises(SystemExit) as stop:
             PROGRAMS[program](["--help"])
-    assert stop.value.code in (0, 141) and capsys.readouterr().err == ""
+    assert stop.value.code in (None, 0, 141) and capsys.readouterr().err == ""
 
 
 def test_a_reader_that_goes_while_a_program_prints(monkeypatch, capsys):
@@ -927,21 +914,13 @@ def test_a_pause_that_does_not_count_is_not_expected_again(monkeypatch):
     assert progress.pause_seconds == 50
 
 
-def test_a_folder_is_locked_where_the_file_system_has_no_locks(tmp_path, monkeypatch):
-    """By the process that .lock names, while it lives on this host."""
+def test_a_folder_that_cannot_be_locked_is_named(tmp_path, monkeypatch, capsys):
     import fcntl
-    monkeypatch.setattr(fcntl, "lockf", lambda *_: (_ for _ in ()).throw(OSError(37, "no locks")))
-    owner, host = tmp_path / ".lock", auxiliaries.platform.node()
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    for text in ("", f"process {ended.pid} on {host}", f"process {os.getppid()} on elsewhere"):
-        owner.write_text(text)
-        auxiliaries.lock_folder(str(tmp_path)).close()
-        assert owner.read_text() == f"process {os.getpid()} on {host}"
-    owner.write_text(f"process {os.getppid()} on {host}")
-    with pytest.raises(ValueError, match=f"another run .*process {os.getppid()} on"):
-        auxiliaries.lock_folder(str(tmp_path))
-    assert owner.read_text() == f"process {os.getppid()} on {host}"
+    monkeypatch.setattr(fcntl, "lockf", lambda *_: fail(OSError(37, "no locks")))
+    auxiliaries.lock_folder(str(tmp_path)).close()
+    said = capsys.readouterr().out
+    assert said.startswith(f"note: {tmp_path} could not be locked") and said.count("\n") == 1
+    assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
 LOADING = """
