@@ -19,6 +19,7 @@ import itertools
 import linecache
 import math
 import multiprocessing
+import operator
 import os
 import pickle
 import platform
@@ -56,37 +57,31 @@ class Parser(argparse.ArgumentParser):
         return namespace, unknown
 
     def error(self, message):
-        near = []
         message = re.sub(r"^argument (?:\S+/)?(--\w+): (\S+): it must be ", r"\1 \2: it must be ",
                          message)  # of number, in the words of other errors
-        wrong = re.match("(?:argument (\\S+): invalid choice|unrecognized arguments): "
-                         "'?([^\\s'=]+)", message)
-        if wrong:
-            names = [name for action in self._actions for name in (
-                action.option_strings if not wrong[1] else map(str, action.choices or ())
-                if wrong[1] in (*action.option_strings, action.dest) else ())]
-            near = difflib.get_close_matches(wrong[2], names, n=1)
+        wrong = re.search(r"(?:invalid choice|unrecognized arguments): '?([^\s'=]+)", message)
+        choices = re.findall(r"[^\s,')]+", message.partition("(choose from ")[2])
+        near = difflib.get_close_matches(wrong[1], choices or self._option_string_actions,
+                                         n=1) if wrong else []
         self.exit(2, f"{self.prog}: error: {message}; "
                      + "".join(f"did you mean {name}? " for name in near) + "--help lists all\n")
 
 
 def number(kind, least=None, above=None, most=None, below=None):
     """An argparse type: a finite number of a kind, int or float, within bounds."""
-    bounds = [f"{words} {bound}" for words, bound in (
-        ("at least", least), ("above", above), ("at most", most), ("below", below))
-        if bound is not None]
-    wanted = " ".join(["a whole number" if kind is int else "a finite number", *(
-        [" and ".join(bounds)] if bounds else [])])
+    bounds = [(f"{words} {bound}", holds, bound) for words, holds, bound in (
+        ("at least", operator.ge, least), ("above", operator.gt, above),
+        ("at most", operator.le, most), ("below", operator.lt, below)) if bound is not None]
+    wanted = ("a whole number " if kind is int else "a finite number ") + " and ".join(
+        text for text, _, _ in bounds)
 
     def parse(text):
         try:
             value = kind(text)
         except (ValueError, OverflowError):
             value = math.nan
-        if not (math.isfinite(value) and (least is None or value >= least)
-                and (above is None or value > above) and (most is None or value <= most)
-                and (below is None or value < below)):
-            raise argparse.ArgumentTypeError(f"{text}: it must be {wanted}")
+        if not math.isfinite(value) or not all(holds(value, bound) for _, holds, bound in bounds):
+            raise argparse.ArgumentTypeError(f"{text}: it must be {wanted.rstrip()}")
         return value
     return parse
 
@@ -110,10 +105,10 @@ def one_message(program):
         print(f"{program}: stopped by {number.name}{getattr(stopped, 'advice', '')}",
               file=sys.stderr)
         raise SystemExit(128 + number) from None
+    except BrokenPipeError:
+        raise SystemExit(128 + 13) from None  # as SIGPIPE, which Windows has not
     except Exception as error:
         sentence, original = sentence_of(error), of_another_process(error)
-        if isinstance(error, BrokenPipeError) and not original:
-            raise SystemExit(128 + 13) from None  # as SIGPIPE, which Windows has not
         if sentence:
             raise SystemExit(f"{program}: error: {printable(sentence)}") from error
         if original:
@@ -144,12 +139,9 @@ def raised_on_purpose(error):
 
 def sentence_of(error):
     """What to say of an error that is no slip in the code, with what helps; None of any other."""
-    text = str(error) or type(error).__name__
+    text = (of_another_process(error).rpartition("\n")[2].partition(": ")[2]
+            or str(error) or type(error).__name__)
     if raised_on_purpose(error):
-        original = of_another_process(error)
-        if original:  # the first line behind the last frame, and on: "ValueError: ..."
-            text = re.search(r"\n(\S.*)", original[original.rindex("\n  File "):], re.DOTALL)[1]
-            text = text.partition(": ")[2] or text
         return text
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS,
                                                       errno.ENOSPC, errno.EIO):
@@ -163,6 +155,17 @@ def sentence_of(error):
               if re.match(r"DataLoader worker \(pid", text) else "")
     return (f"{one_line(text, 1000)}: {remedy}" if remedy and isinstance(error, RuntimeError) else
             None)
+
+
+def printable(text):
+    """A text for the terminal; escapes, line ends and what is not UTF-8 show as \\x1b, \\n."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def one_line(value, most=200):
+    """Anything that a file may hold, as one line of text for a message; cut where it is longer."""
+    text = printable(" ".join(str(value).split()))
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 # ---- files
@@ -355,8 +358,7 @@ def is_over(rows, metric, every, patience):
     rows = [row for row in rows if row["epoch"] % every == 0]
     if patience is None or not rows:
         return False
-    best = best_row(rows, metric)
-    return len(rows) - 1 - next(i for i, row in enumerate(rows) if row is best) >= patience
+    return len(rows) - 1 - rows.index(best_row(rows, metric)) >= patience
 
 
 # ---- seeds and versions
@@ -689,8 +691,7 @@ class Progress:
         rate = self.done / (self.printed - self.started)
         epochs_left = self.num_epochs - epoch + 1
         every = self.epochs_per_pause  # and one after the last epoch
-        pauses = (self.num_epochs // every - (epoch - 1) // every
-                  + (self.num_epochs % every > 0))
+        pauses = -(-self.num_epochs // every) - (epoch - 1) // every
         left = (epochs_left * iterations - iteration - 1) / rate + pauses * self.pause_seconds
         self.say(f"epoch {epoch}/{self.num_epochs}  iteration {iteration + 1}/{iterations}  "
                  f"loss {float(loss):.4f}  {rate * self.images_per_iteration:.0f} images/s  "
@@ -704,20 +705,17 @@ class Progress:
         """Replaces the line by what of the text fits on a terminal; an empty text clears it."""
         if self.active:
             text = text[:shutil.get_terminal_size().columns - 1]
-            self.stream.write("\r" + text.ljust(self.width))
-            self.stream.write("\r" * (not text))
+            self.stream.write("\r" + text.ljust(self.width) + "\r" * (not text))
             self.stream.flush()
             self.width = len(text)
 
 
 def duration(seconds):
     """Seconds as 7s, 3m 20s or 2h 05m."""
-    seconds = int(round(seconds))
-    if seconds < 60:
-        return f"{seconds}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m {seconds % 60:02d}s"
-    return f"{seconds // 3600}h {seconds % 3600 // 60:02d}m"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {seconds:02d}s" if minutes else
+            f"{seconds}s")
 
 
 # ---- pictures
@@ -861,42 +859,28 @@ def save_image_grid(path, rows, size=112, title=""):
 
     Queries stand on the left, framed red; hits are framed green; misses grey, with a cross.
     """
-    frame, gap, margin, legend = 5, 6, 18, 24
-    step = size + 2 * frame + gap
+    gap, margin, legend = 6, 18, 24
+    side = size + 10  # with its frame
     columns = max(len(row) for row in rows)
-    grid = Image.new("RGB", (columns * step + margin + gap, len(rows) * step + gap + legend),
-                     "white")
-    draw = ImageDraw.Draw(grid)
-    draw.text((gap, 4),
-              f"{title}   query (red)   neighbours: same class (green), other (grey, crossed)",
-              fill="black", font=ImageFont.load_default(13))
+    grid = Image.new("RGB", (columns * (side + gap) + margin + gap,
+                             len(rows) * (side + gap) + gap + legend), "white")
+    ImageDraw.Draw(grid).text(
+        (gap, 4), f"{title}   query (red)   neighbours: same class (green), other (grey, crossed)",
+        fill="black", font=ImageFont.load_default(13))
     for i, row in enumerate(rows):
         for j, (image, role) in enumerate(row):
-            x = gap + j * step + margin * (j > 0)
-            y = gap + i * step + legend
             colour = {"query": (214, 39, 40), "hit": (44, 160, 44), "miss": (120, 120, 120)}[role]
-            draw.rectangle((x, y, x + size + 2 * frame - 1, y + size + 2 * frame - 1), fill=colour)
+            tile = Image.new("RGB", (side, side), colour)
             image = image.copy()
-            image.thumbnail((size, size)) if max(image.size) > size else None
-            image = image.resize([round(side * size / max(image.size)) for side in image.size])
-            corner = (x + frame + (size - image.width) // 2,
-                      y + frame + (size - image.height) // 2)
-            grid.paste(image, corner)
+            image.thumbnail((size, size))
+            image = image.resize([round(edge * size / max(image.size)) for edge in image.size])
+            tile.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
             if role == "miss":
-                end = (x + frame + 16, y + frame + 16)
-                draw.rectangle((x, y, *end), fill=colour)
-                draw.line((x + 4, y + 4, end[0] - 4, end[1] - 4), fill="white", width=3)
-                draw.line((x + 4, end[1] - 4, end[0] - 4, y + 4), fill="white", width=3)
+                draw = ImageDraw.Draw(tile)
+                draw.rectangle((0, 0, 21, 21), fill=colour)
+                draw.line((4, 4, 17, 17), fill="white", width=3)
+                draw.line((4, 17, 17, 4), fill="white", width=3)
+            grid.paste(tile, (gap + j * (side + gap) + margin * (j > 0),
+                              gap + i * (side + gap) + legend))
     with written_whole(path) as file:
         grid.save(file, "PNG")
-
-
-def printable(text):
-    """A text for the terminal; escapes, line ends and what is not UTF-8 show as \\x1b, \\n."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
-
-
-def one_line(value, most=200):
-    """Anything that a file may hold, as one line of text for a message; cut where it is longer."""
-    text = printable(" ".join(str(value).split()))
-    return text if len(text) <= most else f"{text[:most]}..."
