@@ -2,11 +2,13 @@
 
 The batch samplers at the end choose the images of each batch; Sampler chooses tuples (anchor,
 positive, negative) inside a batch of embeddings. Nothing here knows a network, a loss or a command
-line beyond its own flags. A new tuple sampler is one method of Sampler, its name in METHODS and in
-losses.TRIPLET_SAMPLINGS; a new way to compose batches is a class beside ClassBalancedBatchSampler.
+line beyond its own flags. A new tuple sampler is one method of Sampler, whose docstring's first
+line is its help, and its name in METHODS; a new way to compose batches is a subclass of
+BatchSampler.
 """
 
 import collections
+import itertools
 import math
 
 import numpy as np
@@ -15,8 +17,6 @@ import torch
 # Of Sampler, the default first; npair is of its own two losses.
 METHODS = ("distance", "semihard", "facenet", "softhard", "random", "hard", "multisimilarity",
            "all", "rho", "npair")
-# Of Sampler, by their flags.
-OPTIONS = ("margin", "distance_cutoff", "mining_epsilon", "rho_probability", "positives", "form")
 FORMS = ("paper", "reference")  # of losses and samplings that their authors' code has otherwise
 DRAW_NEGATIVES = ("random", "semihard", "facenet", "softhard", "distance", "rho")
 # How many groups of a batch, by --batch_draw, must lie between two of the same class.
@@ -45,20 +45,11 @@ def add_arguments(parser):
                             "Repeated images make a class's pairs easier, most in small classes. "
                             "Default %(default)s")
     sampling = parser.add_argument_group("sampling (how tuples of a batch are chosen)")
+    methods = ". ".join(f"{name}: {getattr(Sampler, name).__doc__}".partition(" -> ")[0]
+                        for name in METHODS)
     sampling.add_argument("--sampling", choices=(*METHODS, "none"), default=None,
-                          help="random: any positive, any negative. semihard: negatives up to "
-                               "0.2 behind the positive in plain distance (reference runs). "
-                               "facenet: the same in the loss's own distance and margin (Schroff "
-                               "et al. 2015). softhard: random among the hard "
-                               "ones. hard: farthest positive, nearest negative (Hermans et al. "
-                               "2017). distance: negatives spread evenly over all distances (Wu "
-                               "et al. 2017). rho: the same, but some tuples only push the anchor "
-                               "from an image of its own class (Roth et al. 2020). "
-                               "multisimilarity: all pairs that are hard for "
-                               "their anchor (Wang et al. 2019). all: every triplet of a small "
-                               "batch. npair: one pair of each class. none: every image or pair "
-                               "counts. Default: the first that the README's table gives for the "
-                               "loss")
+                          help=f"{methods}. none: every image or pair counts. Default: the first "
+                               "that the README's table gives for the loss")
     sampling.add_argument("--positives", choices=("one", "all"), default="one",
                           help=f"{', '.join(DRAW_NEGATIVES)}: one positive of each anchor, drawn "
                                "at random, or all that it could draw, each with a negative of its "
@@ -169,8 +160,8 @@ class Sampler(torch.nn.Module):
         self.positives = positives
         self.form = check_form(form)
         if (method, positives, form) == ("random", "all", "reference"):
-            raise ValueError("--form reference of random sampling draws all triplets alike; it has "
-                             "no --positives all")
+            raise ValueError("--form reference of random sampling draws all triplets alike; it "
+                             "has no --positives all")
         self.sample = getattr(self, method)
 
     @torch.no_grad()
@@ -222,7 +213,7 @@ class Sampler(torch.nn.Module):
     def extra_repr(self):
         """What repr shows: the method, then the scalars of the methods that have any."""
         return ", ".join(f"{name}={value!r}" for name, value in vars(self).items()
-                         if name in ("method", "squared", "lower_cutoff", *OPTIONS))
+                         if not name.startswith("_") and name not in ("training", "sample"))
 
     def random(self, embeddings, labels, others=None, other_labels=None):
         """For each anchor a random positive and a random negative -> [B, 3].
@@ -378,9 +369,9 @@ class Sampler(torch.nn.Module):
                 ~same & ~(similarities <= least - self.mining_epsilon))
 
     def npair(self, embeddings, labels):
-        """One random pair of each class with two images or more; others' positives as negatives.
+        """A random pair of each class of two or more, others' positives negatives -> [B, 2 + B].
 
-        Returns [B, 1 + 1 + B]: row i is (anchor, positive, negatives) where image i is its class's
+        Row i is (anchor, positive, negatives) where image i is its class's
         anchor and all -1 elsewhere; column 2 + j holds class j's positive, -1 where there is none.
         Sohn, "Improved Deep Metric Learning with Multi-class N-pair Loss Objective", NIPS 2016.
         form reference: every image with a positive is an anchor, all images of other classes its
@@ -467,27 +458,52 @@ class Sampler(torch.nn.Module):
         return rows.masked_fill(incomplete.unsqueeze(1), -1)
 
 
-class ClassBalancedBatchSampler(torch.utils.data.BatchSampler):
+class BatchSampler(torch.utils.data.BatchSampler):
+    """Base of the batch samplers: iterating gives lists of indices, shape [batch_size].
+
+    A subclass has batches(epoch), which yields them; they depend on the labels, the seed and the
+    epoch alone. skip, if set, is how many batches the next pass leaves out at its beginning, to go
+    on where one was broken off.
+    """
+
+    def __init__(self, num_batches, batch_size, seed):
+        self.num_batches = num_batches
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = self.skip = 0
+
+    def set_epoch(self, epoch):
+        """The next pass gives the batches of this epoch (any non-negative int)."""
+        self.epoch = epoch
+
+    def __len__(self):
+        return self.num_batches
+
+    def __iter__(self):
+        epoch, skip = self.epoch, self.skip
+        self.epoch, self.skip = epoch + 1, 0  # for a loop that never calls set_epoch
+        yield from itertools.islice(self.batches(epoch), skip, None)
+
+
+class ClassBalancedBatchSampler(BatchSampler):
     """Batches of batch_size / samples_per_class classes, samples_per_class images of each.
 
-    Iterating gives lists of indices, shape [batch_size]. labels: the class of each image, [N]
-    ints. Classes, and images of a class, are distinct in one
+    labels: the class of each image, [N] ints. Classes, and images of a class, are distinct in one
     batch; a class with fewer than samples_per_class images repeats them as evenly as it can. An
     epoch has N // batch_size batches (at least one) and draws each image about once, whatever the
     size of its class: a class's images are shuffled and cut into groups, and how many groups a
-    class gives is in proportion to its images, as far as one group a batch allows. The batches
-    depend on the labels, the seed and the epoch alone. skip, if set, is how many batches the next
-    pass leaves out at its beginning, to go on where one was broken off. Raises ValueError where
-    the sizes do not fit.
+    class gives is in proportion to its images, as far as one group a batch allows. Raises
+    ValueError where the sizes do not fit.
     """
 
     distinct = True
 
     def __init__(self, labels, batch_size=112, samples_per_class=4, seed=1):
-        labels = np.asarray(labels)
         if samples_per_class < 1 or batch_size < 1 or batch_size % samples_per_class:
             raise ValueError(f"--bs {batch_size} is not a multiple of --samples_per_class "
                              f"{samples_per_class}")
+        super().__init__(max(1, len(labels) // batch_size), batch_size, seed)
+        self.samples_per_class = samples_per_class
         self.classes_per_batch = batch_size // samples_per_class
         _, self.labels, self.counts = np.unique(labels, return_inverse=True, return_counts=True)
         if self.distinct and self.classes_per_batch > len(self.counts):
@@ -496,18 +512,6 @@ class ClassBalancedBatchSampler(torch.utils.data.BatchSampler):
                 f"{self.classes_per_batch} classes; the training split has {len(self.counts)}: "
                 f"use --bs {len(self.counts) * samples_per_class} or less, or a larger "
                 "--samples_per_class")
-        self.batch_size = batch_size
-        self.samples_per_class = samples_per_class
-        self.seed = seed
-        self.epoch = self.skip = 0
-        self.num_batches = max(1, len(labels) // batch_size)
-
-    def set_epoch(self, epoch):
-        """The next pass gives the batches of this epoch (any non-negative int)."""
-        self.epoch = epoch
-
-    def __len__(self):
-        return self.num_batches
 
     def groups_per_class(self, generator):
         """How many groups each class gives in this epoch, [C] ints that sum to K x batches.
@@ -526,10 +530,8 @@ class ClassBalancedBatchSampler(torch.utils.data.BatchSampler):
         steps = np.floor(np.cumsum(shares) + generator.random() * (1 - 1e-6) + 1e-9)
         return np.diff(steps, prepend=0).astype(int)
 
-    def __iter__(self):
-        generator = np.random.default_rng([self.seed, self.epoch])
-        skip, self.skip = self.skip, 0
-        self.epoch += 1  # for a loop that never calls set_epoch
+    def batches(self, epoch):
+        generator = np.random.default_rng([self.seed, epoch])
         # The images, class after class, shuffled within each class.
         order = np.lexsort((generator.random(len(self.labels)), self.labels))
         first = np.cumsum(self.counts) - self.counts
@@ -545,9 +547,7 @@ class ClassBalancedBatchSampler(torch.utils.data.BatchSampler):
             classes = generator.permutation(classes)
             place = (taken[classes, None] * self.samples_per_class
                      + np.arange(self.samples_per_class))
-            if self.num_batches - batches_left >= skip:
-                yield order[first[classes, None]
-                            + place % self.counts[classes, None]].ravel().tolist()
+            yield order[first[classes, None] + place % self.counts[classes, None]].ravel().tolist()
             left[classes] -= 1
             taken[classes] += 1
 
@@ -555,7 +555,6 @@ class ClassBalancedBatchSampler(torch.utils.data.BatchSampler):
 class ReplacementBatchSampler(ClassBalancedBatchSampler):
     """Batches of groups of samples_per_class images, each group of a class drawn anew.
 
-    Iterating gives lists of indices, shape [batch_size]; length, seed, epoch and skip as above.
     Every class is equally likely, whatever its size, and so is every image of it: a class may come
     several times in a batch, an image several times in a group. spacing: a group is of none of the
     classes of so many groups before it in the batch. Roth et al., "Revisiting Training Strategies
@@ -574,12 +573,10 @@ class ReplacementBatchSampler(ClassBalancedBatchSampler):
                              f"spaced_replacement needs more than {spacing}")
         self.spacing = spacing
 
-    def __iter__(self):
-        epoch, skip, self.skip = self.epoch, self.skip, 0
-        self.epoch += 1  # for a loop that never calls set_epoch
+    def batches(self, epoch):
         order = np.argsort(self.labels, kind="stable")  # the images, class after class
         first = np.cumsum(self.counts) - self.counts
-        for number in range(skip, self.num_batches):
+        for number in range(self.num_batches):
             generator = np.random.default_rng([self.seed, epoch, number])
             classes, recent = [], collections.deque(maxlen=self.spacing)
             while len(classes) < self.classes_per_batch:
@@ -592,36 +589,24 @@ class ReplacementBatchSampler(ClassBalancedBatchSampler):
             yield order[first[classes, None] + places].ravel().tolist()
 
 
-class ShuffledBatchSampler(torch.utils.data.BatchSampler):
+class ShuffledBatchSampler(BatchSampler):
     """Plain shuffled batches: each image at most once an epoch, the incomplete last batch dropped.
 
-    Iterating gives lists of indices, shape [batch_size]. For losses without positive pairs
-    (--samples_per_class 1). Depends on the seed and the epoch alone; skip as above. Raises
-    ValueError for a batch larger than the dataset.
+    For losses without positive pairs (--samples_per_class 1). Raises ValueError for a batch larger
+    than the dataset.
     """
 
     def __init__(self, num_images, batch_size=112, seed=1):
         if not 1 <= batch_size <= num_images:
             raise ValueError(f"--bs {batch_size} with {num_images} training images: a batch takes "
                              f"1 to {num_images} of them")
+        super().__init__(num_images // batch_size, batch_size, seed)
         self.num_images = num_images
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = self.skip = 0
 
-    def set_epoch(self, epoch):
-        """The next pass gives the batches of this epoch (any non-negative int)."""
-        self.epoch = epoch
-
-    def __len__(self):
-        return self.num_images // self.batch_size
-
-    def __iter__(self):
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_images)
-        skip, self.skip = self.skip, 0
-        self.epoch += 1  # for a loop that never calls set_epoch
-        for start in range(skip * self.batch_size, len(self) * self.batch_size, self.batch_size):
-            yield order[start:start + self.batch_size].tolist()
+    def batches(self, epoch):
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_images)
+        for number in range(self.num_batches):
+            yield order[number * self.batch_size:][:self.batch_size].tolist()
 
 
 def batch_sampler_select(labels, opt):

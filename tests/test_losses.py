@@ -2111,10 +2111,13 @@ OUTSIDE = {
 NOT_NUMBERS = [math.nan, math.inf, -math.inf]
 
 
+SAMPLER_OPTIONS = inspect.signature(samplers.Sampler).parameters
+
+
 def number_flags():
     """The flags of the losses and of their samplers that take numbers, learning rates aside."""
     return [action for action in flags()._actions if action.type in (int, float)
-            and (action.container.title == "loss" or action.dest in samplers.OPTIONS)
+            and (action.container.title == "loss" or action.dest in SAMPLER_OPTIONS)
             and not action.dest.endswith("_lr")]
 
 
@@ -2320,7 +2323,7 @@ def another(action):
 def test_every_flag_reaches_the_losses_that_read_it_and_no_other(name):
     """Each flag changed on its own changes what is built, for a loss of FLAGS_OF, or nothing."""
     walked = [action for action in flags()._actions if action.dest not in ("help", "loss")
-              and (action.container.title == "loss" or action.dest in samplers.OPTIONS)]
+              and (action.container.title == "loss" or action.dest in SAMPLER_OPTIONS)]
     opt = options(sampling=sampling_of(name))
     before = contents(name, opt)
     for action in walked:
