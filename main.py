@@ -2,7 +2,7 @@
 draws.
 
 run() is a training from top to bottom: data, network, trainer, and the loop over the epochs. What
-each part does is in its own file; above run() stand the options, how they are filled in and
+each part does is in its own file; below run() stand the options, how they are filled in and
 checked. Without arguments: ResNet50 on CUB200-2011, margin loss, distance sampling. python main.py
 --dataset glyphs needs no data and no GPU.
 """
@@ -30,6 +30,91 @@ import trainers
 from results import words
 
 
+def run(opt):
+    """One training with final options -> its folder."""
+    device = auxiliaries.select_device(opt.gpu)
+    auxiliaries.seed_everything(opt.seed, opt.deterministic)
+    loss_class, trainer_class = losses.LOSSES[opt.loss], trainers.TRAINERS[opt.trainer]
+
+    # Data: the training images, and the sets that are tested on; a batch is a list of indices.
+    train_set, test_sets, found = datasets.dataset_select(opt, device, trainer_class.views)
+    opt.k_vals = evaluate.k_vals_select(opt, test_sets)
+    batches = samplers.batch_sampler_select(train_set.labels, opt)
+
+    # Network: a trunk of features, an embedding layer. Loss: any of losses.py.
+    trunk, embedder = netlib.network_select(opt, loss_class.unit_norm, opt.embedding_sizes)
+    if auxiliaries.num_ranks() > 1 and opt.batchnorm == "trained":
+        trunk = netlib.share_batchnorm(trunk, device)
+    # Without labels a class is a place in the batch.
+    num_classes = len(train_set.class_names) if trainer_class.uses_classes else opt.bs
+    make_loss = functools.partial(losses.loss_select, opt, num_classes)
+
+    # Trainer: how a batch becomes losses; an optimiser and a schedule for each part.
+    trainer = trainers.trainer_select(opt, trunk, embedder, make_loss, train_set, batches, device)
+
+    # The run's folder and memory: csv, plots, checkpoints; with --resume what was there before.
+    with results.open_log(opt, found, device) as log:
+        trainer.end_of_iteration_hook = log.after_iteration       # progress line, --grad_measure
+        trainer.between_iterations_hook = log.between_iterations  # --checkpoint_every, Ctrl-C
+        log.resume(trainer)                                       # does nothing for a new run
+        print_header(opt, log, test_sets, trainer)
+
+        for epoch in range(log.next_epoch(), opt.n_epochs + 1):
+            if epoch > 0:                                         # epoch 0: the untrained network
+                trainer.train_epoch(epoch)
+            log.pause(epoch)                                      # the training's clock stops
+            metrics, embedded = {}, None
+            if log.is_due(epoch):
+                trainer.set_to_eval()
+                metrics, embedded = evaluate.evaluate_sets(
+                    trainer.compute_embeddings, test_sets, device, progress=log.progress.count,
+                    **evaluate.scoring_select(opt, epoch, device))
+                if epoch and epoch % opt.eval_every == 0:         # not of a last epoch in between
+                    trainer.step_lr_plateau_schedulers(metrics[log.metric])
+            log.after_epoch(metrics, test_sets, embedded)         # a printed line; files
+            if log.is_over():                                     # --patience
+                break
+        log.finish()                                              # the result in a line
+    return log.folder
+
+
+def print_header(opt, log, test_sets, trainer):
+    """Prints the options that tell, the versions, the data and the number of weights."""
+    results.print_options(opt, telling_options(opt))
+    print("options  all others are in Parameter_Info.txt")
+    print(f"versions {log.versions}")
+    print(f"network  {opt.arch}, trunk in {opt.amp.replace('none', 'float32')}"
+          + ", channels_last" * opt.channels_last + ", compiled" * opt.compile
+          + f", {auxiliaries.num_ranks()} processes" * (auxiliaries.num_ranks() > 1))
+    found = log.found
+    counts = ", ".join(f"{name} {len(set(split.labels)):,} classes/{len(split.labels):,} images"
+                       for name, split in found.splits.items())
+    print(auxiliaries.printable(f"data     {counts} ({found.layout})"))
+    for remark in (*found.odd, *[found.subset] * bool(found.subset)):
+        print(auxiliaries.printable(f"         note: {remark}"))
+    for name, queries, gallery in test_sets:
+        lone = datasets.queries_without_match(queries, gallery)
+        print(f"test     {name or 'recall'} over {len(queries) - lone:,} queries ({lone:,} "
+              "without a true match are left out)"
+              + f"; NMI with the {opt.nmi_average} mean" * ("nmi" in opt.metrics))
+    weights = {name: sum(p.numel() for p in part.parameters()) for name, part in trainer.parts()}
+    print("weights  " + ", ".join(f"{name} {count:,}" for name, count in weights.items()),
+          flush=True)
+
+
+def telling_options(opt):
+    """The names of the options that a header shows.
+
+    They were given, or are the chosen loss's or trainer's own, or differ from the defaults without
+    being another loss's or trainer's.
+    """
+    fill_defaults(usual := build_parser().parse_args([]))
+    own, foreign = own_and_foreign(opt)
+    return [name for name, value in vars(usual).items()
+            if name in {"loss", "trainer", *own, *opt.given}
+            or name not in foreign and vars(opt).get(name, value) != value]
+
+
 def build_parser():
     """The parser with every file's flags, in the order data, batch, network, ... run."""
     parser = auxiliaries.Parser(
@@ -43,23 +128,19 @@ def build_parser():
     return parser
 
 
-def own_options(opt):
-    """The names of the options that the chosen loss, trainer and dataset have of their own."""
-    return {*losses.flags_of(opt.loss), *trainers.TRAINERS[opt.trainer].takes,
-            *datasets.DATASETS[opt.dataset].flags}
-
-
-def foreign_options(opt):
-    """The names of the options that only other losses, trainers and datasets have."""
-    tables = (*map(losses.flags_of, losses.LOSSES),
-              *(trainer.takes for trainer in trainers.TRAINERS.values()),
-              *(row.flags for row in datasets.DATASETS.values()))
-    return set().union(*tables) - own_options(opt)
+def own_and_foreign(opt):
+    """The names of the options of the chosen loss, trainer and dataset, and of other ones alone."""
+    flags = {**{("loss", name): losses.flags_of(name) for name in losses.LOSSES},
+             **{("trainer", name): one.takes for name, one in trainers.TRAINERS.items()},
+             **{("dataset", name): row.flags for name, row in datasets.DATASETS.items()}}
+    own = {flag for kind in ("loss", "trainer", "dataset")
+           for flag in flags[kind, getattr(opt, kind)]}
+    return own, set().union(*flags.values()) - own
 
 
 def print_help(parser, opt):
     """Prints the flags of the chosen loss, trainer and dataset, or with --help all every one."""
-    hidden = foreign_options(opt) if opt.help == "chosen" else ()
+    hidden = own_and_foreign(opt)[1] if opt.help == "chosen" else ()
     for action in parser._actions:
         if action.dest in hidden:
             action.help = argparse.SUPPRESS
@@ -76,10 +157,10 @@ def parse_options(argv=None):
     ValueError where values contradict each other or make no sense. --help ends the program.
     """
     parser = build_parser()
-    argv = sys.argv[1:] if argv is None else list(argv)
-    opt = parser.parse_args(argv)
-    recipe = results.find_recipe(opt.recipe) if opt.recipe is not None else None
-    argv = recipe.options + argv if recipe else argv
+    argv = sys.argv[1:] if argv is None else argv
+    name = parser.parse_args(argv).recipe
+    recipe = results.find_recipe(name) if name is not None else None
+    argv = [*(recipe.options if recipe else []), *argv]
     opt = parser.parse_args(argv)
     if opt.help:
         print_help(parser, opt)
@@ -158,64 +239,42 @@ def check(opt):
     loss, trainer = losses.LOSSES[opt.loss], trainers.TRAINERS[opt.trainer]
     foreign = [(flag, name) for name, row in datasets.DATASETS.items() for flag in row.flags
                if flag in opt.given and flag not in datasets.DATASETS[opt.dataset].flags]
-    of_triplets = [name for name, one in losses.LOSSES.items()
-                   if one.samplings == losses.TRIPLET_SAMPLINGS]
     least, processes = least_per_class(opt), auxiliaries.wanted_processes()
-    said = f"--trainer {opt.trainer}"
-    for wrong, sentence in (
-            (opt.not_pretrained and "not_pretrained" in opt.given and opt.weights,
-             "--not_pretrained and --weights contradict each other: give one of them"),
-            (opt.seeds and len(set(opt.seeds)) < len(opt.seeds),
-             f"--seeds {words(opt.seeds)}: one of them is given twice"),
-            (opt.resume and "savename" not in opt.given and not opt.recipe,
-             "--resume needs --savename, the name of the run to go on with"),
-            (opt.cache == "device" and opt.kernels,
-             f"--cache device loads without processes; leave out --kernels {opt.kernels}"),
-            (foreign, "".join(f"--{flag} is for --dataset {name}; --dataset is {opt.dataset}"
-                              for flag, name in foreign[:1])),
-            (opt.sampling not in (loss.samplings or ("none",)),
-             f"--loss {opt.loss} cannot use --sampling {opt.sampling}; it takes "
-             f"{' or '.join(loss.samplings) or 'none: leave it out'}"),
-            (not trainer.uses_classes and loss.min_samples_per_class < 2,
-             f"{said} does not use classes, which --loss {opt.loss} needs; take a loss of pairs "
-             "or triplets"),
-            (trainer.of_triplets and opt.loss not in of_triplets,
-             f"{said} needs a loss of triplets, {', '.join(of_triplets)}; --loss {opt.loss} is "
-             "not"),
-            (trainer.of_triplets and opt.sampling == "rho",
-             f"{said} cannot use --sampling rho, whose anchors are positives: its two streams "
-             "share no image"),
-            (not trainer.uses_classes and opt.batch_draw != "distinct",
-             f"{said} with --batch_draw {opt.batch_draw}: an image that comes twice in a batch "
-             "would be its own negative; leave it out"),
-            (trainer.of_unit_norm and not loss.unit_norm,
-             f"{said} needs unit-norm embeddings for its triplet losses; --loss {opt.loss} wants "
-             "raw ones"),
-            ("recall" not in opt.metrics, f"--metrics {words(opt.metrics)}: recall is missing, "
-             "which chooses the best epoch"),
-            (opt.gamma == 1 and opt.scheduler == "plateau",
-             "--gamma 1.0: --scheduler plateau needs a factor below 1"),
-            (not trainer.uses_classes and opt.samples_per_class != 1,
-             f"{said} cannot use --samples_per_class {opt.samples_per_class}; it takes 1 only"),
-            (trainer.uses_classes and opt.samples_per_class < least,
-             f"{said} with --loss {opt.loss} cannot use --samples_per_class "
-             f"{opt.samples_per_class}; it takes {least} or more"),
-            (opt.bs < 2 or opt.bs % opt.samples_per_class,
-             f"--bs {opt.bs} must be at least 2 and a multiple of --samples_per_class "
-             f"{opt.samples_per_class}"),
-            (opt.bs % processes, f"--bs {opt.bs} is the batch of all processes together: torchrun "
-             f"has started {processes}, which do not divide it"),
-            (opt.amp == "fp16" and (opt.gpu < 0 or not torch.cuda.is_available()),
-             "--amp fp16 needs a GPU; on a CPU --amp takes bf16 or none"),
-            (least > 1 and trainer.uses_classes and opt.bs == opt.samples_per_class,
-             f"--bs {opt.bs} with --samples_per_class {opt.samples_per_class} is one class a "
-             f"batch: --loss {opt.loss} would find no negatives; take a larger --bs"),
-            (opt.positives == "all" and opt.sampling not in samplers.DRAW_NEGATIVES,
-             f"--positives all with --sampling {opt.sampling}: it is for --sampling "
-             f"{', '.join(samplers.DRAW_NEGATIVES)}"),
-            (opt.embedding_sizes and sum(opt.embedding_sizes) != opt.embed_dim,
-             f"--embedding_sizes {words(opt.embedding_sizes or [])} must sum to --embed_dim "
-             f"{opt.embed_dim}")):
+    relations = (
+        (opt.weights and opt.not_pretrained and "not_pretrained" in opt.given,
+         "--not_pretrained and --weights contradict each other: give one of them"),
+        (opt.seeds and len(set(opt.seeds)) < len(opt.seeds),
+         f"--seeds {words(opt.seeds)}: one of them is given twice"),
+        (opt.resume and "savename" not in opt.given and not opt.recipe,
+         "--resume needs --savename, the name of the run to go on with"),
+        (opt.cache == "device" and opt.kernels,
+         f"--cache device loads without processes; leave out --kernels {opt.kernels}"),
+        (foreign, "".join(f"--{flag} is for --dataset {name}; --dataset is {opt.dataset}"
+                          for flag, name in foreign[:1])),
+        (opt.sampling not in (loss.samplings or ("none",)),
+         f"--loss {opt.loss} cannot use --sampling {opt.sampling}; it takes "
+         f"{' or '.join(loss.samplings) or 'none: leave it out'}"),
+        ("recall" not in opt.metrics,
+         f"--metrics {words(opt.metrics)}: recall is missing, which chooses the best epoch"),
+        (opt.gamma == 1 and opt.scheduler == "plateau",
+         "--gamma 1.0: --scheduler plateau needs a factor below 1"),
+        (opt.amp == "fp16" and (opt.gpu < 0 or not torch.cuda.is_available()),
+         "--amp fp16 needs a GPU; on a CPU --amp takes bf16 or none"),
+        (opt.positives == "all" and opt.sampling not in samplers.DRAW_NEGATIVES,
+         f"--positives all with --sampling {opt.sampling}: it is for --sampling "
+         f"{', '.join(samplers.DRAW_NEGATIVES)}"),
+        (trainer.uses_classes and opt.samples_per_class < least,
+         f"--trainer {opt.trainer} with --loss {opt.loss} cannot use --samples_per_class "
+         f"{opt.samples_per_class}; it takes {least} or more"),
+        (opt.bs < 2 or opt.bs % max(1, opt.samples_per_class),
+         f"--bs {opt.bs} must be at least 2 and a multiple of --samples_per_class "
+         f"{opt.samples_per_class}"),
+        (opt.bs % processes, f"--bs {opt.bs} is the batch of all processes together: torchrun has "
+         f"started {processes}, which do not divide it"),
+        (trainer.uses_classes and 1 < least <= opt.bs == opt.samples_per_class,
+         f"--bs {opt.bs} with --samples_per_class {opt.samples_per_class} is one class a batch: "
+         f"--loss {opt.loss} would find no negatives; take a larger --bs"))
+    for wrong, sentence in (*relations_of_trainer(opt, loss, trainer), *relations):
         if wrong:
             raise ValueError(sentence)
     losses.loss_select(opt, num_classes=2)  # its constructor knows the ranges of its flags
@@ -223,88 +282,31 @@ def check(opt):
         results.TensorBoardLog.event_writer()  # missing? say so before there is a folder
 
 
-def run(opt):
-    """One training with final options -> its folder."""
-    device = auxiliaries.select_device(opt.gpu)
-    auxiliaries.seed_everything(opt.seed, opt.deterministic)
-    loss_class, trainer_class = losses.LOSSES[opt.loss], trainers.TRAINERS[opt.trainer]
-
-    # Data: the training images, and the sets that are tested on; a batch is a list of indices.
-    train_set, test_sets, found = datasets.dataset_select(opt, device, trainer_class.views)
-    opt.k_vals = evaluate.k_vals_select(opt, test_sets)
-    batches = samplers.batch_sampler_select(train_set.labels, opt)
-
-    # Network: a trunk of features, an embedding layer. Loss: any of losses.py.
-    trunk, embedder = netlib.network_select(opt, loss_class.unit_norm, opt.embedding_sizes)
-    if auxiliaries.num_ranks() > 1 and opt.batchnorm == "trained":
-        trunk = netlib.share_batchnorm(trunk, device)
-    # Without labels a class is a place in the batch.
-    num_classes = len(train_set.class_names) if trainer_class.uses_classes else opt.bs
-    make_loss = functools.partial(losses.loss_select, opt, num_classes)
-
-    # Trainer: how a batch becomes losses; an optimiser and a schedule for each part.
-    trainer = trainers.trainer_select(opt, trunk, embedder, make_loss, train_set, batches, device)
-
-    # The run's folder and memory: csv, plots, checkpoints; with --resume what was there before.
-    with results.open_log(opt, found, device) as log:
-        trainer.end_of_iteration_hook = log.after_iteration       # progress line, --grad_measure
-        trainer.between_iterations_hook = log.between_iterations  # --checkpoint_every, Ctrl-C
-        log.resume(trainer)                                       # does nothing for a new run
-        print_header(opt, log, test_sets, trainer)
-
-        for epoch in range(log.next_epoch(), opt.n_epochs + 1):
-            if epoch > 0:                                         # epoch 0: the untrained network
-                trainer.train_epoch(epoch)
-            log.pause(epoch)                                      # the training's clock stops
-            metrics, embedded = {}, None
-            if log.is_due(epoch):
-                trainer.set_to_eval()
-                metrics, embedded = evaluate.evaluate_sets(
-                    trainer.compute_embeddings, test_sets, device, progress=log.progress.count,
-                    **evaluate.scoring_select(opt, epoch, device))
-                if epoch and epoch % opt.eval_every == 0:         # not of a last epoch in between
-                    trainer.step_lr_plateau_schedulers(metrics[log.metric])
-            log.after_epoch(metrics, test_sets, embedded)         # a printed line; files
-            if log.is_over():                                     # --patience
-                break
-        log.finish()                                              # the result in a line
-    return log.folder
-
-
-def telling_options(opt):
-    """The names of the options that a header shows.
-
-    They were given, or are the chosen loss's or trainer's own, or differ from the defaults without
-    being another loss's or trainer's.
-    """
-    fill_defaults(usual := build_parser().parse_args([]))
-    own, foreign = {"loss", "trainer", *own_options(opt), *opt.given}, foreign_options(opt)
-    return [name for name, value in vars(usual).items() if name in own
-            or name not in foreign and vars(opt).get(name, value) != value]
-
-
-def print_header(opt, log, test_sets, trainer):
-    """Prints the options that tell, the versions, the data and the number of weights."""
-    results.print_options(opt, telling_options(opt))
-    print("options  all others are in Parameter_Info.txt")
-    print(f"versions {log.versions}")
-    print(f"network  {opt.arch}, trunk in {opt.amp.replace('none', 'float32')}"
-          + ", channels_last" * opt.channels_last + ", compiled" * opt.compile
-          + f", {auxiliaries.num_ranks()} processes" * (auxiliaries.num_ranks() > 1))
-    found = log.found
-    counts = ", ".join(f"{name} {len(set(split.labels)):,} classes/{len(split.labels):,} images"
-                       for name, split in found.splits.items())
-    print(auxiliaries.printable(f"data     {counts} ({found.layout})"))
-    for remark in (*found.odd, *[found.subset] * bool(found.subset)):
-        print(auxiliaries.printable(f"         note: {remark}"))
-    for name, queries, gallery in test_sets:
-        lone = datasets.queries_without_match(queries, gallery)
-        print(f"test     {name or 'recall'} over {len(queries) - lone:,} queries ({lone:,} "
-              "without a true match are left out)"
-              + f"; NMI with the {opt.nmi_average} mean" * ("nmi" in opt.metrics))
-    weights = {name: sum(p.numel() for p in part.parameters()) for name, part in trainer.parts()}
-    print("weights  " + ", ".join(f"{name} {count:,}" for name, count in weights.items()),
-          flush=True)
+def relations_of_trainer(opt, loss, trainer):
+    """What a trainer's class needs of the loss's -> ((whether it is wrong, sentence), ...)."""
+    of_triplets = [name for name, one in losses.LOSSES.items()
+                   if one.samplings == losses.TRIPLET_SAMPLINGS]
+    said = f"--trainer {opt.trainer}"
+    return (
+        (not trainer.uses_classes and loss.min_samples_per_class < 2,
+         f"{said} does not use classes, which --loss {opt.loss} needs; take a loss of pairs or "
+         "triplets"),
+        (not trainer.uses_classes and opt.batch_draw != "distinct",
+         f"{said} with --batch_draw {opt.batch_draw}: an image that comes twice in a batch would "
+         "be its own negative; leave it out"),
+        (not trainer.uses_classes and opt.samples_per_class != 1,
+         f"{said} cannot use --samples_per_class {opt.samples_per_class}; it takes 1 only"),
+        (trainer.of_triplets and opt.loss not in of_triplets,
+         f"{said} needs a loss of triplets, {', '.join(of_triplets)}; --loss {opt.loss} is not"),
+        (trainer.of_triplets and opt.sampling == "rho",
+         f"{said} cannot use --sampling rho, whose anchors are positives: its two streams share "
+         "no image"),
+        (trainer.of_unit_norm and not loss.unit_norm,
+         f"{said} needs unit-norm embeddings for its triplet losses; --loss {opt.loss} wants raw "
+         "ones"),
+        (opt.embedding_sizes and sum(opt.embedding_sizes) != opt.embed_dim,
+         f"--embedding_sizes {words(opt.embedding_sizes)} must sum to --embed_dim "
+         f"{opt.embed_dim}"))
 
 
 def main(argv=None):
