@@ -61,10 +61,9 @@ def add_arguments(parser):
 def add_memory_argument(group):
     """Adds --eval_memory, a scalar, which a run and this file alone share."""
     group.add_argument("--eval_memory", type=auxiliaries.number(float, above=0), metavar="GIB",
-                       help="the most memory for the blocks of distances that ranks are counted "
-                            "in, in GiB; very little is slower, the results are the same. Default "
-                            "1 on the CPU, of which small blocks use a part, a quarter of what is "
-                            "free on a GPU")
+                       help="the most memory for blocks of distances, in GiB; very little is "
+                            "slower, the results are the same. Default 1 on the CPU, a quarter of "
+                            "what is free on a GPU")
 
 
 def add_metric_arguments(group):
@@ -228,7 +227,7 @@ def mean_distances(embeddings, labels):
 
 
 class Metric(typing.NamedTuple):
-    """A row of METRICS. function gives a value, or {column: value}; which are floats but for ranks.
+    """A row of METRICS. function gives a value, a float but for ranks, or {column: value}.
 
     kind says what function gets, and when it is called:
     "ranks": ranks [Q, T] of each query's true matches, ascending, infinite where it has fewer than
@@ -405,16 +404,12 @@ def embed(network, dataset, device, batch_size=112, num_workers=0, progress=None
                                          generator=torch.Generator(),  # draws nothing globally
                                          pin_memory=torch.device(device).type == "cuda"
                                          and not getattr(dataset, "on_device", False))
-    embeddings, labels, start = None, torch.empty(len(share), dtype=torch.int64), 0
-    for images, batch_labels in loader:
-        rows = network(images.to(device, non_blocking=True)).float()
-        if embeddings is None:
-            embeddings = torch.empty(len(share), rows.shape[1], device=device)
-        embeddings[start:start + len(rows)] = rows
-        labels[start:start + len(rows)] = batch_labels
-        start += len(rows)
+    parts = []
+    for images, labels in loader:
+        parts.append((network(images.to(device, non_blocking=True)).float(), labels))
         if progress:
-            progress(start, len(share))
+            progress(min(len(parts) * batch_size, len(share)), len(share))
+    embeddings, labels = map(torch.cat, zip(*parts))
     return tuple(auxiliaries.gather_shares(part, len(dataset))
                  for part in (embeddings, labels.to(device)))
 
@@ -461,11 +456,8 @@ def k_vals_select(opt, sets):
                      number_compared(queries, gallery))
         if "k_vals" not in opt.given:
             k_vals = allowed_k_vals(k_vals, available)
-        try:
-            check_k_vals(k_vals, available)
-        except ValueError as error:
-            held = f" (of the classes held out by --val_split {opt.val_split})" * (name == "val")
-            raise ValueError(f"{error}{held}") from error
+        held = f" (of the classes held out by --val_split {opt.val_split})" * (name == "val")
+        check_k_vals(k_vals, available, held)
     return k_vals
 
 
@@ -504,12 +496,12 @@ def allowed_k_vals(k_vals, available):
     return kept or k_vals
 
 
-def check_k_vals(k_vals, available):
+def check_k_vals(k_vals, available, note=""):
     """ValueError for a k (scalars) that is not from 1 to the number of available neighbours."""
     wrong = [k for k in k_vals if not 1 <= k <= available]
     if wrong:
         raise ValueError(f"--k_vals {' '.join(map(str, wrong))}: each query has {available} "
-                         f"images to be compared with, so k is from 1 to {available}")
+                         f"images to be compared with, so k is from 1 to {available}{note}")
 
 
 def check_embeddings(queries, query_labels, gallery, gallery_labels):
@@ -627,7 +619,7 @@ def save_embeddings(path, embeddings, labels, **settings):
 
 
 def read_embeddings(path):
-    """An npz file -> (embeddings [N, D] float, labels [N] of any type, the run's settings, a dict).
+    """An npz file -> (embeddings [N, D] float, labels [N] of any type, the run's settings).
 
     A file from elsewhere has no settings. FileNotFoundError, or ValueError where the file is not
     such a one; nothing in it is executed.
@@ -1093,7 +1085,7 @@ def blocks(rows, columns):
 
 
 def in_threads(function, parts, device):
-    """[function(part) for each part], on a CPU in as many threads as torch uses, torch in one each.
+    """[function(part) for each part], on a CPU in as many threads as torch uses.
 
     A product of matrices that fits a cache is as fast in one thread, and what is done with it is
     then done by all threads; shapes as function's.
