@@ -626,7 +626,7 @@ def read_embeddings(path):
     """
     try:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            embeddings, labels = file["embeddings"], file["labels"]
+            embeddings, labels = np.asarray(file["embeddings"]), np.asarray(file["labels"])
             settings = dict(json.loads(str(file["settings"]))) if "settings" in file else {}
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {path}") from None
@@ -693,6 +693,10 @@ def score(rows, labels, args):
     if args.gallery and args.vehicle_protocol == "random_gallery":
         raise ValueError("--vehicle_protocol random_gallery draws its own gallery; leave out "
                          "--gallery")
+    unknown = set(args.metrics) - {*METRICS, "all"}
+    if unknown:
+        raise ValueError(f"{args.embeddings}: its run measured {auxiliaries.one_line(unknown)}, "
+                         "which is no metric here; --metrics chooses others")
     on_gpu = args.device == "cuda" and torch.cuda.is_available()
     device = auxiliaries.select_device((0 if on_gpu else -1) if args.gpu is None else args.gpu)
     labels = number_labels(*labels)

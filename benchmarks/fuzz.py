@@ -496,7 +496,7 @@ def embeddings_target(folder):
         if pick(4) == 0:
             np.savez(work / "gallery.npz", **whole)
             given += ["--gallery", str(work / "gallery.npz")]
-        return Case(lambda: score(path, given), (str(path), "--"))
+        return Case(lambda: score(path, given), (str(path), "--", " embeddings ", "true match"))
     return case
 
 

@@ -2431,7 +2431,9 @@ BAD_ARRAYS = {
     "strings": ({"embeddings": np.full((40, 6), "1.0")}, "expected numbers"),
     "complex numbers": ({"embeddings": np.ones((40, 6), complex)}, "expected numbers"),
     "objects": ({"embeddings": np.full((40, 6), None)}, "[Oo]bject|pickle"),
-    "settings that are none": ({"settings": "[1, 2]"}, "cannot be read"),
+    "a metric of another time": ({"settings": {"metrics": ["recall", "accuracy"]}},
+                                 "its run measured .*accuracy.*--metrics"),
+    "settings that are none": ({"settings": [1, 2]}, "cannot be read"),
     "labels as objects": ({"labels": np.array(["a", "b"] * 20, object)}, "[Oo]bject|pickle"),
 }
 
