@@ -634,9 +634,11 @@ def read_embeddings(path):
         raise ValueError(f"{path} cannot be read as an npz file of arrays embeddings [N, D] and "
                          f"labels [N]: {auxiliaries.one_line(error) or type(error).__name__}"
                          ) from error
-    if embeddings.ndim != 2 or embeddings.dtype.kind not in "fiu" or labels.ndim != 1:
+    if (embeddings.ndim != 2 or embeddings.dtype.kind not in "fiu" or labels.ndim != 1
+            or labels.dtype.kind not in "fiubUS"):
         raise ValueError(f"{path}: embeddings {list(embeddings.shape)} of {embeddings.dtype} and "
-                         f"labels {list(labels.shape)}; expected numbers [N, D] and labels [N]")
+                         f"labels {list(labels.shape)} of {labels.dtype}; expected numbers [N, D] "
+                         "and labels [N], numbers or texts")
     exact = np.float32 if np.can_cast(embeddings.dtype, np.float32) else np.float64
     return embeddings.astype(exact), labels, settings
 
