@@ -483,7 +483,7 @@ def embeddings_target(folder):
         pick = generator.integers
         path, arrays = work / "embeddings.npz", dict(whole)
         for _ in range(pick(3)):
-            name = list(whole)[pick(len(whole)) if pick(2) else pick(2)]
+            name = list(whole)[pick(2)]
             arrays[name] = strange[pick(len(strange))]
             if pick(4) == 0:
                 del arrays[name]
