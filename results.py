@@ -39,14 +39,12 @@ def add_arguments(parser):
     group.add_argument("--recipe", metavar="NAME",
                        help="take the options of a published result from recipes.csv, such as "
                             "cub200/margin-distance, and end with measured beside published "
-                            "values; flags given as well override it, and the verdict lists "
-                            "them. Default: no recipe")
+                            "values; other flags override it, and the verdict lists them")
     group.add_argument("--recipes", action="store_true", help="list the recipes and end")
     group.add_argument("--seeds", type=number(int, least=0, below=2 ** 32), nargs="+",
                        metavar="S",
-                       help="one run for each of these seeds, whatever --seed is, in folders "
-                            "NAME_seedS; the verdict has their mean and standard deviation. "
-                            "Default: --seed alone")
+                       help="one run for each of these seeds in place of --seed, in folders "
+                            "NAME_seedS; the verdict has their mean and standard deviation")
     group.add_argument("--dry_run", action="store_true",
                        help="print what would run, with all options, and end")
     group = parser.add_argument_group("run (but for the seed nothing here moves a number)")
@@ -64,9 +62,9 @@ def add_arguments(parser):
                             "Literature reports 1 to 5 seeds. Default %(default)s (reference "
                             "runs)")
     group.add_argument("--savename", metavar="NAME",
-                       help="the run's folder is SAVE_PATH/DATASET/NAME; default is the start "
-                            "time, with _2 behind it where another run has that. A folder that "
-                            "exists is never written over")
+                       help="the run's folder is SAVE_PATH/DATASET/NAME, which must be new; "
+                            "default is the start time, with _2 behind it where another run has "
+                            "that")
     group.add_argument("--source_path", type=os.path.expanduser, default="./Datasets",
                        metavar="DIR",
                        help="the folder that holds the dataset's folder (or that folder itself). "

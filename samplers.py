@@ -28,22 +28,21 @@ def add_arguments(parser):
     """Adds the groups 'batch' and 'sampling', scalars and names, to an argparse parser."""
     batch = parser.add_argument_group("batch (how its images are chosen)")
     batch.add_argument("--bs", "--batch_size", type=int, default=112, metavar="B",
-                       help="images per batch; a multiple of --samples_per_class. Larger batches "
-                            "give harder negatives and need more memory; useful 32 to 512. "
-                            "Default %(default)s, the reference runs' value")
+                       help="images per batch; a multiple of --samples_per_class. Larger ones "
+                            "give harder negatives; useful 32 to 512. Default %(default)s "
+                            "(reference runs)")
     batch.add_argument("--samples_per_class", type=int, default=None, metavar="M",
-                       help="images of each class in a batch, so that B / M classes meet; useful "
-                            "2 to 8. 1 means plain shuffled batches, each image once an epoch, "
-                            "for losses that need no positive pairs, if --batch_draw is "
-                            "distinct. Default 4, and 1 for proxynca, as in the reference runs")
+                       help="images of each class in a batch; useful 2 to 8. 1 is plain shuffled "
+                            "batches, each image once an epoch, if --batch_draw is distinct. "
+                            "Default 4, and 1 for proxynca (reference runs)")
     batch.add_argument("--batch_draw", choices=("distinct", *SPACINGS), default="distinct",
+                       metavar="HOW",
                        help="distinct: a class is once in a batch, an image about once in an "
-                            "epoch. replacement: each group of M images is of a class drawn from "
-                            "all, its images are drawn from all of the class, so classes and "
-                            "images come twice (Roth et al. 2020). spaced_replacement: the same, "
-                            "but never one of the last two classes again (the reference runs). "
-                            "Repeated images make a class's pairs easier, most in small classes. "
-                            "Default %(default)s")
+                            "epoch. replacement: groups of M images, each of a class drawn from "
+                            "all, its images from all of the class (Roth et al. 2020). "
+                            "spaced_replacement: the same, but never one of the last two classes "
+                            "again (reference runs). Repeated images make a class's pairs "
+                            "easier. Default %(default)s")
     sampling = parser.add_argument_group("sampling (how tuples of a batch are chosen)")
     methods = ". ".join(f"{name}: {getattr(Sampler, name).__doc__}".partition(" -> ")[0]
                         for name in METHODS)
@@ -51,12 +50,11 @@ def add_arguments(parser):
                           help=f"{methods}. none: every image or pair counts. Default: the first "
                                "that the README's table gives for the loss")
     sampling.add_argument("--positives", choices=("one", "all"), default="one",
+                          metavar="HOW",
                           help=f"{', '.join(DRAW_NEGATIVES)}: one positive of each anchor, drawn "
-                               "at random, or all that it could draw, each with a negative of its "
-                               "own. all takes M - 1 times as many tuples and lowers the noise of "
-                               "a step, as in Wu et al.'s own code; the more, the larger "
-                               "--samples_per_class. Default %(default)s, as in the reference "
-                               "runs")
+                               f"at random, or all that it could draw, each with a negative of "
+                               f"its own, which lowers the noise of a step (Wu et al.'s own "
+                               f"code). Default %(default)s (reference runs)")
     sampling.add_argument("--mining_epsilon", type=float, default=0.1, metavar="E",
                           help="multisimilarity sampling: how much, in cosine similarity, a pair "
                                "may be easier than the anchor's hardest pair of the other kind; "
