@@ -37,25 +37,23 @@ def add_arguments(parser):
     group = parser.add_argument_group("evaluation (on the test classes)")
     whole = auxiliaries.number(int, least=1)
     group.add_argument("--k_vals", type=whole, nargs="+", metavar="K",
-                       help="recall at k is the share of queries with a true match among their k "
-                            "nearest; at most the number of images compared with. Default 1 2 4 "
-                            "8; online_products 1 10 100 1000; in-shop 1 10 20 30 50; vehicle_id "
-                            "1 5 (the literature's), as far as there are so many images")
+                       help="recall at k: the share of queries with a true match among their k "
+                            "nearest. Default 1 2 4 8; online_products 1 10 100 1000; in-shop 1 "
+                            "10 20 30 50; vehicle_id 1 5 (the literature's), as far as there are "
+                            "so many images")
     add_metric_arguments(group)
     group.add_argument("--cluster_every", type=whole, default=1, metavar="N",
-                       help="measure nmi, ami and f1 in every N-th evaluated epoch only, and "
-                            "after epoch --n_epochs. Default %(default)s (reference code)")
+                       help="measure nmi, ami and f1 in every N-th evaluated epoch and the last "
+                            "one only. Default %(default)s")
     group.add_argument("--dist_measure", action="store_true",
-                       help="also log and plot the mean distance within classes over the mean "
-                            "distance between the classes' centres, Euclidean, on the test "
-                            "images: small is compact; the same as dist_ratio among --metrics")
+                       help="also log dist_ratio, the mean distance within classes over that "
+                            "between their centres: small is compact")
     group.add_argument("--eval_every", type=whole, default=1, metavar="N",
                        help="evaluate after every N epochs, and after the last one. Default "
-                            "%(default)s (reference code)")
+                            "%(default)s")
     group.add_argument("--grad_measure", action="store_true",
-                       help="also save the mean absolute gradient that the embedding layer sends "
-                            "to each feature of the trunk, for every iteration, as one pickle "
-                            "file an epoch")
+                       help="also save the mean absolute gradient at each feature of the trunk, "
+                            "for every iteration, as one pickle file an epoch")
 
 
 def add_memory_argument(group):
@@ -74,9 +72,10 @@ def add_metric_arguments(group):
                             "says what each is. Default " + " ".join(DEFAULT_METRICS) + " (those "
                             "of the reference code, and map@r)")
     group.add_argument("--nmi_average", choices=NMI_AVERAGES, default=NMI_AVERAGES[0],
-                       help="NMI divides by this mean of the two entropies; the reference results "
-                            "were made with the geometric one, which gives slightly more. Default "
-                            f"{NMI_AVERAGES[0]} (scikit-learn)")
+                       metavar="MEAN",
+                       help="NMI divides by this mean of the two entropies, arithmetic "
+                            "(scikit-learn) or geometric (the reference results, slightly more). "
+                            "Default %(default)s")
     group.add_argument("--vehicle_protocol", choices=PROTOCOLS, default=PROTOCOLS[0],
                        help="vehicle_id: all_vs_all compares each test list with itself (the "
                             "reference code); random_gallery takes one random image of each "

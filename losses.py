@@ -1288,16 +1288,16 @@ def add_arguments(parser):
     """Adds the group 'loss' to an argparse parser: what follows, and the flags of each class."""
     group = parser.add_argument_group("loss")
     group.add_argument("--loss", choices=LOSSES, default="marginloss",
-                       help="marginloss (Wu et al. 2017), triplet (Schroff et al. 2015), npair "
-                            "(Sohn 2016), proxynca (Movshovitz-Attias et al. 2017), crossentropy: "
-                            "a linear classifier on the embedding; the README says what the "
-                            "others are. Default %(default)s, as in the reference runs")
+                       metavar="NAME",
+                       help=f"{', '.join(LOSSES)}. The README says whose they are. Default "
+                            "%(default)s (reference runs)")
     two_forms = ", ".join(name for name in LOSSES if "form" in flags_of(name))
     group.add_argument("--form", choices=samplers.FORMS, default="paper",
-                       help="which of its two forms a loss or a sampling has: reference is what "
+                       metavar="FORM",
+                       help=f"which of its two forms a loss or a sampling has: reference is what "
                             f"the code of Roth et al. 2020 computes, for {two_forms} and random "
-                            "sampling; the docstrings say what differs. All others have one form. "
-                            "Default %(default)s; the rev- recipes set it")
+                            "sampling; the docstrings say what differs. Default %(default)s; the "
+                            "rev- recipes set it")
     for flag, default, text in (
             ("beta_lr", 5e-4, "marginloss: learning rate of the boundaries, one for each class; "
              "useful 1e-4 to 1e-1. Default %(default)s (reference runs)"),

@@ -124,6 +124,7 @@ def build_parser():
     for module in (datasets, samplers, netlib, losses, trainers, evaluate, results):
         module.add_arguments(parser)
     parser.add_argument("-h", "--help", nargs="?", const="chosen", choices=("chosen", "all"),
+                        metavar="all",
                         help="show the flags of the chosen loss, trainer and dataset, or all")
     return parser
 

@@ -37,9 +37,9 @@ def add_arguments(parser):
                             "which are downloaded once. Always so for networks that are not "
                             "torchvision's")
     group.add_argument("--weights", type=os.path.expanduser, default=None, metavar="FILE",
-                       help="start the trunk from this local state dict, of torchvision's "
-                            "(resnet50-0676ba61.pth), your own or a checkpoint of this program's; "
-                            "its classifier is ignored")
+                       help="start the trunk from this local state dict: torchvision's "
+                            "(resnet50-0676ba61.pth), your own, or a checkpoint of this "
+                            "program's; its classifier is ignored")
     group.add_argument("--batchnorm", choices=("frozen", "trained"), metavar="HOW",
                        help="frozen keeps the running means and variances of batch normalisation "
                             "(its scales and shifts still learn), as the reference runs do; or "
@@ -50,12 +50,12 @@ def add_arguments(parser):
                             "that of --arch, else bf16 on a CPU with units for it (amx_bf16), "
                             "where it is several times faster, and none elsewhere")
     group.add_argument("--channels_last", action=argparse.BooleanOptionalAction, default=None,
-                       help="keep images as [B, H, W, 3] in memory, which convolutions are often "
-                            "faster on; the results differ by rounding. Default that of --arch; "
+                       help="keep images as [B, H, W, 3] in memory, often faster for "
+                            "convolutions; results differ by rounding. Default that of --arch, "
                             "else yes on a CPU and with --amp")
     group.add_argument("--compile", action="store_true",
                        help="compile the trunk with torch.compile: some minutes at the start, "
-                            "faster steps after; needs a C++ compiler on the CPU, Triton on a GPU")
+                            "faster steps after; needs a C++ compiler or, on a GPU, Triton")
 
 
 class ConvNet(torch.nn.Module):

@@ -85,14 +85,14 @@ def add_arguments(parser):
                             "the run's folder; needs the package tensorboard")
     group.add_argument("--resume", action="store_true",
                        help="go on with the run named by --savename where its last checkpoint "
-                            "is; give the same options as before (--n_epochs, --patience, and "
-                            "those of this group but the seed may change)")
+                            "is; give the same options as before (of this group all but the seed "
+                            "may change, and --n_epochs, --patience)")
     group.add_argument("--checkpoint_every", type=number(int, least=1), metavar="N",
                        help="save the state every N iterations, for long epochs. Default: after "
                             "an epoch's training and after its evaluation alone")
     group.add_argument("--deterministic", action="store_true",
-                       help="on a GPU: only algorithms that give the same bits each time, some of "
-                            "them slower. On the CPU a seed gives the same bits anyway")
+                       help="on a GPU: only algorithms that give the same bits each time, some "
+                            "slower; a CPU does so anyway")
     group.add_argument("--eval_bs", type=number(int, least=1), metavar="B",
                        help="images that are embedded at once for the evaluation; more need more "
                             "memory. Default twice --bs")

@@ -52,9 +52,9 @@ def add_arguments(parser):
     sampling.add_argument("--positives", choices=("one", "all"), default="one",
                           metavar="HOW",
                           help=f"{', '.join(DRAW_NEGATIVES)}: one positive of each anchor, drawn "
-                               f"at random, or all that it could draw, each with a negative of "
-                               f"its own, which lowers the noise of a step (Wu et al.'s own "
-                               f"code). Default %(default)s (reference runs)")
+                               "at random, or all that it could draw, each with a negative of "
+                               "its own, which lowers the noise of a step (Wu et al.'s own "
+                               "code). Default %(default)s (reference runs)")
     sampling.add_argument("--mining_epsilon", type=float, default=0.1, metavar="E",
                           help="multisimilarity sampling: how much, in cosine similarity, a pair "
                                "may be easier than the anchor's hardest pair of the other kind; "
