@@ -39,12 +39,13 @@ def add_arguments(parser):
     group.add_argument("--recipe", metavar="NAME",
                        help="take the options of a published result from recipes.csv, such as "
                             "cub200/margin-distance, and end with measured beside published "
-                            "values; other flags override it, and the verdict lists them")
+                            "values; other flags override it, and the verdict lists them. "
+                            "Default: none")
     group.add_argument("--recipes", action="store_true", help="list the recipes and end")
     group.add_argument("--seeds", type=number(int, least=0, below=2 ** 32), nargs="+",
                        metavar="S",
-                       help="one run for each of these seeds in place of --seed, in folders "
-                            "NAME_seedS; the verdict has their mean and standard deviation")
+                       help="one run for each of these seeds, in folders NAME_seedS; the verdict "
+                            "has their mean and standard deviation. Default: --seed alone")
     group.add_argument("--dry_run", action="store_true",
                        help="print what would run, with all options, and end")
     group = parser.add_argument_group("run (but for the seed nothing here moves a number)")
