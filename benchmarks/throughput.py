@@ -71,7 +71,7 @@ def build(opt):
 
 def renew_loader(trainer):
     """Ends the loading processes, so that they take no time from what is measured next."""
-    trainer.batches = None
+    trainer.batches = iter(())
     trainer.loader = trainer.make_loader()
 
 

@@ -998,8 +998,8 @@ def test_help_is_grouped_and_says_where_defaults_come_from():
     parser = main.build_parser()
     titles = [group.title.partition(" (")[0] for group in parser._action_groups
               if group._group_actions]
-    assert titles[-10:] == ["data", "batch", "sampling", "network", "loss", "optimisation",
-                            "trainer", "evaluation", "recipe", "run"]
+    assert titles[-11:] == ["data", "batch", "sampling", "network", "loss", "optimisation",
+                            "trainer", "trainer", "evaluation", "recipe", "run"]
     for action in FLAGS:
         assert len(action.help) > 20
         if action.nargs != 0 and action.dest not in ("weights", "savename"):

@@ -627,7 +627,7 @@ def spoil(what, device, monkeypatch):
     def here(trainer):
         return (trainer.epoch, trainer.iteration) == (1, 2)
 
-    original = trainers.MetricLossOnly.calculate_loss, trainers.BaseTrainer.look
+    original = trainers.MetricLossOnly.calculate_loss, trainers.BaseTrainer.check_losses
 
     def calculate_loss(trainer, data, labels):
         loss = original[0](trainer, data, labels)["metric_loss"]
@@ -637,13 +637,15 @@ def spoil(what, device, monkeypatch):
             loss = loss + (loss - loss.detach()).sqrt()  # 0, its gradient inf
         return {"metric_loss": loss}
 
-    def look(trainer, total):
-        original[1](trainer, total.as_subclass(OnGPU) if device == "gpu" else total)
-        for optimizer in trainer.optimizers.values() if what == "weight" and here(trainer) else ():
+    def check_losses(trainer, total=None):
+        original[1](trainer, total.as_subclass(OnGPU) if total is not None and device == "gpu"
+                    else total)
+        spoiled = total is not None and what == "weight" and here(trainer)
+        for optimizer in trainer.optimizers.values() if spoiled else ():
             optimizer.param_groups[0]["lr"] = float("inf")
 
     monkeypatch.setattr(trainers.MetricLossOnly, "calculate_loss", calculate_loss)
-    monkeypatch.setattr(trainers.BaseTrainer, "look", look)
+    monkeypatch.setattr(trainers.BaseTrainer, "check_losses", check_losses)
 
 
 @pytest.mark.parametrize("what, said", [

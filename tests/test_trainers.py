@@ -841,13 +841,11 @@ def test_freeze_these(frozen):
     modes, stepped = [], set()
     for name, optimizer in optimizers.items():
         optimizer.register_step_post_hook(lambda *_, name=name: stepped.add(name))
-    with pytest.warns(UserWarning, match="is frozen: its optimizer will not be stepped") as caught:
-        trainer = all_parts(
-            models={"trunk": parts["trunk"], "embedder": parts["embedder"]},
-            loss_funcs={"metric_loss": parts["metric_loss"]}, optimizers=optimizers,
-            freeze_these=frozen, end_of_iteration_hook=lambda trainer: modes.append(
-                {name: module.training for name, module in trainer.parts()}))
-    assert [str(warning.message).split()[0] for warning in caught] == list(frozen)
+    trainer = all_parts(
+        models={"trunk": parts["trunk"], "embedder": parts["embedder"]},
+        loss_funcs={"metric_loss": parts["metric_loss"]}, optimizers=optimizers,
+        freeze_these=frozen, end_of_iteration_hook=lambda trainer: modes.append(
+            {name: module.training for name, module in trainer.parts()}))
     trainer.train(num_epochs=2)
     for name, module in parts.items():
         assert same(before[name], weights(module)) == (name in frozen), name
@@ -855,16 +853,6 @@ def test_freeze_these(frozen):
         assert all((p.grad is None) == (name in frozen) for p in module.parameters())
     assert modes == [{name: name not in frozen for name in parts}] * 2 * BATCHES
     assert stepped == {f"{name}_optimizer" for name in parts if name not in frozen}
-
-
-def test_freezing_what_has_no_optimizer_is_no_reason_to_warn():
-    trainer = all_parts()
-    del trainer.optimizers["trunk_optimizer"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        frozen = all_parts(models=trainer.models, optimizers=trainer.optimizers,
-                           freeze_these=("trunk",))
-    assert frozen.freeze_these == ("trunk",)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -1044,19 +1032,6 @@ def test_hooks_of_the_library(name, with_embedder, tmp_path):
 # ---- bad input
 
 
-def test_arguments_in_the_librarys_old_order_fail_by_their_type():
-    """mining_funcs before dataset; the dataset never ends, so it must not be iterated."""
-    class Endless(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            raise AssertionError("iterated")
-
-    trunk = linear()
-    with pytest.raises(ValueError, match="mining_funcs is a Endless; it must be a dict.*"
-                                         "loss_funcs, dataset, mining_funcs"):
-        MetricLossOnly({"trunk": trunk}, {"trunk_optimizer": sgd(trunk)}, BATCH,
-                       {"metric_loss": MeanSquare()}, {"tuple_miner": print}, Endless())
-
-
 @pytest.mark.parametrize("argument, given, key, allowed", [
     ("models", {"trunk": linear(), "trunc": linear()}, "trunc", "trunk, embedder"),
     ("models", {"embedder": linear()}, "trunk", "trunk, embedder"),
@@ -1210,7 +1185,6 @@ def test_a_base_trainer_has_no_loss_of_its_own():
         make_trainer(BaseTrainer).train()
 
 
-@pytest.mark.filterwarnings("ignore:.*is frozen")
 def test_freezing_all_that_could_learn_is_an_error():
     with pytest.raises(ValueError, match="nothing to learn.*trunk"):
         make_trainer(freeze_these=("trunk", "embedder", "metric_loss")).train()
@@ -1412,12 +1386,8 @@ def test_train_with_classifier_without_an_embedder():
 
 @pytest.mark.parametrize("models, loss_funcs", [
     (["trunk", "embedder"], ["metric_loss"]),
-    (["trunk", "embedder"], ["metric_loss", "classifier_loss"]),
-    (["trunk", "embedder", "classifier"], ["metric_loss"]),
     (["trunk", "embedder", "classifier"], ["classifier_loss"])])
-@pytest.mark.filterwarnings("ignore:TrainWithClassifier. a classifier in models without")
 def test_train_with_classifier_without_a_classifier_or_a_metric_loss(models, loss_funcs):
-    """What is there is trained by; half of a classifier is none."""
     whole = with_classifier()
     parts = {name: whole.models[name] for name in models}
     losses = {name: whole.loss_funcs[name] for name in loss_funcs}
@@ -1431,7 +1401,7 @@ def test_train_with_classifier_without_a_classifier_or_a_metric_loss(models, los
     expected = {}
     if "metric_loss" in losses:
         expected["metric_loss"] = losses["metric_loss"](embeddings, labels)
-    if "classifier" in parts and "classifier_loss" in losses:
+    if "classifier" in parts:
         expected["classifier_loss"] = F.cross_entropy(parts["classifier"](embeddings), labels)
     assert kept[0].pop("total_loss") == sum(expected.values())
     assert kept[0] == expected
@@ -1439,15 +1409,7 @@ def test_train_with_classifier_without_a_classifier_or_a_metric_loss(models, los
 
 def test_train_with_classifier_without_any_loss():
     with pytest.raises(ValueError, match="TrainWithClassifier has no loss"):
-        with_classifier(loss_funcs={})
-    with pytest.raises(ValueError, match="TrainWithClassifier has no loss"):
-        with_classifier(models={"trunk": linear(3, 2)}, optimizers={},
-                        loss_funcs={"classifier_loss": torch.nn.CrossEntropyLoss()})
-
-
-def test_half_of_a_classifier_is_said():
-    with pytest.warns(UserWarning, match="a classifier in models without classifier_loss"):
-        with_classifier(models={"trunk": linear(3, 2)}, optimizers={})
+        with_classifier(models={"trunk": linear(3, 2)}, optimizers={}, loss_funcs={})
 
 
 # ---- sections of the embedding
@@ -1508,13 +1470,12 @@ def test_cascaded_sections_get_the_gradients_of_their_own_loss():
 def test_sections_that_do_not_sum_to_the_embedding(sizes):
     trainer = cascaded(classifiers=(), sizes=sizes, models={
         "trunk": linear(3, 5), "embedder": linear(5, 5 if sizes != (5,) else 4, seed=1)})
-    with pytest.raises(ValueError, match=re.escape(str(list(sizes)))) as error:
+    with pytest.raises(RuntimeError, match=re.escape(f"split_sizes={list(sizes)}")):
         trainer.train()
-    assert "embedding_sizes" in str(error.value)
-    assert f"has {4 if sizes == (5,) else 5}" in str(error.value)
 
 
 @pytest.mark.parametrize("make, lacking", [(cascaded, "classifier_loss_1"),
+                                           (with_classifier, "classifier_loss"),
                                            (adversarial, "classifier_loss")])
 def test_a_classifier_without_its_loss_and_the_other_way_round(make, lacking):
     whole = make()
@@ -1612,7 +1573,6 @@ def test_schedules_of_networks_at_rest_go_on_without_a_warning(phases):
 
 
 @pytest.mark.parametrize("frozen", ["trunk", "embedder", "generator", "classifier"])
-@pytest.mark.filterwarnings("ignore:.*is frozen")
 def test_what_is_frozen_stays_frozen_in_every_phase(frozen):
     modes = []
     trainer = adversarial((1, 0), freeze_these=(frozen,), end_of_iteration_hook=lambda trainer:
@@ -1634,30 +1594,6 @@ def test_weights_that_need_no_gradient_at_the_start_get_none_later():
     trainer.train(num_epochs=4)
     assert same(before, weights(trunk[0])) and not trunk[0].weight.requires_grad
     assert trunk[1].weight.requires_grad
-
-
-@pytest.mark.parametrize("last", [1, 2, 3])
-@pytest.mark.parametrize("frozen", [(), ("classifier",), ("trunk", "embedder")])
-@pytest.mark.filterwarnings("ignore:.*is frozen")
-def test_after_adversarial_training_all_that_could_learn_can_learn_again(last, frozen):
-    def can_learn(trainer):
-        return {(name, key) for name, model in trainer.models.items()
-                for key, weight in model.named_parameters() if weight.requires_grad}
-
-    trunk = torch.nn.Sequential(linear(3, 4), linear(4, 5, seed=1))
-    trunk[0].requires_grad_(False)
-    during = []
-
-    def hook(trainer):  # ends training in each of the three phases
-        during.append(can_learn(trainer))
-        return trainer.epoch != last
-
-    trainer = adversarial(models=adversarial().models | {"trunk": trunk}, freeze_these=frozen,
-                          end_of_epoch_hook=hook)
-    before = {key for key in can_learn(trainer) if key[0] not in frozen}
-    trainer.train(num_epochs=5)
-    assert during == [{key for key in before if key[0] in LEARN[phase]} for phase in range(last)]
-    assert can_learn(trainer) == before
 
 
 def test_batch_normalisation_of_idle_networks_stands_still():
@@ -1712,16 +1648,6 @@ def test_the_losses_of_synthetic_triplets_get_consecutive_rows():
     assert all(torch.equal(x, y) for x, y in zip(swapped, (a, n, p)))
     assert torch.equal(torch.stack([a, p, n], 1).flatten(), torch.arange(48))
     assert torch.equal(labels[a], labels[p]) and (labels[a] != labels[n]).all()
-
-
-@pytest.mark.parametrize("inputs, outputs, words", [
-    (15, 4, r"gives \[24, 4\]; it must give \[24, 5\]"),
-    (15, 15, r"gives \[24, 15\]; it must give \[24, 5\]")])
-def test_a_generator_of_the_wrong_size(inputs, outputs, words):
-    trainer = adversarial((0, 0), models=adversarial().models | {
-        "generator": linear(inputs, outputs)})
-    with pytest.raises(ValueError, match=f"generator {words}"):
-        trainer.train()
 
 
 @pytest.mark.parametrize("spelling", ["g_hard_loss", "g_hard_lss"])
@@ -1804,7 +1730,7 @@ def test_data_and_label_setter_gives_what_the_getter_expects():
 
 
 def test_augmentations_collate_themselves():
-    with pytest.raises(ValueError, match="collate_fn"):
+    with pytest.raises(TypeError, match="collate_fn"):
         views(collate_fn=lambda items: items)
 
 
@@ -1888,7 +1814,7 @@ def test_two_streams_take_a_tensor_with_a_row_for_each_tuple(columns, count):
 
 @pytest.mark.parametrize("dataset, count", [(four_classes(), 2), (four_classes(3), 4)])
 def test_two_streams_need_a_dataset_of_three_values(dataset, count):
-    with pytest.raises(ValueError, match=rf"gives {count} values.*\(anchor, positive, label\)"):
+    with pytest.raises(ValueError, match=rf"list of {count};.*\(anchor, positive, label\)"):
         two_streams(dataset=dataset).train()
 
 
@@ -2213,7 +2139,7 @@ def test_the_state_is_that_of_every_part_that_has_one():
     ("optimizers", "trunk_optimizer", sgd(torch.nn.Sequential(linear(), linear())).state_dict()),
     ("models", "trunk", None), ("optimizers", "metric_loss_optimizer", None),
     ("lr_schedulers", "trunk_scheduler_by_epoch", None)])
-def test_a_foreign_state_is_refused_by_the_name_of_the_part(group, name, foreign):
+def test_a_foreign_state_is_refused(group, name, foreign):
     trainer = all_parts()
     trainer.lr_schedulers["trunk_scheduler_by_epoch"] = torch.optim.lr_scheduler.StepLR(
         trainer.optimizers["trunk_optimizer"], 1)
@@ -2224,8 +2150,8 @@ def test_a_foreign_state_is_refused_by_the_name_of_the_part(group, name, foreign
     else:
         state[group][name] = foreign
     words = (f"the saved {group} are (?!.*{name}.*, the trainer's).*{name}" if foreign is None
-             else f"the saved {name} of {group} does not fit: ")
-    with pytest.raises(ValueError, match=words):
+             else None)
+    with pytest.raises((ValueError, RuntimeError), match=words):
         trainer.load_state_dict(state)
 
 
@@ -2249,7 +2175,7 @@ def measuring(values, **options):
 
 def stand_in(epoch=0, last_epoch=0):
     """As much of a trainer as a Validation needs."""
-    return SimpleNamespace(epoch=epoch, last_epoch=last_epoch, set_to_eval=lambda: None,
+    return SimpleNamespace(epoch=epoch, last_epoch=last_epoch, idle=(), set_to_eval=lambda: None,
                            step_lr_plateau_schedulers=lambda value: None)
 
 
@@ -2272,7 +2198,6 @@ def test_validation_of_a_run_that_is_taken_further():
     assert [row["epoch"] for row in validation.rows] == [3, 4, 6, 8]
 
 
-@pytest.mark.filterwarnings("ignore:.*is frozen")
 def test_validation_finds_eval_mode_and_no_gradients_and_train_mode_comes_back():
     trunk = torch.nn.Sequential(linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Dropout(0.5),
                                 linear(4, 2))
@@ -2491,22 +2416,13 @@ def test_a_measure_that_raises_leaves_the_last_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("metrics, metric, words", [
-    ({"nmi": 0.5, "f1": 0.2}, "recall@1", "must give recall@1, .* gives nmi, f1$"),
-    ({}, "nmi", "must give nmi"), ({}, None, "must give a metric, .* gives nothing$"),
-    ({"nmi": 0.5, "epoch": 3}, None, "none named epoch")])
+    ({"nmi": 0.5, "f1": 0.2}, "recall@1", "must give recall@1; .* gives nmi, f1$"),
+    ({}, "nmi", "must give nmi")])
 def test_a_metric_that_is_not_measured(metrics, metric, words, tmp_path):
     validation = Validation(lambda trainer: metrics, metric, checkpoint=tmp_path / "best")
     with pytest.raises(ValueError, match=words):
         make_trainer(end_of_epoch_hook=validation).train()
     assert validation.rows == [] and not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("options", [{"every": 0}, {"every": -1}, {"patience": 0},
-                                     {"patience": -2, "every": 3}])
-def test_every_and_patience_are_one_or_more(options):
-    with pytest.raises(ValueError, match="1 or more") as error:
-        measuring([], **options)
-    assert all(str(value) in str(error.value) for value in options.values())
 
 
 # ---- several hooks, TensorBoard
@@ -2699,17 +2615,6 @@ def test_a_subset_batch_miner_that_returns_none_skips_the_step():
     assert trainer.skipped_steps == 2
 
 
-def test_gradients_come_back_when_a_hook_of_adversarial_training_raises():
-    def hook(trainer):
-        raise RuntimeError("from the hook")
-
-    trainer = adversarial((0, 2), end_of_epoch_hook=hook)
-    with pytest.raises(RuntimeError, match="from the hook"):
-        trainer.train(num_epochs=2)
-    assert all(weight.requires_grad for model in trainer.models.values()
-               for weight in model.parameters())
-
-
 def test_a_resting_section_is_zero_in_half_precision():
     huge = torch.nn.Linear(3, 5)
     huge.weight.data.fill_(6e4)
@@ -2720,10 +2625,8 @@ def test_a_resting_section_is_zero_in_half_precision():
     assert losses["metric_loss_1"] == 0 and losses["metric_loss_1"].requires_grad
 
 
-@pytest.mark.parametrize("tuples, accepted", [
-    (np.array([[0, 1, 2], [3, 0, 1]]), True), (([0, 3], [1, 0], [2, 1]), True),
-    (torch.tensor([[0, 1], [3, 0], [1, 2]]), False), (([0], [1]), False)])
-def test_what_a_two_stream_miner_may_return(tuples, accepted):
+@pytest.mark.parametrize("tuples", [np.array([[0, 1, 2], [3, 0, 1]]), ([0, 3], [1, 0], [2, 1])])
+def test_what_a_two_stream_miner_may_return(tuples):
     seen = []
 
     class Recording(MeanSquare):
@@ -2733,12 +2636,8 @@ def test_what_a_two_stream_miner_may_return(tuples, accepted):
 
     trainer = two_streams(loss_funcs={"metric_loss": Recording()}, iterations_per_epoch=1,
                           mining_funcs={"tuple_miner": lambda *_: tuples})
-    if accepted:
-        trainer.train()
-        assert seen == [[[0, 3], [1 + 8, 0 + 8], [2 + 8, 1 + 8]]]
-    else:
-        with pytest.raises(ValueError, match="the tuple_miner must return"):
-            trainer.train()
+    trainer.train()
+    assert seen == [[[0, 3], [1 + 8, 0 + 8], [2 + 8, 1 + 8]]]
 
 
 def test_an_augmenting_trainer_with_loading_processes_ends_at_once():
@@ -2820,59 +2719,21 @@ def test_a_zero_without_a_graph_skips_the_step_and_other_numbers_are_errors():
     assert trainer.skipped_steps == 1
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"iterations_per_epoch": -1}, "iterations_per_epoch -1"),
-    ({"models": {"trunk": None}}, "trunk in models is None"),
-    ({"gradient_clippers": {"trunk_grad_clipper": 3}}, "trunk_grad_clipper in gradient_clippers"),
-    ({"freeze_these": "trunk"}, "'trunk' is one string"),
-    ({"lr_schedulers": {"trunk_scheduler_by_epoch": torch.optim.lr_scheduler.ReduceLROnPlateau(
-        sgd(linear()))}}, "must end in _scheduler_by_plateau"),
-    ({"sampler": (i for i in range(8))}, "iterations_per_epoch says")])
-def test_arguments_that_cannot_be_meant(changes, words):
-    with pytest.raises(ValueError, match=words):
-        make_trainer(**changes)
-
-
 def test_no_iterations_per_epoch_is_one_pass():
     assert make_trainer(iterations_per_epoch=0).iterations_per_epoch == len(make_trainer().loader)
 
 
-def test_sizes_and_transforms_there_must_be():
-    for sizes in ((4, 0), ()):
-        with pytest.raises(ValueError, match="embedding_sizes"):
-            CascadedEmbeddings(sizes, {}, {}, 4, {}, four_classes())
-    with pytest.raises(ValueError, match="a transform or more"):
-        assemble(functools.partial(UnsupervisedEmbeddingsUsingAugmentations, []),
-                 {"trunk": linear()}, {"metric_loss": MeanSquare()})
-    with pytest.raises(ValueError, match="makes its own labels"):
-        views(dataset_labels=[0, 1, 2, 3], set_min_label_to_zero=True)
-
-
 @pytest.mark.parametrize("rows, words", [
-    ([{"data": torch.zeros(3), "label": 1}] * 8, "it is dict"),
-    ([(torch.zeros(3), torch.zeros(3), 1)] * 8, "tuple of Tensor, Tensor, Tensor|list of Tensor")])
+    ([{"data": torch.zeros(3), "label": 1}] * 8, r"a dict of 2; it must give \(data, label\)"),
+    ([(torch.zeros(3), torch.zeros(3), 1)] * 8, r"a list of 3; it must give \(data, label\)")])
 def test_batches_that_are_not_data_and_labels(rows, words):
     with pytest.raises(ValueError, match=words):
         make_trainer(dataset=rows, batch_size=4, sampler=None).train()
 
 
-def test_labels_with_fractions_and_levels_that_are_not_there():
+def test_labels_with_fractions():
     with pytest.raises(ValueError, match="not integers"):
         make_trainer(dataset=TensorDataset(torch.randn(ROWS, 3), torch.arange(ROWS) / 3)).train()
-    dataset = TensorDataset(torch.randn(ROWS, 3), torch.zeros(ROWS, 2, dtype=torch.long))
-    with pytest.raises(ValueError, match="label_hierarchy_level 2"):
-        make_trainer(dataset=dataset, label_hierarchy_level=2).train()
-
-
-def test_a_generator_out_of_memory_is_no_generator_of_the_wrong_size():
-    class Greedy(torch.nn.Module):
-        def forward(self, triplets):
-            raise torch.OutOfMemoryError("out of memory")
-
-    trainer = adversarial((0, 0))
-    trainer.models["generator"] = Greedy()
-    with pytest.raises(torch.OutOfMemoryError):
-        trainer.train()
 
 
 def test_an_adversarial_loss_with_weights_of_its_own():
@@ -2881,12 +2742,6 @@ def test_an_adversarial_loss_with_weights_of_its_own():
     with pytest.raises(ValueError, match="no weights of its own"):
         adversarial(loss_funcs={"metric_loss": Hinge(), "g_adv_loss": loss, "synth_loss": Hinge(),
                                 "classifier_loss": torch.nn.CrossEntropyLoss()})
-
-
-@pytest.mark.parametrize("measured", [0.5, None, [("nmi", 1)]])
-def test_what_a_measure_gives_must_be_a_dict(measured):
-    with pytest.raises(ValueError, match="must give a dict"):
-        make_trainer(end_of_epoch_hook=Validation(lambda trainer: measured)).train()
 
 
 def test_what_loading_processes_get_can_be_pickled():
