@@ -710,7 +710,7 @@ def test_a_run_that_failed_before_its_first_checkpoint_can_be_resumed(small, tmp
     options = [*small, "--source_path", str(broken)]
     assert str(image) in error_of(options, capsys)
     image.write_bytes(whole)
-    half = tmp_path / "runs" / "folder" / "run" / "last.pth.tar.tmp123"
+    half = tmp_path / "runs" / "folder" / "run" / "last.pth.tar.tmp"
     half.write_bytes(b"half")
     folder = main.main([*options, "--resume"])
     assert len(rows(folder, "log_val_Base.csv")) == 2 and not half.exists()
