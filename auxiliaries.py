@@ -146,15 +146,17 @@ def sentence_of(error):
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS,
                                                       errno.ENOSPC, errno.EIO):
         return text
-    remedy = ("try a smaller --bs" if isinstance(error, torch.OutOfMemoryError) else
-              "leave out --compile, or give it the compiler that it needs"
-              if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")) else
-              "leave out --deterministic, or take another --arch or --loss"
-              if re.match(r"[\w:.]+ does not have a deterministic implementation", text) else
-              "often memory, or shared memory, is short: fewer --kernels need less"
-              if re.match(r"DataLoader worker \(pid", text) else "")
-    return (f"{one_line(text, 1000)}: {remedy}" if remedy and isinstance(error, RuntimeError) else
-            None)
+    for holds, remedy in (
+            (isinstance(error, torch.OutOfMemoryError), "try a smaller --bs"),
+            (type(error).__module__.startswith(("torch._dynamo", "torch._inductor")),
+             "leave out --compile, or give it the compiler that it needs"),
+            (re.match(r"[\w:.]+ does not have a deterministic implementation", text),
+             "leave out --deterministic, or take another --arch or --loss"),
+            (re.match(r"DataLoader worker \(pid", text),
+             "often memory, or shared memory, is short: fewer --kernels need less")):
+        if holds and isinstance(error, RuntimeError):
+            return f"{one_line(text, 1000)}: {remedy}"
+    return None
 
 
 def printable(text):
@@ -303,7 +305,7 @@ def load_checkpoint(path, keys):
             if archive.testzip():
                 raise zipfile.BadZipFile
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not set(keys) <= set(state):
+        if not state.keys() >= set(keys):
             raise KeyError
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no checkpoint {path}") from None
@@ -423,12 +425,11 @@ def versions(device):
     import torchvision
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else (
         f"CPU, {torch.get_num_threads()} threads")
-    try:
-        here = os.path.dirname(os.path.abspath(__file__))
-        revision = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, text=True,
-                                  capture_output=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        revision = ""
+    revision = ""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # without git
+        revision = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], text=True, capture_output=True, timeout=10,
+            cwd=os.path.dirname(os.path.abspath(__file__))).stdout.strip()
     return (f"Python {platform.python_version()}, torch {torch.__version__}, "
             f"torchvision {torchvision.__version__}, {name}"
             + f", revision {revision}" * bool(revision))
@@ -453,11 +454,11 @@ def num_ranks():
 
 
 @contextlib.contextmanager
-def join_processes(hours=1):
+def join_processes():
     """Connects the processes that torchrun has started; alone, does nothing.
 
     Tensors on the CPU travel by gloo, on GPUs by NCCL. All but the first process fall silent. A
-    process that fails tells the others, which then end too; hours: how long one waits for another
+    process that fails tells the others, which then end too; one waits an hour at most for another
     that evaluates or writes.
     """
     if wanted_processes() == 1:
@@ -468,7 +469,7 @@ def join_processes(hours=1):
         torch.distributed.Backend.register_backend("gloo_in_order", gloo_in_order, devices=["cpu"])
     backend = "cpu:gloo_in_order" + ",cuda:nccl" * torch.cuda.is_available()
     torch.distributed.init_process_group(backend, store=store, rank=number, world_size=count,
-                                         timeout=datetime.timedelta(hours=hours))
+                                         timeout=datetime.timedelta(hours=1))
     with open(os.devnull, "w") as nowhere:
         silent = contextlib.redirect_stdout(nowhere) if number else contextlib.nullcontext()
         try:
@@ -527,17 +528,12 @@ def gather_rows(rows):
 
 
 def share_of(number):
-    """This process's share of `number` rows, a list of indices; see gather_shares.
+    """This process's share of `number` rows, a list of indices; gather_rows(...)[:number] has all.
 
     Shares are consecutive and of one length; the last ones begin again from row 0 to fill up.
     """
     length = -(-number // num_ranks())
     return [i % number for i in range(rank() * length, (rank() + 1) * length)]
-
-
-def gather_shares(rows, number):
-    """What each process made of its share_of(number), [length, ...] -> all rows [number, ...]."""
-    return gather_rows(rows)[:number]
 
 
 def from_first(function):
@@ -642,14 +638,13 @@ class Progress:
     """
 
     def __init__(self, num_epochs, images_per_iteration, stream=None, epochs_per_pause=1):
-        self.epochs_per_pause = epochs_per_pause
         self.num_epochs = num_epochs
         self.images_per_iteration = images_per_iteration
+        self.epochs_per_pause = epochs_per_pause
         self.stream = stream or sys.stdout
         self.active = self.stream.isatty()
         self.width, self.text = 0, ""
-        self.paused = None
-        self.pause_seconds = 0.0
+        self.paused, self.pause_seconds = None, 0.0
         self.restart()
 
     def restart(self):
@@ -666,8 +661,7 @@ class Progress:
         counts: whether it is one of the pauses to come, rather than a shorter one.
         """
         now = time.monotonic()
-        self.paused = now if counts else None
-        self.text = text
+        self.paused, self.text = now if counts else None, text
         self.write(text)
         return now - self.started
 
@@ -689,10 +683,10 @@ class Progress:
         if not self.is_due():
             return
         rate = self.done / (self.printed - self.started)
-        epochs_left = self.num_epochs - epoch + 1
+        iterations_left = (self.num_epochs - epoch + 1) * iterations - iteration - 1
         every = self.epochs_per_pause  # and one after the last epoch
-        pauses = -(-self.num_epochs // every) - (epoch - 1) // every
-        left = (epochs_left * iterations - iteration - 1) / rate + pauses * self.pause_seconds
+        pauses_left = -(-self.num_epochs // every) - (epoch - 1) // every
+        left = iterations_left / rate + pauses_left * self.pause_seconds
         self.say(f"epoch {epoch}/{self.num_epochs}  iteration {iteration + 1}/{iterations}  "
                  f"loss {float(loss):.4f}  {rate * self.images_per_iteration:.0f} images/s  "
                  f"{duration(left)} left")
@@ -724,16 +718,10 @@ COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8
            "#7f7f7f", "#bcbd22")
 
 
-def escape(text):
-    """Text for an SVG: markup quoted, characters that XML does not know replaced by ?."""
-    return saxutils.escape(re.sub("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?",
-                                  text))
-
-
 def label(x, y, text, **style):
     """An SVG element with a text; style: its attributes, such as font_weight."""
     style = "".join(f' {name.replace("_", "-")}="{value}"' for name, value in style.items())
-    return f'<text x="{x}" y="{y}"{style}>{escape(text)}</text>'
+    return f'<text x="{x}" y="{y}"{style}>{saxutils.escape(text)}</text>'
 
 
 def save_svg(path, width, height, title, parts):
@@ -824,7 +812,7 @@ def save_scatter(path, title, points, names, size=760):
              'stroke="#cccccc"/>']
     for i, (name, circles) in enumerate(sorted(groups.items())):
         colour = COLOURS[i] if len(groups) <= len(COLOURS) else colour_of(i)
-        parts += [f'<g fill="{colour}"><title>{escape(name)}</title>', *circles, "</g>"]
+        parts += [f'<g fill="{colour}"><title>{saxutils.escape(name)}</title>', *circles, "</g>"]
         if with_legend:
             parts += [f'<circle cx="{size + 16}" cy="{24 + 22 * i}" r="5" fill="{colour}"/>',
                       label(size + 28, 28 + 22 * i, name)]

@@ -409,7 +409,7 @@ def embed(network, dataset, device, batch_size=112, num_workers=0, progress=None
         if progress:
             progress(min(len(parts) * batch_size, len(share)), len(share))
     embeddings, labels = map(torch.cat, zip(*parts))
-    return tuple(auxiliaries.gather_shares(part, len(dataset))
+    return tuple(auxiliaries.gather_rows(part)[:len(dataset)]
                  for part in (embeddings, labels.to(device)))
 
 
@@ -833,7 +833,7 @@ def shared_rank_scores(queries, query_labels, gallery, gallery_labels, own, *opt
     share = torch.tensor(auxiliaries.share_of(len(queries)), device=queries.device)
     scores = rank_scores(queries[share], query_labels[share], gallery, gallery_labels,
                          None if own is None else own[share], *options)
-    return {name: auxiliaries.gather_shares(values, len(queries))
+    return {name: auxiliaries.gather_rows(values)[:len(queries)]
             for name, values in scores.items()}
 
 
