@@ -118,7 +118,8 @@ def refuse_unused(rest, with_images):
     parser = argparse.ArgumentParser()
     for module in (samplers, losses, *((datasets, netlib) if with_images else ())):
         module.add_arguments(parser)
-    taken = {*vars(parser.parse_args([])), *TAKEN, *(("gpu", "eval_bs") * with_images)}
+    of_images = ("gpu", "eval_bs", "source_path", "kernels")
+    taken = {*vars(parser.parse_args([])), *TAKEN, *(of_images * with_images)}
     default = vars(program.build_parser().parse_args([]))
     for name, value in vars(program.build_parser().parse_args(rest)).items():
         if value != default[name] and (name not in taken - {"loss", "sampling"}
@@ -144,9 +145,10 @@ def train(opt, parts, every, metrics):
     auxiliaries.seed_everything(opt.seed)
     embedder = netlib.Embedder(rows.shape[1], opt.embed_dim, losses.LOSSES[opt.loss].unit_norm)
     loss, group = losses.loss_select(opt, int(train_part.labels.max()) + 1)
-    optimizers, schedulers = program.make_optimizers(
-        {"embedder": {"params": list(embedder.parameters()), "lr": opt.lr * (opt.fc_lr_mul or 1)},
-         **({"metric_loss": group} if group else {})}, opt)
+    groups = {"embedder": {"params": list(embedder.parameters()),
+                           "lr": opt.lr * (opt.fc_lr_mul or 1)}, "metric_loss": group}
+    optimizers = {f"{name}_optimizer": torch.optim.Adam([group], weight_decay=opt.decay)
+                  for name, group in groups.items() if group}
     validation = trainers.Validation(
         lambda trainer: measure(trainer.compute_embeddings(rows), test_part.labels, opt, metrics),
         every=every)
@@ -154,8 +156,8 @@ def train(opt, parts, every, metrics):
         models={"trunk": torch.nn.Identity(), "embedder": embedder}, optimizers=optimizers,
         batch_size=opt.bs, loss_funcs={"metric_loss": loss}, dataset=train_part,
         sampler=samplers.batch_sampler_select(train_part.labels, opt), collate_fn=tuple,
-        lr_schedulers=schedulers, data_device="cpu", dataloader_num_workers=0,
-        end_of_epoch_hook=validation)
+        lr_schedulers=trainers.schedulers_select(opt, optimizers), data_device="cpu",
+        dataloader_num_workers=0, end_of_epoch_hook=validation)
     try:
         trainer.train(1, opt.n_epochs)
     except trainers.NonFiniteLoss as error:

@@ -12,6 +12,7 @@ scikit-learn: small stand-ins are made below.
 import argparse
 import collections
 import contextlib
+import functools
 import importlib
 import io
 import itertools
@@ -34,10 +35,12 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 
 import auxiliaries
 import evaluate
+import losses
 import main as program
 import netlib
 import results
 import samplers
+import trainers
 
 CLASSES, IMAGES, PIXELS = 100, 10, 16  # as many classes as CUB200-2011 trains on
 SIZES = ("n_epochs", "bs", "samples_per_class", "embed_dim")
@@ -289,8 +292,12 @@ class Ours:
     """This project's run of a recipe, as main.py builds it."""
 
     def __init__(self, opt, images):
-        self.models, self.loss_funcs, groups, _ = program.make_parts(opt, CLASSES)
-        self.optimizers, self.schedulers = program.make_optimizers(groups, opt)
+        trunk, embedder = netlib.network_select(opt, losses.LOSSES[opt.loss].unit_norm)
+        trainer = trainers.trainer_select(
+            opt, trunk, embedder, functools.partial(losses.loss_select, opt, CLASSES), images,
+            torch.utils.data.BatchSampler(range(len(images)), 1, False), torch.device("cpu"))
+        self.models, self.loss_funcs = trainer.models, trainer.loss_funcs
+        self.optimizers, self.schedulers = trainer.optimizers, trainer.lr_schedulers
         self.own = list(self.loss_funcs["metric_loss"].parameters())
         self.weights = [*self.models["trunk"].backbone.parameters(),
                         *self.models["embedder"].parameters(), *self.own]
