@@ -72,9 +72,9 @@ def add_arguments(parser):
     group = parser.add_argument_group("data (what is learned from and tested on)")
     group.add_argument("--dataset", choices=DATASETS, default="cub200",
                        metavar="NAME",
-                       help=f"{', '.join(DATASETS)}. glyphs is drawn from a font; folder takes "
-                            "any folder of class folders; the others come in the layout of the "
-                            "reference or of their release. Default %(default)s (reference code)")
+                       help=f"{', '.join(DATASETS)}. glyphs is drawn from a font, folder takes "
+                            f"any folder of class folders, the others come as the reference has "
+                            f"them or as released. Default %(default)s (reference code)")
     group.add_argument("--image_size", type=auxiliaries.number(int, least=8, most=2048),
                        default=None, metavar="PX",
                        help="height and width of the network's input in pixels. Training crops it "
@@ -90,10 +90,10 @@ def add_arguments(parser):
     group.add_argument("--cache", choices=("none", "ram", "device"), default="none",
                        metavar="WHERE",
                        help="decode each image once, reduced to the shorter side that testing "
-                            "takes it to, and keep it in main memory (ram) or on the --gpu "
-                            "(device); none reads files in each epoch. Test pictures stay the "
-                            "same; training crops are cut from the reduced image, so numbers "
-                            "differ a little. 256 x 341 pixels are 256 KiB. Default %(default)s")
+                            "takes it to (256 KiB an image), and keep it in main memory (ram) or "
+                            "on the --gpu (device); none reads files in each epoch. Test "
+                            "pictures stay the same; training crops are cut from the reduced "
+                            "image, so numbers differ a little. Default %(default)s")
 
 
 def dataset_select(opt, device="cpu", views=1):

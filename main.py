@@ -123,9 +123,6 @@ def build_parser():
         "Parameter_Info.txt. Distances are Euclidean; unit-norm embeddings lie 0 to 2 apart.")
     for module in (datasets, samplers, netlib, losses, trainers, evaluate, results):
         module.add_arguments(parser)
-    parser.add_argument("-h", "--help", nargs="?", const="chosen", choices=("chosen", "all"),
-                        metavar="all",
-                        help="show the flags of the chosen loss, trainer and dataset, or all")
     return parser
 
 

@@ -96,14 +96,17 @@ def add_arguments(parser):
                             "slower; a CPU does so anyway")
     group.add_argument("--eval_bs", type=number(int, least=1), metavar="B",
                        help="images that are embedded at once for the evaluation; more need more "
-                            "memory. Default twice --bs")
+                            "memory. Default 2 --bs")
     evaluate.add_memory_argument(group)
+    group.add_argument("-h", "--help", nargs="?", const="chosen", choices=("chosen", "all"),
+                       metavar="all",
+                       help="show the flags of the chosen loss, trainer and dataset, or all")
 
 
 @functools.cache
 def free_options():
     """The names of the options of a run that move no number; of the groups above, but the seed."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(add_help=False)
     add_arguments(parser)
     return {*vars(parser.parse_args([])), "given", "departures", "subset"} - {"seed"}
 

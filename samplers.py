@@ -46,7 +46,7 @@ def add_arguments(parser):
     sampling = parser.add_argument_group("sampling (how tuples of a batch are chosen)")
     methods = ". ".join(f"{name}: {getattr(Sampler, name).__doc__}".partition(" -> ")[0]
                         for name in METHODS)
-    sampling.add_argument("--sampling", choices=(*METHODS, "none"), default=None,
+    sampling.add_argument("--sampling", choices=(*METHODS, "none"), metavar="NAME",
                           help=f"{methods}. none: every image or pair counts. Default: the first "
                                "that the README's table gives for the loss")
     sampling.add_argument("--positives", choices=("one", "all"), default="one",

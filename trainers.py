@@ -888,10 +888,11 @@ def add_arguments(parser):
                        help="passes over the training images. Default 70 (reference runs); glyphs "
                             "20")
     group.add_argument("--scheduler", choices=("step", "exp", "plateau", "none"), default="step",
-                       help="when every learning rate is lowered to --gamma of it: after each "
-                            "epoch of --tau, after every epoch, or once the first recall was no "
-                            "better in --plateau_patience evaluations. Default %(default)s "
-                            "(reference runs)")
+                       metavar="WHEN",
+                       help="step: every learning rate times --gamma after each epoch of --tau. "
+                            "exp: after every epoch. plateau: when the first recall was no "
+                            "better in --plateau_patience evaluations. none: never. Default "
+                            "%(default)s (reference runs)")
     group.add_argument("--plateau_patience", type=number(int, least=1), default=5, metavar="N",
                        help="evaluations that --scheduler plateau waits for; useful 2 to 10. "
                             "Default %(default)s")
@@ -905,14 +906,15 @@ def add_arguments(parser):
                             "(reference runs); glyphs 15")
     trainer = parser.add_argument_group("trainer (how a batch becomes losses)")
     trainer.add_argument("--trainer", choices=TRAINERS, default="MetricLossOnly",
+                         metavar="NAME",
                          help="MetricLossOnly: the loss alone. TrainWithClassifier: and a linear "
                               "classifier behind the embedding. CascadedEmbeddings: a loss for "
                               "each of --embedding_sizes. DeepAdversarialMetricLearning: and a "
-                              "generator of hard negatives. UnsupervisedEmbeddingsUsing"
-                              "Augmentations: two views of an image are the positives, labels are "
-                              "not used. TwoStreamMetricLoss: anchors from one view, positives "
-                              "and negatives from a second. Default %(default)s, as the reference "
-                              "code")
+                              "generator of hard negatives. "
+                              "UnsupervisedEmbeddingsUsingAugmentations: two views of an image "
+                              "are the positives; no labels. TwoStreamMetricLoss: anchors from "
+                              "one view, positives and negatives from a second. Default "
+                              "%(default)s (reference code)")
     trainer.add_argument("--classifier_weight", type=number(float, least=0), default=1.0,
                          metavar="W",
                          help="TrainWithClassifier: weight of the classifier's cross-entropy, the "
