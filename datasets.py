@@ -73,8 +73,8 @@ def add_arguments(parser):
     group.add_argument("--dataset", choices=DATASETS, default="cub200",
                        metavar="NAME",
                        help=f"{', '.join(DATASETS)}. glyphs is drawn from a font, folder takes "
-                            f"any folder of class folders, the others come as the reference has "
-                            f"them or as released. Default %(default)s (reference code)")
+                            "any folder of class folders, the others come as the reference has "
+                            "them or as released. Default %(default)s (reference code)")
     group.add_argument("--image_size", type=auxiliaries.number(int, least=8, most=2048),
                        default=None, metavar="PX",
                        help="height and width of the network's input in pixels. Training crops it "

@@ -59,9 +59,9 @@ def add_arguments(parser):
 def add_memory_argument(group):
     """Adds --eval_memory, a scalar, which a run and this file alone share."""
     group.add_argument("--eval_memory", type=auxiliaries.number(float, above=0), metavar="GIB",
-                       help="the most memory for blocks of distances, in GiB; very little is "
-                            "slower, the results are the same. Default 1 on the CPU, a quarter of "
-                            "what is free on a GPU")
+                       help="the most memory for blocks of distances, in GiB; little is slower, "
+                            "the results are the same. Default 1 on the CPU, a quarter of what "
+                            "is free on a GPU")
 
 
 def add_metric_arguments(group):

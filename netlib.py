@@ -26,7 +26,7 @@ def add_arguments(parser):
     """Adds the group 'network' to an argparse parser."""
     group = parser.add_argument_group("network")
     group.add_argument("--arch", default=None, metavar="NAME",
-                       help="a torchvision classification network by its name (resnet50 as in the "
+                       help=f"a torchvision classification network by its name (resnet50 in the "
                             "reference runs, mobilenet_v3_small, vit_b_16, ...), or of "
                             f"netlib.NETWORKS ({', '.join(NETWORKS)}). Default that of --dataset")
     group.add_argument("--embed_dim", type=int, default=None, metavar="D",

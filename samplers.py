@@ -53,8 +53,8 @@ def add_arguments(parser):
                           metavar="HOW",
                           help=f"{', '.join(DRAW_NEGATIVES)}: one positive of each anchor, drawn "
                                "at random, or all that it could draw, each with a negative of "
-                               "its own, which lowers the noise of a step (Wu et al.'s own "
-                               "code). Default %(default)s (reference runs)")
+                               "its own (Wu et al.'s own code). Default %(default)s (reference "
+                               "runs)")
     sampling.add_argument("--mining_epsilon", type=float, default=0.1, metavar="E",
                           help="multisimilarity sampling: how much, in cosine similarity, a pair "
                                "may be easier than the anchor's hardest pair of the other kind; "
