@@ -476,7 +476,7 @@ class BaseTrainer:
                              f"dataset of {len(self.dataset)}, or from a sampler that gives less")
 
     def start_pass(self, place=None):
-        """Begins the next pass over the data, or goes on with one behind the batches taken from it.
+        """Begins the next pass over the data, or goes on with one behind what was taken from it.
 
         place: see state_dict. The seeds are what a plain DataLoader would draw from torch's global
         generator; drawing them here makes the numbers the same for any number of loading
@@ -544,7 +544,7 @@ class BaseTrainer:
         return torch.as_tensor(labels).long()
 
     def rank_labels(self):
-        """{label: its rank among the dataset_labels of the hierarchy level}; None without ranks."""
+        """{label: its rank among dataset_labels, of the hierarchy level}; None without ranks."""
         if not self.set_min_label_to_zero:
             return None
         if self.dataset_labels is None:
