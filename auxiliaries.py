@@ -1,9 +1,10 @@
-"""What a run leaves behind and says: folder, logs, checkpoints, plots, pictures, progress line;
-and how its processes, one or several, find each other and are stopped.
+"""What any program of this kind needs: command lines and their errors, files written whole,
+checkpoints, plots, random states, and how processes, one or several, find each other and are
+stopped.
 
-Nothing here knows what an embedding, a loss or a dataset is. Every file is written under a
-temporary name and renamed, so a run that is killed leaves whole files only. A new kind of output
-is a writer here that goes through written_whole.
+Nothing here knows what an embedding, a loss, a dataset or a run is. Every file is written under a
+temporary name and renamed, so a program that is killed leaves whole files only. A new kind of
+output is a writer here that goes through written_whole.
 """
 
 import argparse
@@ -15,7 +16,6 @@ import difflib
 import errno
 import functools
 import gc
-import itertools
 import linecache
 import math
 import multiprocessing
@@ -25,7 +25,6 @@ import pickle
 import platform
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -197,63 +196,6 @@ def written_whole(path, mode="wb"):
         raise
 
 
-def make_run_folder(save_path, dataset, savename=None, resume=False):
-    """The run's folder, made new: save_path/dataset/savename or, without a name, the start time.
-
-    A second run of the same second has _2 behind it, and so on. With resume it must be there
-    already. Raises ValueError or OSError where that does not hold.
-    """
-    if savename in ("", ".", "..") or savename and os.path.basename(savename) != savename:
-        raise ValueError(f"--savename {savename}: it is the name of a folder, not a path; "
-                         "--save_path says where")
-    if resume:
-        folder = os.path.join(save_path, dataset, savename)
-        if not os.path.isdir(folder):
-            raise FileNotFoundError(f"--resume: there is no run in {folder}; --savename and "
-                                    "--save_path say where to look")
-        return folder
-    start = time.strftime("%Y-%m-%d_%H-%M-%S")
-    for number in itertools.count(1):
-        folder = os.path.join(save_path, dataset, savename or start + f"_{number}" * (number > 1))
-        try:
-            os.makedirs(folder)
-            return folder
-        except FileExistsError:
-            if savename:
-                raise ValueError(f"the run folder {folder} exists already: choose another "
-                                 "--savename, or continue it with --resume") from None
-        except OSError as error:
-            raise OSError(f"--save_path {save_path}: no folder can be made there ({error})"
-                          ) from error
-
-
-def lock_folder(folder):
-    """Keeps other runs out of a run folder -> the lock file, which is open as long as it counts.
-
-    The lock goes with the process, however it ends. Says so where there are no locks; on Windows
-    nothing is locked. ValueError where another run has the lock.
-    """
-    file = open(os.path.join(folder, ".lock"), "a+")
-    try:
-        import fcntl
-        # Unlike flock's, not inherited by loading processes, which outlive a killed run.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        with file:
-            file.seek(0)
-            raise ValueError(f"another run is writing to {folder} ({file.read().strip()}): wait "
-                             "for it, or choose another --savename") from None
-    except ImportError:  # Windows
-        pass
-    except OSError as error:
-        print(printable(f"note: {folder} could not be locked ({error}): let no other run write "
-                        "there"), flush=True)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}")
-    file.flush()
-    return file
-
-
 def previous(path):
     """Where the checkpoint before the one in a file is kept."""
     return path.removesuffix(".pth.tar") + "_previous.pth.tar"
@@ -315,13 +257,6 @@ def load_checkpoint(path, keys):
                          "cannot be read safely, as tensors and plain values alone, or lacks a "
                          f"part ({type(error).__name__})") from error
     return state
-
-
-def save_options(folder, options):
-    """Writes the options of a run, a dict of plain values, as hypa.pkl and Parameter_Info.txt."""
-    save_pickle(os.path.join(folder, "hypa.pkl"), options)
-    with written_whole(os.path.join(folder, "Parameter_Info.txt"), "w") as file:
-        file.writelines(f"{name}: {value}\n" for name, value in sorted(options.items()))
 
 
 def save_pickle(path, value):
@@ -622,94 +557,6 @@ def heed_parent_alone(_):
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
-
-
-# ---- progress
-
-
-class Progress:
-    """One line that is rewritten: epoch, iteration, loss, images per second, time left.
-
-    Where the output is not a terminal it is a line of its own, once a minute, so logs stay short.
-    update and count may be called as often as one likes: they print, and update reads the loss
-    from the device, twice a second or once a minute at most. The rate is that of the training
-    since restart; the time left counts the pauses to come, such as evaluations, one in every
-    epochs_per_pause.
-    """
-
-    def __init__(self, num_epochs, images_per_iteration, stream=None, epochs_per_pause=1):
-        self.num_epochs = num_epochs
-        self.images_per_iteration = images_per_iteration
-        self.epochs_per_pause = epochs_per_pause
-        self.stream = stream or sys.stdout
-        self.active = self.stream.isatty()
-        self.width, self.text = 0, ""
-        self.paused, self.pause_seconds = None, 0.0
-        self.restart()
-
-    def restart(self):
-        """Training begins or goes on; what a pause before took is expected of later ones."""
-        now = time.monotonic()
-        if self.paused is not None:
-            self.pause_seconds = now - self.paused
-        self.started = self.printed = now
-        self.done, self.paused = 0, None
-
-    def pause(self, text, counts=True):
-        """Training stops for a while, the text is shown; returns the seconds since restart.
-
-        counts: whether it is one of the pauses to come, rather than a shorter one.
-        """
-        now = time.monotonic()
-        self.paused, self.text = now if counts else None, text
-        self.write(text)
-        return now - self.started
-
-    def is_due(self):
-        """Whether it is time to print again; if so, the time counts from here."""
-        now = time.monotonic()
-        due = now - self.printed >= (0.5 if self.active else 60)
-        self.printed = now if due else self.printed
-        return due
-
-    def count(self, done, total):
-        """During a pause: so many of so many images are done."""
-        if self.is_due():
-            self.say(f"{self.text} {done:,} of {total:,}")
-
-    def update(self, epoch, iteration, iterations, loss):
-        """After iteration (from 0) of so many in this epoch; loss: a number or 0-dim tensor."""
-        self.done += 1
-        if not self.is_due():
-            return
-        rate = self.done / (self.printed - self.started)
-        iterations_left = (self.num_epochs - epoch + 1) * iterations - iteration - 1
-        every = self.epochs_per_pause  # and one after the last epoch
-        pauses_left = -(-self.num_epochs // every) - (epoch - 1) // every
-        left = iterations_left / rate + pauses_left * self.pause_seconds
-        self.say(f"epoch {epoch}/{self.num_epochs}  iteration {iteration + 1}/{iterations}  "
-                 f"loss {float(loss):.4f}  {rate * self.images_per_iteration:.0f} images/s  "
-                 f"{duration(left)} left")
-
-    def say(self, text):
-        """Replaces the line by the text; where there is no terminal, prints it."""
-        self.write(text) if self.active else print(text, file=self.stream, flush=True)
-
-    def write(self, text):
-        """Replaces the line by what of the text fits on a terminal; an empty text clears it."""
-        if self.active:
-            text = text[:shutil.get_terminal_size().columns - 1]
-            self.stream.write("\r" + text.ljust(self.width) + "\r" * (not text))
-            self.stream.flush()
-            self.width = len(text)
-
-
-def duration(seconds):
-    """Seconds as 7s, 3m 20s or 2h 05m."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {seconds:02d}s" if minutes else
-            f"{seconds}s")
 
 
 # ---- pictures

@@ -33,6 +33,7 @@ import images
 import losses
 import main as program
 import netlib
+import results
 import samplers
 import trainers
 
@@ -329,12 +330,12 @@ def compare(args, rest):
     for i, (row, measured) in enumerate(zip(rows, studies(parts, args, rest, rows))):
         found += measured
         print(f"{i + 1}/{len(rows)} {'/'.join(row)}: R@1 {measured[-1]['recall@1']:.3f}, lr "
-              f"{measured[-1]['lr']:g}; {auxiliaries.duration(time.monotonic() - start)}",
+              f"{measured[-1]['lr']:g}; {results.duration(time.monotonic() - start)}",
               file=sys.stderr, flush=True)
     if args.csv:
         auxiliaries.save_csv(args.csv, found)
     print("\n".join(summary(found, rows[0])), f"\n\n{args.processes} processes, "
-          f"{auxiliaries.duration(time.monotonic() - start)}", sep="")
+          f"{results.duration(time.monotonic() - start)}", sep="")
     return found
 
 

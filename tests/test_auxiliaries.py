@@ -71,7 +71,7 @@ WRITERS = {
     "plot": lambda path: auxiliaries.save_plot(path, ["title"], [("loss", {"a": [(1, 2)]})]),
     "scatter": lambda path: auxiliaries.save_scatter(path, ["title"], [(0, 0), (1, 2)], ["a", "b"]),
     "grid": lambda path: auxiliaries.save_image_grid(path, [[(Image.new("L", (9, 9)), "hit")]]),
-    "options": lambda path: auxiliaries.save_options(os.path.dirname(path), {"a": 1}),
+    "options": lambda path: results.save_options(os.path.dirname(path), {"a": 1}),
 }
 
 
@@ -120,54 +120,54 @@ def test_a_place_that_cannot_be_written_is_named(writer, tmp_path):
 
 
 def test_a_run_folder_is_made_new(tmp_path):
-    folder = auxiliaries.make_run_folder(str(tmp_path / "deep/results"), "cub200", "trial")
+    folder = results.make_run_folder(str(tmp_path / "deep/results"), "cub200", "trial")
     assert folder == str(tmp_path / "deep/results/cub200/trial") and os.listdir(folder) == []
 
 
 def test_a_run_without_a_name_is_called_by_its_time(tmp_path):
-    folder = auxiliaries.make_run_folder(str(tmp_path), "glyphs")
+    folder = results.make_run_folder(str(tmp_path), "glyphs")
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", os.path.basename(folder))
     assert os.path.isdir(folder)
 
 
 def test_a_run_folder_that_exists_is_refused(tmp_path):
-    folder = auxiliaries.make_run_folder(str(tmp_path), "cub200", "trial")
+    folder = results.make_run_folder(str(tmp_path), "cub200", "trial")
     with pytest.raises(ValueError, match="--savename") as caught:
-        auxiliaries.make_run_folder(str(tmp_path), "cub200", "trial")
+        results.make_run_folder(str(tmp_path), "cub200", "trial")
     assert folder in str(caught.value) and "--resume" in str(caught.value)
     (tmp_path / "cub200/a file").write_text("")
     with pytest.raises(ValueError, match="a file"):
-        auxiliaries.make_run_folder(str(tmp_path), "cub200", "a file")
+        results.make_run_folder(str(tmp_path), "cub200", "a file")
 
 
 def test_resume_takes_a_folder_that_exists(tmp_path):
-    folder = auxiliaries.make_run_folder(str(tmp_path), "cub200", "trial")
-    assert auxiliaries.make_run_folder(str(tmp_path), "cub200", "trial", resume=True) == folder
+    folder = results.make_run_folder(str(tmp_path), "cub200", "trial")
+    assert results.make_run_folder(str(tmp_path), "cub200", "trial", resume=True) == folder
     with pytest.raises(FileNotFoundError, match="other"):
-        auxiliaries.make_run_folder(str(tmp_path), "cub200", "other", resume=True)
+        results.make_run_folder(str(tmp_path), "cub200", "other", resume=True)
     for name in ("", ".", "..", "a/b"):
         with pytest.raises(ValueError, match="--savename"):
-            auxiliaries.make_run_folder(str(tmp_path), "cub200", name, resume=True)
+            results.make_run_folder(str(tmp_path), "cub200", name, resume=True)
     assert os.listdir(tmp_path / "cub200") == ["trial"]
 
 
 def test_a_save_path_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="--save_path .*file"):
-        auxiliaries.make_run_folder(str(tmp_path / "file"), "cub200", "trial")
+        results.make_run_folder(str(tmp_path / "file"), "cub200", "trial")
 
 
 def test_a_dataset_folder_that_is_a_file_is_refused_without_speaking_of_a_run(tmp_path):
     (tmp_path / "cub200").write_text("")
     with pytest.raises(OSError, match="--save_path"):
-        auxiliaries.make_run_folder(str(tmp_path), "cub200", "trial")
+        results.make_run_folder(str(tmp_path), "cub200", "trial")
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_save_path_is_refused(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(OSError, match="--save_path"):
-        auxiliaries.make_run_folder(str(tmp_path), "cub200", "trial")
+        results.make_run_folder(str(tmp_path), "cub200", "trial")
 
 
 # ---- checkpoints
@@ -258,7 +258,7 @@ def test_text_and_folders_are_no_checkpoints(tmp_path):
 
 def test_options_are_saved_for_programs_and_for_people(tmp_path):
     options = {"lr": 1e-5, "dataset": "cub200", "tau": [30, 55], "savename": None, "resume": False}
-    auxiliaries.save_options(str(tmp_path), options)
+    results.save_options(str(tmp_path), options)
     with open(tmp_path / "hypa.pkl", "rb") as file:
         assert pickle.load(file) == options
     assert (tmp_path / "Parameter_Info.txt").read_text().splitlines() == [
@@ -354,12 +354,12 @@ class Stream(io.StringIO):
 def clock(monkeypatch):
     """A clock that the test moves: clock.now, in seconds."""
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(auxiliaries, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(results, "time", SimpleNamespace(monotonic=lambda: clock.now))
     return clock
 
 
 def test_progress_is_a_plain_line_a_minute_where_there_is_no_terminal(clock):
-    progress = auxiliaries.Progress(2, 10, stream := Stream(terminal=False))
+    progress = results.Progress(2, 10, stream := Stream(terminal=False))
     for iteration in range(50):
         clock.now += 10
         progress.update(1, iteration, 50, 0.5)
@@ -378,7 +378,7 @@ def test_progress_is_a_plain_line_a_minute_where_there_is_no_terminal(clock):
 
 def test_the_progress_line_is_cut_to_the_width_of_the_terminal(clock, monkeypatch):
     monkeypatch.setenv("COLUMNS", "30")
-    progress = auxiliaries.Progress(2, 10, stream := Stream(terminal=True))
+    progress = results.Progress(2, 10, stream := Stream(terminal=True))
     clock.now += 1
     progress.update(1, 0, 5, 0.5)
     progress.pause("epoch 1: evaluating")
@@ -391,7 +391,7 @@ def test_the_progress_line_is_cut_to_the_width_of_the_terminal(clock, monkeypatc
 
 def test_progress_says_rate_and_time_left(clock):
     stream = Stream(terminal=True)
-    progress = auxiliaries.Progress(num_epochs=2, images_per_iteration=10, stream=stream)
+    progress = results.Progress(num_epochs=2, images_per_iteration=10, stream=stream)
     for iteration in range(3):
         clock.now += 2
         progress.update(1, iteration, 50, torch.tensor(0.25))
@@ -403,7 +403,7 @@ def test_progress_says_rate_and_time_left(clock):
 
 def test_progress_counts_the_epochs_that_were_resumed_as_done(clock):
     stream = Stream(terminal=True)
-    progress = auxiliaries.Progress(num_epochs=10, images_per_iteration=4, stream=stream)
+    progress = results.Progress(num_epochs=10, images_per_iteration=4, stream=stream)
     clock.now += 1
     progress.update(10, 0, 5, 1.0)
     assert "4 images/s" in stream.getvalue() and "4s left" in stream.getvalue()
@@ -413,7 +413,7 @@ def test_progress_counts_the_epochs_that_were_resumed_as_done(clock):
     (3, 1, 1), (3, 1, 3), (10, 5, 1), (10, 5, 6), (10, 4, 1), (10, 4, 5), (10, 4, 9), (2, 7, 1),
     (7, 7, 1), (8, 7, 8)])
 def test_progress_counts_the_pauses_to_come(clock, epochs, every, epoch):
-    progress = auxiliaries.Progress(epochs, 10, stream := Stream(terminal=True),
+    progress = results.Progress(epochs, 10, stream := Stream(terminal=True),
                                     epochs_per_pause=every)
     assert progress.pause("evaluating") == 0
     clock.now += 1000
@@ -422,7 +422,7 @@ def test_progress_counts_the_pauses_to_come(clock, epochs, every, epoch):
     progress.update(epoch, 0, 5, 1.0)
     pauses = sum(later % every == 0 or later == epochs for later in range(epoch, epochs + 1))
     seconds = 2 * (5 * (epochs - epoch + 1) - 1) + 1000 * pauses
-    assert f" {auxiliaries.duration(seconds)} left" in stream.getvalue()
+    assert f" {results.duration(seconds)} left" in stream.getvalue()
 
 
 def test_progress_reads_the_loss_twice_a_second_at_most(clock):
@@ -433,7 +433,7 @@ def test_progress_reads_the_loss_twice_a_second_at_most(clock):
             read.append(clock.now)
             return 1.0
 
-    progress = auxiliaries.Progress(1, 10, Stream(terminal=True))
+    progress = results.Progress(1, 10, Stream(terminal=True))
     for iteration in range(400):
         clock.now += 0.01
         progress.update(1, iteration, 400, Loss())
@@ -442,7 +442,7 @@ def test_progress_reads_the_loss_twice_a_second_at_most(clock):
 
 def test_a_shorter_line_leaves_nothing_of_the_longer():
     stream = Stream(terminal=True)
-    progress = auxiliaries.Progress(1, 10, stream)
+    progress = results.Progress(1, 10, stream)
     progress.write("a long line of text")
     progress.write("short")
     assert stream.getvalue().split("\r")[-1] == "short".ljust(len("a long line of text"))
@@ -454,7 +454,7 @@ def test_a_shorter_line_leaves_nothing_of_the_longer():
     (0, "0s"), (7.4, "7s"), (59.4, "59s"), (59.6, "1m 00s"), (200, "3m 20s"), (3599.7, "1h 00m"),
     (7500, "2h 05m"), (100 * 3600, "100h 00m")])
 def test_duration(seconds, text):
-    assert auxiliaries.duration(seconds) == text
+    assert results.duration(seconds) == text
 
 
 # ---- plots
@@ -905,8 +905,8 @@ def test_names_that_utf8_does_not_know_are_written(tmp_path):
 
 def test_a_pause_that_does_not_count_is_not_expected_again(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(auxiliaries.time, "monotonic", lambda: now[0])
-    progress = auxiliaries.Progress(9, 1, Stream(terminal=True), epochs_per_pause=3)
+    monkeypatch.setattr(results.time, "monotonic", lambda: now[0])
+    progress = results.Progress(9, 1, Stream(terminal=True), epochs_per_pause=3)
     for seconds, counts in ((50, True), (2, False)):
         progress.pause("", counts)
         now[0] += seconds
@@ -917,7 +917,7 @@ def test_a_pause_that_does_not_count_is_not_expected_again(monkeypatch):
 def test_a_folder_that_cannot_be_locked_is_named(tmp_path, monkeypatch, capsys):
     import fcntl
     monkeypatch.setattr(fcntl, "lockf", lambda *_: fail(OSError(37, "no locks")))
-    auxiliaries.lock_folder(str(tmp_path)).close()
+    results.lock_folder(str(tmp_path)).close()
     said = capsys.readouterr().out
     assert said.startswith(f"note: {tmp_path} could not be locked") and said.count("\n") == 1
     assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")

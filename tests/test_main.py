@@ -318,8 +318,8 @@ def test_a_collapse_is_said(small, capsys, monkeypatch):
 
 
 def test_a_clock_that_stands_still_ends_no_run(small, capsys, monkeypatch):
-    still = {**vars(auxiliaries.time), "monotonic": lambda: 5.0}
-    monkeypatch.setattr(auxiliaries, "time", types.SimpleNamespace(**still))
+    still = {**vars(results.time), "monotonic": lambda: 5.0}
+    monkeypatch.setattr(results, "time", types.SimpleNamespace(**still))
     main.main(small)
     line = next(line for line in capsys.readouterr().out.splitlines() if "epoch 1/1" in line)
     assert line.endswith("  0s")
@@ -674,8 +674,8 @@ def test_a_run_without_a_name_resumes_by_its_start_time(small):
 
 
 def test_runs_that_start_in_the_same_second_have_folders_of_their_own(small, monkeypatch):
-    clock = {**vars(auxiliaries.time), "strftime": lambda _: "2026-01-02_03-04-05"}
-    for module in (auxiliaries, main):
+    clock = {**vars(results.time), "strftime": lambda _: "2026-01-02_03-04-05"}
+    for module in (results, main):
         monkeypatch.setattr(module, "time", types.SimpleNamespace(**clock))
     without_name = small[:small.index("--savename")]
     folders = [Path(main.main(without_name)) for _ in range(3)]
