@@ -1224,8 +1224,8 @@ def test_a_missing_compiler_is_one_message_with_the_option(small, monkeypatch):
 
 SLIP = "a, b, c = 1, 2"
 SLIPS = {  # what becomes what, and the function that the traceback must name
-    "losses.py": ("        valid, anchors, positives, negatives = triplets_for(self.sampler, "
-                  "embeddings, labels,\n", f"        {SLIP}\n", "forward"),
+    "losses.py": ("        valid, *triplets = triplets_for(self.sampler, embeddings, labels, ",
+                  f"        {SLIP}\n", "forward"),
     "images.py": ("    fit = T.Compose([",
                   f"    def slip(image):\n        {SLIP}\n\n", "slip"),
     "evaluate.py": ("    clusters, classes, cells = (entropy(sizes)", f"    {SLIP}\n", "nmi"),
