@@ -193,7 +193,7 @@ class BaseTrainer:
         except FloatingPointError as error:                       # embeddings are not finite
             self.check_losses()                                   # or were wrong a step before
             raise NonFiniteLoss(f"{error} in", self.epoch, self.iteration) from error
-        losses = {name: self.loss_weights[name] * loss for name, loss in losses.items()}
+        losses = {name: self.loss_weights.get(name, 1) * loss for name, loss in losses.items()}
         losses["total_loss"] = total = sum(losses.values())
         self.losses = {name: loss.detach() for name, loss in losses.items()}  # for hooks
         if not total.requires_grad:

@@ -2812,3 +2812,14 @@ def test_active_share_by_hand(loss, expected):
     assert float(loss.active) == expected
     loss(rows, torch.tensor([0, 0, 1, 1]), torch.empty(0, 3, dtype=torch.long))
     assert float(loss.active) == 0
+
+
+def test_a_term_added_to_a_step_counts_once_and_is_logged_by_its_name():
+    class WithTerm(MetricLossOnly):
+        def calculate_loss(self, data, labels):
+            return {**super().calculate_loss(data, labels), "extra_loss": data.new_tensor(2.0)}
+
+    trainer = make_trainer(WithTerm)
+    trainer.train()
+    assert list(trainer.losses) == ["metric_loss", "extra_loss", "total_loss"]
+    assert trainer.losses["total_loss"] == trainer.losses["metric_loss"] + 2
