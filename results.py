@@ -587,6 +587,7 @@ class Progress:
         self.epochs_per_pause = epochs_per_pause
         self.stream = stream or sys.stdout
         self.active = self.stream.isatty()
+        self.interval = 0.5 if self.active else 60  # seconds from one print to the next, at least
         self.width, self.text = 0, ""
         self.paused, self.pause_seconds = None, 0.0
         self.restart()
@@ -609,34 +610,30 @@ class Progress:
         self.write(text)
         return now - self.started
 
-    def is_due(self):
-        """Whether it is time to print again; if so, the time counts from here."""
-        now = time.monotonic()
-        due = now - self.printed >= (0.5 if self.active else 60)
-        self.printed = now if due else self.printed
-        return due
-
     def count(self, done, total):
         """During a pause: so many of so many images are done."""
-        if self.is_due():
-            self.say(f"{self.text} {done:,} of {total:,}")
+        now = time.monotonic()
+        if now - self.printed >= self.interval:
+            self.say(f"{self.text} {done:,} of {total:,}", now)
 
     def update(self, epoch, iteration, iterations, loss):
         """After iteration (from 0) of so many in this epoch; loss: a number or 0-dim tensor."""
         self.done += 1
-        if not self.is_due():
+        now = time.monotonic()
+        if now - self.printed < self.interval:
             return
-        rate = self.done / (self.printed - self.started)
+        rate = self.done / (now - self.started)
         iterations_left = (self.num_epochs - epoch + 1) * iterations - iteration - 1
         every = self.epochs_per_pause  # and one after the last epoch
         pauses_left = -(-self.num_epochs // every) - (epoch - 1) // every
         left = iterations_left / rate + pauses_left * self.pause_seconds
         self.say(f"epoch {epoch}/{self.num_epochs}  iteration {iteration + 1}/{iterations}  "
                  f"loss {float(loss):.4f}  {rate * self.images_per_iteration:.0f} images/s  "
-                 f"{duration(left)} left")
+                 f"{duration(left)} left", now)
 
-    def say(self, text):
-        """Replaces the line by the text; where there is no terminal, prints it."""
+    def say(self, text, now):
+        """Replaces the line by the text; where there is no terminal, prints it. now: seconds."""
+        self.printed = now
         self.write(text) if self.active else print(text, file=self.stream, flush=True)
 
     def write(self, text):
