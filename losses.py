@@ -1345,5 +1345,5 @@ def loss_select(opt, num_classes, **changes):
     if loss.lr_flag not in values:
         raise ValueError(f"{loss_class.__name__} has weights of its own: its lr_flag must name "
                          f"their learning rate's option, such as loss_lr, not {loss.lr_flag}")
-    check_range(least=0, **{loss.lr_flag: values[loss.lr_flag]})
+    check_range(least=0, most=1e6, **{loss.lr_flag: values[loss.lr_flag]})
     return loss, {"params": weights, "lr": values[loss.lr_flag], "weight_decay": 0}

@@ -30,8 +30,8 @@ import trainers
 from results import words
 
 
-def run(opt):
-    """One training with final options -> its folder."""
+def run(opt, signals):
+    """One training with final options -> its folder; signals: auxiliaries.StopSignals."""
     device = auxiliaries.select_device(opt.gpu)
     auxiliaries.seed_everything(opt.seed, opt.deterministic)
     loss_class, trainer_class = losses.LOSSES[opt.loss], trainers.TRAINERS[opt.trainer]
@@ -53,7 +53,7 @@ def run(opt):
     trainer = trainers.trainer_select(opt, trunk, embedder, make_loss, train_set, batches, device)
 
     # The run's folder and memory: csv, plots, checkpoints; with --resume what was there before.
-    with results.open_log(opt, found, device) as log:
+    with results.open_log(opt, found, device, signals) as log:
         trainer.end_of_iteration_hook = log.after_iteration       # progress line, --grad_measure
         trainer.between_iterations_hook = log.between_iterations  # --checkpoint_every, Ctrl-C
         log.resume(trainer)                                       # does nothing for a new run
@@ -235,8 +235,10 @@ def least_per_class(opt):
 def check(opt):
     """Raises ValueError where the final options contradict each other."""
     loss, trainer = losses.LOSSES[opt.loss], trainers.TRAINERS[opt.trainer]
+    usual = build_parser().get_default
     foreign = [(flag, name) for name, row in datasets.DATASETS.items() for flag in row.flags
-               if flag in opt.given and flag not in datasets.DATASETS[opt.dataset].flags]
+               if getattr(opt, flag) != usual(flag)
+               and flag not in datasets.DATASETS[opt.dataset].flags]
     least, processes = least_per_class(opt), auxiliaries.wanted_processes()
     relations = (
         (opt.weights and opt.not_pretrained and "not_pretrained" in opt.given,
@@ -312,11 +314,13 @@ def main(argv=None):
 
     With --seeds the list of the runs' folders, with --recipes or --dry_run None.
     """
-    with auxiliaries.one_message("main.py"), auxiliaries.join_processes():
+    with (auxiliaries.one_message("main.py"), auxiliaries.StopSignals() as signals,
+          auxiliaries.join_processes()):
         opt = auxiliaries.from_first(lambda: parse_options(argv))
         if opt.recipes or opt.dry_run:
             return results.print_recipes() if opt.recipes else results.print_plan(opt)
-        folders = [run(one) for one in results.one_per_seed(opt)]
+        with results.advice_to_resume(opt):
+            folders = [run(one, signals) for one in results.one_per_seed(opt)]
         if opt.recipe:
             results.print_verdict(opt, folders)
         return folders if opt.seeds else folders[0]

@@ -116,32 +116,29 @@ def free_options():
 
 
 @contextlib.contextmanager
-def open_log(opt, found, device):
+def open_log(opt, found, device, signals):
     """The run's folder, made new or, with --resume, found again -> Log; see main.run.
 
-    opt: the final options; found: datasets.Found; device: where. No other run can write into the
-    folder meanwhile, and a signal to stop waits for what would be lost.
+    opt: the final options; found: datasets.Found; device: where; signals: auxiliaries.StopSignals.
+    No other run can write into the folder meanwhile, and a signal waits for what would be lost.
     """
     named = "savename" in opt.given or opt.recipe or opt.seeds
     folder = auxiliaries.from_first(lambda: make_run_folder(
         opt.save_path, opt.dataset, opt.savename if named else None, opt.resume))
     opt.savename = os.path.basename(folder)
     writes = auxiliaries.rank() == 0
-    with (lock_folder(folder) if writes else contextlib.nullcontext(),
-          auxiliaries.StopSignals() as signals):
+    with lock_folder(folder) if writes else contextlib.nullcontext():
         log = Log(opt, folder, found, device, signals)
         try:
             yield log
-        except KeyboardInterrupt as stopped:
-            name = opt.savename.removesuffix(f"_seed{opt.seed}" if opt.seeds else "")
-            stopped.advice = (f". The same command with --savename {name} --resume goes on from "
-                              "the last checkpoint")
-            raise
         except FloatingPointError as error:
+            if not hasattr(error, "iteration"):
+                raise
             raise FloatingPointError(f"{error}; the images of its batch are listed in "
                                      f"{log.list_batch(error)}") from error
         finally:
             log.progress.write("")  # what ends the run is said on a line of its own
+            signals.at_once = True
     print(auxiliaries.printable(f"files in {folder}"))
 
 
@@ -194,8 +191,8 @@ def lock_folder(folder):
     except ImportError:  # Windows
         pass
     except OSError as error:
-        print(auxiliaries.printable(f"note: {folder} could not be locked ({error}): let no other run write "
-                        "there"), flush=True)
+        print(auxiliaries.printable(f"note: {folder} could not be locked ({error}): let no other "
+                                    "run write there"), flush=True)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()
@@ -779,6 +776,19 @@ def one_per_seed(opt):
         gc.collect()  # what of the run before knows itself, and with it a cache of images
         yield argparse.Namespace(**{**vars(opt), "seed": seed, "savename": name,
                                     "resume": seed in there})
+
+
+@contextlib.contextmanager
+def advice_to_resume(opt):
+    """Adds to a KeyboardInterrupt how the runs go on, if one has a folder already."""
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        if any(os.path.isdir(os.path.join(opt.save_path, opt.dataset, name))
+               for name in run_names(opt).values()):
+            stopped.advice = (f". The same command with --savename {opt.savename} --resume goes "
+                              "on from the last checkpoint")
+        raise
 
 
 def print_recipes():

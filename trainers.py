@@ -187,13 +187,12 @@ class BaseTrainer:
             weight.grad = None
         try:
             data, labels = self.next_batch()                      # on the device
-            losses = self.calculate_loss(data, labels)            # {name: scalar}
+            losses = self.weighted(self.calculate_loss(data, labels))  # {name: scalar}
         except NothingMined:
             return self.skip_step()
         except FloatingPointError as error:                       # embeddings are not finite
             self.check_losses()                                   # or were wrong a step before
             raise NonFiniteLoss(f"{error} in", self.epoch, self.iteration) from error
-        losses = {name: self.loss_weights.get(name, 1) * loss for name, loss in losses.items()}
         losses["total_loss"] = total = sum(losses.values())
         self.losses = {name: loss.detach() for name, loss in losses.items()}  # for hooks
         if not total.requires_grad:
@@ -265,6 +264,15 @@ class BaseTrainer:
         not_empty(labels[not_empty(indices)])  # of a mask that is False everywhere
         return data[indices], labels[indices]
 
+    def weighted(self, losses):
+        """{name: loss} -> the same, scalars times their weights; ValueError for what is none."""
+        for name, loss in losses.items():
+            if not torch.is_tensor(loss) or loss.numel() != 1:
+                gave = list(loss.shape) if torch.is_tensor(loss) else type(loss).__name__
+                raise ValueError(f"{name} must give a scalar tensor; it gave {gave}")
+        return {name: self.loss_weights.get(name, 1) * loss.reshape(())
+                for name, loss in losses.items()}
+
     def skip_step(self, total=None):
         """Counts a step without anything to learn.
 
@@ -273,7 +281,7 @@ class BaseTrainer:
         if total is None:
             self.losses = dict.fromkeys((*self.loss_weights, "total_loss"),
                                         torch.zeros((), device=self.data_device))
-        elif total != 0:
+        elif total != 0 or not any(weight.requires_grad for weight in self.weights):
             raise ValueError(f"there is nothing to learn: the loss, {float(total)}, depends on no "
                              "weight that is not frozen (freeze_these: "
                              f"{', '.join(self.freeze_these) or 'none'})")
@@ -313,7 +321,8 @@ class BaseTrainer:
         """
         if total is not None:
             weights = [weight for weight in self.weights if weight.grad is not None]
-            greatest = torch._foreach_norm([weight.grad for weight in weights], math.inf)
+            gradients = [weight.grad for weight in weights]
+            greatest = torch._foreach_norm(gradients, math.inf) if gradients else ()
             self.unchecked.append((self.iteration, weights,
                                    torch.stack([total.detach(), *greatest])))    # [1 + weights]
             if total.is_cuda and len(self.unchecked) < 20:
@@ -471,7 +480,7 @@ class BaseTrainer:
                 raise ValueError("the sampler has no length; iterations_per_epoch says how long "
                                  "an epoch is") from None
         self.iterations_per_epoch = iterations_per_epoch or self.pass_length
-        if not self.iterations_per_epoch:
+        if not (self.iterations_per_epoch or 0) > 0:
             raise ValueError(f"there is no whole batch: a batch of {self.batch_size} from a "
                              f"dataset of {len(self.dataset)}, or from a sampler that gives less")
 
@@ -878,7 +887,8 @@ def add_arguments(parser):
                        help="learning rate of the network; useful 1e-6 to 1e-4 for pretrained "
                             "networks, 1e-4 to 1e-2 from scratch. Default 1e-5 (reference runs); "
                             "glyphs 1e-3")
-    group.add_argument("--fc_lr_mul", type=number(float, least=0), default=0.0, metavar="X",
+    group.add_argument("--fc_lr_mul", type=number(float, least=0, most=1e6), default=0.0,
+                       metavar="X",
                        help="learning rate of the embedding layer as a multiple of --lr, often "
                             "10; 0 means the same as --lr. Default %(default)s (reference runs)")
     group.add_argument("--decay", type=number(float, least=0), default=4e-4, metavar="W",
@@ -919,7 +929,7 @@ def add_arguments(parser):
                          metavar="W",
                          help="TrainWithClassifier: weight of the classifier's cross-entropy, the "
                               "metric loss having 1; useful 0.1 to 2. Default %(default)s")
-    trainer.add_argument("--classifier_lr", type=number(float, least=0), metavar="LR",
+    trainer.add_argument("--classifier_lr", type=number(float, least=0, most=1e6), metavar="LR",
                          help="TrainWithClassifier: learning rate of the classifier. Default 10 "
                               "times --lr")
     trainer.add_argument("--embedding_sizes", type=number(int, least=1), nargs="+", metavar="D",
@@ -936,7 +946,7 @@ def add_arguments(parser):
                          help="triplets of each image that go through the generator; useful 1 to "
                               "100. Default %(default)s (the library these trainers follow has "
                               "100)")
-    trainer.add_argument("--g_lr", type=number(float, least=0), metavar="LR",
+    trainer.add_argument("--g_lr", type=number(float, least=0, most=1e6), metavar="LR",
                          help="learning rate of the generator. Default --lr")
     trainer.add_argument("--g_weights", type=number(float, least=0), nargs=4, default=[1.0] * 4,
                          metavar=("ADV", "HARD", "REG", "SYNTH"),

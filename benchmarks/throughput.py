@@ -58,7 +58,7 @@ def build(opt):
     trunk, embedder = netlib.network_select(opt, loss_class.unit_norm, opt.embedding_sizes)
     make_loss = functools.partial(losses.loss_select, opt, len(train_set.class_names))
     trainer = trainers.trainer_select(opt, trunk, embedder, make_loss, train_set, batches, device)
-    with results.open_log(opt, found, device) as log:
+    with results.open_log(opt, found, device, auxiliaries.StopSignals()) as log:
         log.resume(trainer)
         main.print_header(opt, log, [], trainer)
     log.progress.active = False

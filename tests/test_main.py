@@ -1202,7 +1202,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(small, monkeyp
     ("DataLoader worker (pid 5) is killed by signal: Bus error.", "--kernels")])
 def test_what_an_option_makes_torch_refuse_is_one_message_with_the_option(small, monkeypatch, text,
                                                                           flag):
-    def refuse(opt):
+    def refuse(*_):
         raise RuntimeError(f"{text}\nand more")
 
     monkeypatch.setattr(main, "run", refuse)
@@ -1299,7 +1299,7 @@ def test_ctrl_c_while_torch_is_loaded_says_nothing(program, tmp_path):
 
 
 def test_another_runtime_error_keeps_its_traceback(small, monkeypatch):
-    def fail(opt):
+    def fail(*_):
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(main, "run", fail)

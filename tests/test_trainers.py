@@ -2823,3 +2823,22 @@ def test_a_term_added_to_a_step_counts_once_and_is_logged_by_its_name():
     trainer.train()
     assert list(trainer.losses) == ["metric_loss", "extra_loss", "total_loss"]
     assert trainer.losses["total_loss"] == trainer.losses["metric_loss"] + 2
+
+
+@pytest.mark.parametrize("loss, words", [
+    (lambda *_: 0.5, "metric_loss must give a scalar tensor; it gave float"),
+    (lambda embeddings, *_: embeddings.sum(1), r"it gave \[4\]")])
+def test_a_loss_must_give_a_scalar_tensor(loss, words):
+    with pytest.raises(ValueError, match=words):
+        make_trainer(loss_funcs={"metric_loss": loss}).train()
+
+
+def test_a_loss_of_one_element_is_a_scalar():
+    make_trainer(loss_funcs={"metric_loss": lambda rows, *_: rows.square().mean()[None]}).train()
+
+
+def test_all_frozen_is_an_error_where_the_loss_is_zero():
+    trainer = make_trainer(loss_funcs={"metric_loss": lambda *_: torch.zeros(())},
+                           freeze_these=["trunk"])
+    with pytest.raises(ValueError, match="nothing to learn"):
+        trainer.train()
