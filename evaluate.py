@@ -1125,7 +1125,8 @@ def kmeans(embeddings, num_clusters, iterations=20, seed=0):
     embeddings [N, D]. Centroids start at distinct rows drawn with the seed; a cluster that loses
     all its rows restarts at the row farthest from its centroid. At most `iterations` updates (20,
     as in the reference code), fewer once no row changes cluster. ValueError for more clusters than
-    rows.
+    rows. A centroid that did not move cannot lose a row except to one that did, so only distances
+    that can have changed are computed.
     """
     if not 1 <= num_clusters <= len(embeddings):
         raise ValueError(f"{num_clusters} clusters of {len(embeddings)} embeddings; k-means needs "
@@ -1143,14 +1144,39 @@ def kmeans(embeddings, num_clusters, iterations=20, seed=0):
     for _ in range(iterations):
         counts = torch.bincount(assignments, minlength=num_clusters)             # [K]
         sums = sums_of_groups(embeddings, assignments, num_clusters)
-        centroids = sums / counts.clamp_min(1).unsqueeze(1)                      # [K, D]
+        previous, centroids = centroids, sums / counts.clamp_min(1).unsqueeze(1)  # [K, D]
         empty = (counts == 0).nonzero().squeeze(1)
         centroids[empty] = embeddings[sq_distances.topk(len(empty)).indices]
+        moved = (centroids != previous).any(1)                                   # [K]
         before = assignments
-        assignments, sq_distances = nearest_centroids(embeddings, sq_norms, centroids)
+        assignments, sq_distances = moved_centroids(embeddings, sq_norms, centroids, moved,
+                                                    assignments, sq_distances)
         if torch.equal(assignments, before):
             break
     return assignments, (centroids + centre) * scale
+
+
+def moved_centroids(embeddings, sq_norms, centroids, moved, assignments, sq_distances):
+    """As nearest_centroids of embeddings [N, D], when only the centroids in moved [K] are new.
+
+    assignments, sq_distances [N]: what nearest_centroids gave before. Rows whose own centroid
+    stayed where it was are compared with those that moved alone.
+    """
+    own_moved = moved[assignments]                                               # [N]
+    if moved.float().mean() + own_moved.float().mean() > 1.5:
+        return nearest_centroids(embeddings, sq_norms, centroids)
+    assignments, sq_distances = assignments.clone(), sq_distances.clone()
+    rows, columns = own_moved.nonzero().squeeze(1), moved.nonzero().squeeze(1)
+    assignments[rows], sq_distances[rows] = nearest_centroids(embeddings[rows], sq_norms[rows],
+                                                              centroids)
+    rows = (~own_moved).nonzero().squeeze(1)
+    if len(columns) and len(rows):
+        nearest, distances = nearest_centroids(embeddings[rows], sq_norms[rows],
+                                               centroids[columns])
+        nearer = distances < sq_distances[rows]
+        assignments[rows[nearer]] = columns[nearest[nearer]]
+        sq_distances[rows[nearer]] = distances[nearer]
+    return assignments, sq_distances
 
 
 def nearest_centroids(embeddings, sq_norms, centroids):
@@ -1168,10 +1194,13 @@ def nearest_centroids(embeddings, sq_norms, centroids):
         index[rows] = keys.argmin(1) if keys.is_cuda else torch.from_numpy(keys.numpy().argmin(1))
         least[rows] = keys.gather(1, index[rows].unsqueeze(1)).squeeze(1)
 
-    step = max(128, 2 ** 18 // len(centroids))  # a cache holds so much, and it is used again
-    in_threads(assign, blocks(len(embeddings), len(centroids)) if embeddings.is_cuda else [
-        slice(start, start + step) for start in range(0, len(embeddings), step)],
-        embeddings.device)
+    if embeddings.is_cuda or len(embeddings) * len(centroids) <= 2 ** 20:
+        for rows in blocks(len(embeddings), len(centroids)):  # as much as threads take to start
+            assign(rows)
+    else:
+        step = max(128, 2 ** 18 // len(centroids))  # a cache holds so much, and it is used again
+        in_threads(assign, [slice(start, start + step) for start in
+                            range(0, len(embeddings), step)], embeddings.device)
     return index, (2 * least + sq_norms).clamp_min_(0)
 
 
