@@ -750,14 +750,14 @@ def full_precision():
     Elsewhere those of matrices [N, D] x [D, M] may be in TF32 or bfloat16, by autocast or by what
     was set, in either of the names that torch has for it; that comes back afterwards.
     """
-    settings = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    newer = hasattr(settings[0], "fp32_precision")  # from torch 2.9 on; the older one may raise
+    newer = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # from torch 2.9 on
+    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if newer else ()
     before = ([setting.fp32_precision for setting in settings] if newer else
               torch.get_float32_matmul_precision())
     try:
-        for setting in settings * newer:
+        for setting in settings:
             setting.fp32_precision = "ieee"
-        if not newer:
+        if not newer:  # where there are both names, the older one may raise
             torch.set_float32_matmul_precision("highest")
         # Threads do not inherit inference mode, and must not write to its tensors.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(
@@ -767,7 +767,7 @@ def full_precision():
     finally:
         if not newer:
             torch.set_float32_matmul_precision(before)
-        for setting, precision in zip(settings * newer, before):
+        for setting, precision in zip(settings, before):
             setting.fp32_precision = precision
 
 
