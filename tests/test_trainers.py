@@ -1,14 +1,14 @@
-"""trainers.py on tiny linear models: every argument is shown to act, one test each.
+"""trainers.py on tiny linear models: every argument is shown to act, every loss held to a loop.
 
 The data of most tests are sixteen numbered rows, labelled by their number, so that what arrived
-at the loss says which rows were drawn and in which order. The trainers of more than one loss are
-held to loops written by hand.
+at the loss says which rows were drawn and in which order.
 """
 
 import collections
 import copy
 import functools
 import inspect
+import math
 import pickle
 import random
 import re
@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.optim import lr_scheduler
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, TensorDataset
 
 import auxiliaries
@@ -28,11 +29,12 @@ import samplers
 from losses import MarginLoss, TripletLoss
 from results import TensorBoardLog
 from trainers import (TRAINERS, BaseTrainer, CascadedEmbeddings, DeepAdversarialMetricLearning,
-                      Diagnosis, MetricLossOnly, NonFiniteLoss,
-                      TrainWithClassifier, TwoStreamMetricLoss,
-                      UnsupervisedEmbeddingsUsingAugmentations, Validation, in_turn)
+                      Diagnosis, MetricLossOnly, NonFiniteLoss, TrainWithClassifier,
+                      TwoStreamMetricLoss, UnsupervisedEmbeddingsUsingAugmentations, Validation,
+                      in_turn)
 
 ROWS, BATCH, BATCHES = 16, 4, 4
+IN_ORDER = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
 
 
 def numbered(count=ROWS):
@@ -58,9 +60,6 @@ class MeanSquare(torch.nn.Module):
         self.seen.append((embeddings.detach().clone(), labels.clone(), indices_tuple))
         return self.scale * embeddings.square().mean()
 
-    def labels(self):
-        return [labels.tolist() for _, labels, _ in self.seen]
-
 
 class InOrder(Sampler):
     """The given indices in their order; keeps the numbers given to set_epoch."""
@@ -78,41 +77,50 @@ class InOrder(Sampler):
         return len(self.indices)
 
 
+class Shuffled(InOrder):
+    """An order of its own for every pass, drawn from no global generator."""
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.epochs[-1])
+        return iter(torch.randperm(ROWS, generator=generator).tolist())
+
+
 def linear(inputs=3, outputs=2, seed=0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return torch.nn.Linear(inputs, outputs)
 
 
-def sgd(module, lr=0.1):
-    return torch.optim.SGD(module.parameters(), lr)
+def sgd(module, lr=0.1, **options):
+    return torch.optim.SGD(module.parameters(), lr, **options)
 
 
 def make_trainer(trainer=MetricLossOnly, **changes):
     """A trainer of a linear trunk on the numbered rows in order; changes replace its arguments."""
-    trunk = linear()
-    arguments = dict(models={"trunk": trunk}, optimizers={"trunk_optimizer": sgd(trunk)},
+    models = changes.get("models", {"trunk": linear()})
+    arguments = dict(models=models, optimizers={"trunk_optimizer": sgd(models["trunk"])},
                      batch_size=BATCH, loss_funcs={"metric_loss": MeanSquare()},
                      dataset=numbered(), data_device="cpu", sampler=InOrder(),
                      dataloader_num_workers=0)
     return trainer(**(arguments | changes))
 
 
-def all_parts(**changes):
+def all_parts(optimizer=sgd, **changes):
     """make_trainer with trunk, embedder and loss, each with an optimizer."""
     parts = {"trunk": linear(), "embedder": linear(2, 2, seed=1), "metric_loss": MeanSquare()}
     return make_trainer(**(dict(
         models={"trunk": parts["trunk"], "embedder": parts["embedder"]},
         loss_funcs={"metric_loss": parts["metric_loss"]},
-        optimizers={f"{name}_optimizer": sgd(part) for name, part in parts.items()}) | changes))
-
-
-def part(trainer, name):
-    return dict(trainer.parts())[name]
+        optimizers={f"{name}_optimizer": optimizer(part) for name, part in parts.items()})
+        | changes))
 
 
 def weights(module):
     return [value.detach().clone() for value in module.parameters()]
+
+
+def all_weights(trainer):
+    return [value for _, part in trainer.modules() for value in weights(part)]
 
 
 def same(first, second):
@@ -120,60 +128,43 @@ def same(first, second):
 
 
 def seen(trainer):
-    return trainer.loss_funcs["metric_loss"].labels()
-
-
-IN_ORDER = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
+    """The labels of each batch that the loss was called with."""
+    return [labels.tolist() for _, labels, _ in trainer.loss_funcs["metric_loss"].seen]
 
 
 # ---- the whole
 
 
-@pytest.mark.parametrize("trainer", [BaseTrainer, MetricLossOnly])
-def test_constructor_is_that_of_the_library(trainer):
+def test_the_constructor_is_that_of_pytorch_metric_learning():
     required = inspect.Parameter.empty
-    expected = [
-        ("models", required),
-        ("optimizers", required),
-        ("batch_size", required),
-        ("loss_funcs", required),
-        ("dataset", required),
-        ("mining_funcs", None),
-        ("iterations_per_epoch", None),
-        ("data_device", None),
-        ("dtype", None),
-        ("loss_weights", None),
-        ("sampler", None),
-        ("collate_fn", None),
-        ("lr_schedulers", None),
-        ("gradient_clippers", None),
-        ("freeze_these", ()),
-        ("freeze_trunk_batchnorm", False),
-        ("label_hierarchy_level", 0),
-        ("dataloader_num_workers", 2),
-        ("data_and_label_getter", None),
-        ("dataset_labels", None),
-        ("set_min_label_to_zero", False),
-        ("end_of_iteration_hook", None),
-        ("end_of_epoch_hook", None),
-        ("between_iterations_hook", None),  # from here on: this project's own
-        ("grad_scaler", None),
-    ]
-    parameters = inspect.signature(trainer).parameters.values()
-    assert [(parameter.name, parameter.default) for parameter in parameters] == expected
-    assert {parameter.kind for parameter in parameters} == {
-        inspect.Parameter.POSITIONAL_OR_KEYWORD}
-    train = inspect.signature(trainer.train).parameters
-    assert [(p.name, p.default) for p in train.values()][1:] == [("start_epoch", 1),
-                                                                 ("num_epochs", 1)]
+    expected = dict(
+        models=required, optimizers=required, batch_size=required, loss_funcs=required,
+        dataset=required, mining_funcs=None, iterations_per_epoch=None, data_device=None,
+        dtype=None, loss_weights=None, sampler=None, collate_fn=None, lr_schedulers=None,
+        gradient_clippers=None, freeze_these=(), freeze_trunk_batchnorm=False,
+        label_hierarchy_level=0, dataloader_num_workers=2, data_and_label_getter=None,
+        dataset_labels=None, set_min_label_to_zero=False, end_of_iteration_hook=None,
+        end_of_epoch_hook=None,
+        between_iterations_hook=None, grad_scaler=None)  # these two are this project's own
+    for trainer in (BaseTrainer, MetricLossOnly, TrainWithClassifier, TwoStreamMetricLoss):
+        parameters = inspect.signature(trainer).parameters.values()
+        assert [(p.name, p.default) for p in parameters] == list(expected.items())
+        assert {p.kind for p in parameters} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    train = inspect.signature(BaseTrainer.train).parameters.values()
+    assert [(p.name, p.default) for p in train][1:] == [("start_epoch", 1), ("num_epochs", 1)]
 
 
-def test_arguments_may_be_given_by_position():
-    trunk, loss = linear(), MeanSquare()
-    trainer = MetricLossOnly({"trunk": trunk}, {}, 8, {"metric_loss": loss}, numbered(), {}, 3,
-                             "cpu")
-    assert trainer.iterations_per_epoch == 3 and trainer.batch_size == 8
-    assert trainer.dataloader_num_workers == 2
+@pytest.mark.parametrize("trainer, first", [
+    (CascadedEmbeddings, {"embedding_sizes": inspect.Parameter.empty}),
+    (DeepAdversarialMetricLearning, {"metric_alone_epochs": 0, "g_alone_epochs": 0,
+                                     "g_triplets_per_anchor": 100}),
+    (UnsupervisedEmbeddingsUsingAugmentations, {"transforms": inspect.Parameter.empty,
+                                                "data_and_label_setter": None})])
+def test_constructors_begin_with_their_own_arguments(trainer, first):
+    parameters = list(inspect.signature(trainer).parameters.values())
+    assert {p.name: p.default for p in parameters[:-2]} == first
+    assert [p.kind for p in parameters[-2:]] == [inspect.Parameter.VAR_POSITIONAL,
+                                                 inspect.Parameter.VAR_KEYWORD]
 
 
 class Noisy(torch.nn.Module):
@@ -196,17 +187,17 @@ def test_three_steps_equal_a_loop_written_by_hand():
         embedder, loss = linear(4, 2, seed=1), Noisy()
         return trunk, embedder, loss, {
             "trunk_optimizer": torch.optim.Adam(trunk.parameters(), 0.01, weight_decay=0.1),
-            "embedder_optimizer": torch.optim.SGD(embedder.parameters(), 0.1, momentum=0.9),
-            "metric_loss_optimizer": torch.optim.SGD(loss.parameters(), 0.05)}
+            "embedder_optimizer": sgd(embedder, momentum=0.9),
+            "metric_loss_optimizer": sgd(loss, 0.05)}
 
     def miner(embeddings, labels):
-        return torch.tensor([0, 1, 2]), torch.tensor([3, 4, 0])
+        return embeddings.norm(dim=1).argsort()[:3], labels.argsort()[1:4]
 
     dataset, losses = numbered(17), []
     trunk, embedder, loss, optimizers = parts()
     trainer = MetricLossOnly(
         {"trunk": trunk, "embedder": embedder}, optimizers, 5, {"metric_loss": loss}, dataset,
-        {"tuple_miner": miner}, data_device="cpu", loss_weights={"metric_loss": 0.5},
+        {"tuple_miner": miner}, None, "cpu", loss_weights={"metric_loss": 0.5},
         dataloader_num_workers=0,
         end_of_iteration_hook=lambda trainer: losses.append(trainer.losses["total_loss"].item()))
     torch.manual_seed(3)
@@ -230,198 +221,46 @@ def test_three_steps_equal_a_loop_written_by_hand():
         assert same(weights(first), weights(second))
 
 
-class Shuffled(InOrder):
-    """A batch order of its own for every pass, drawn from no global generator."""
-
-    def __iter__(self):
-        generator = torch.Generator().manual_seed(self.epochs[-1])
-        return iter(torch.randperm(ROWS, generator=generator).tolist())
+# ---- losses and miners
 
 
-@pytest.mark.parametrize("sampler", [None, Shuffled], ids=["shuffled by torch", "sampler"])
-@pytest.mark.parametrize("iterations", [None, 3, 6])
-def test_loader_processes_do_not_change_the_numbers(sampler, iterations):
-    runs = []
-    for workers in (0, 2):
-        trunk = torch.nn.Sequential(linear(), torch.nn.Dropout(0.5))
-        trainer = make_trainer(models={"trunk": trunk}, optimizers={"trunk_optimizer": sgd(trunk)},
-                               sampler=sampler and sampler(), dataloader_num_workers=workers,
-                               iterations_per_epoch=iterations)
-        torch.manual_seed(7)
-        trainer.train(num_epochs=3)
-        runs.append((seen(trainer), weights(trunk)))
-    assert runs[0][0] == runs[1][0]
-    assert same(runs[0][1], runs[1][1])
-
-
-# ---- models, optimizers, losses
-
-
-@pytest.mark.parametrize("with_embedder", [False, True])
-def test_models(with_embedder):
-    trunk, embedder = linear(), linear(2, 5, seed=1)
-    models = {"trunk": trunk} | ({"embedder": embedder} if with_embedder else {})
-    trainer = make_trainer(models=models, optimizers={})
-    trainer.train()
-    data = numbered()[:BATCH][0]
-    expected = embedder(trunk(data)) if with_embedder else trunk(data)
-    torch.testing.assert_close(trainer.loss_funcs["metric_loss"].seen[0][0], expected)
-    torch.testing.assert_close(trainer.compute_embeddings(data), expected)
-
-
-@pytest.mark.parametrize("stepped", [(), ("trunk",), ("embedder",), ("metric_loss",),
-                                     ("trunk", "embedder", "metric_loss")])
-def test_optimizers_step_what_they_hold_and_nothing_else(stepped):
-    trainer = all_parts()
-    trainer = all_parts(models=trainer.models, loss_funcs=trainer.loss_funcs,
-                        optimizers={f"{name}_optimizer": trainer.optimizers[f"{name}_optimizer"]
-                                    for name in stepped})
-    before = {name: weights(module) for name, module in trainer.parts()}
-    trainer.train()
-    for name, module in trainer.parts():
-        assert same(before[name], weights(module)) == (name not in stepped), name
-
-
-@pytest.mark.parametrize("with_optimizer", [True, False])
-def test_gradients_are_those_of_one_batch(with_optimizer):
-    # Without an optimizer too: a clipper by the norm of all gradients would see them grow.
-    gradients, trunk = [], linear()
-    trainer = make_trainer(
-        models={"trunk": trunk},
-        optimizers={"trunk_optimizer": sgd(trunk, lr=0)} if with_optimizer else {},
-        end_of_iteration_hook=lambda trainer: gradients.append(trunk.weight.grad.clone()))
-    trainer.train()
+def test_gradients_are_those_of_one_batch_whether_or_not_something_steps():
+    """Of a trunk without an optimizer, and of a loss that only its optimizer knows."""
+    trunk, loss, gradients = linear(), MeanSquare(), []
+    make_trainer(models={"trunk": trunk}, loss_funcs={"metric_loss": lambda *args: loss(*args)},
+                 optimizers={"metric_loss_optimizer": sgd(loss, lr=0)},
+                 end_of_iteration_hook=lambda trainer: gradients.append(
+                     (trunk.weight.grad.clone(), loss.scale.grad.clone()))).train()
     for batch, gradient in zip(IN_ORDER, gradients, strict=True):
-        loss = trunk(numbered()[batch][0]).square().mean()
-        expected, = torch.autograd.grad(loss, [trunk.weight])
-        torch.testing.assert_close(gradient, expected)
+        value = loss(trunk(numbered()[batch][0]), torch.tensor(batch))
+        torch.testing.assert_close(gradient, torch.autograd.grad(value, [trunk.weight, loss.scale]))
 
 
-def test_gradients_of_a_loss_that_is_no_module_are_those_of_one_batch():
-    # A loss may be any callable; what its optimizer holds is then known from the optimizer alone.
-    loss, gradients = MeanSquare(), []
-    trainer = make_trainer(
-        loss_funcs={"metric_loss": lambda *arguments: loss(*arguments)},
-        optimizers={"metric_loss_optimizer": sgd(loss, lr=0)},
-        end_of_iteration_hook=lambda trainer: gradients.append(
-            (loss.scale.grad.item(), trainer.losses["metric_loss"].item())))
+def test_a_term_added_to_a_step_counts_once_and_is_logged_by_its_name():
+    class WithTerm(MetricLossOnly):
+        def calculate_loss(self, data, labels):
+            return {**super().calculate_loss(data, labels), "extra_loss": data.new_tensor([2.])}
+
+    trainer = make_trainer(WithTerm)
     trainer.train()
-    for gradient, value in gradients:
-        assert gradient == pytest.approx(value)  # the scale is 1, so the loss is its own gradient
+    assert list(trainer.losses) == ["metric_loss", "extra_loss", "total_loss"]
+    assert trainer.losses["total_loss"] == trainer.losses["metric_loss"] + 2
 
 
-@pytest.mark.parametrize("batch_size, batches", [(1, 16), (4, 4), (5, 3), (16, 1)])
-def test_batch_size(batch_size, batches):
-    trainer = make_trainer(batch_size=batch_size)
-    trainer.train()
-    assert [len(labels) for labels in seen(trainer)] == [batch_size] * batches
+def test_a_subset_batch_miner_thins_the_batch():
+    for indices in (torch.tensor([3, 1]), [0, 2], torch.tensor([True, False, False, True])):
+        trainer = make_trainer(mining_funcs={"subset_batch_miner": lambda *_: indices})
+        trainer.train()
+        assert seen(trainer) == [torch.tensor(batch)[indices].tolist() for batch in IN_ORDER]
+        assert len(trainer.loss_funcs["metric_loss"].seen[0][0]) == 2
 
 
-def test_loss_funcs_are_called_with_embeddings_labels_and_tuples():
-    calls = []
-
-    def loss(*arguments):
-        calls.append(arguments)
-        return arguments[0].sum()
-
-    make_trainer(loss_funcs={"metric_loss": loss}).train()
-    embeddings, labels, indices_tuple = calls[0]
-    assert embeddings.shape == (BATCH, 2) and embeddings.requires_grad
-    assert labels.tolist() == IN_ORDER[0] and labels.dtype == torch.int64
-    assert indices_tuple is None
-
-
-class TwoLosses(BaseTrainer):
-    """A trainer of two losses, as a subclass writes one."""
-
-    loss_names = ("metric_loss", "second_loss")
-
-    def calculate_loss(self, data, labels):
-        embeddings = self.compute_embeddings(data)
-        return {name: loss(embeddings, labels) for name, loss in self.loss_funcs.items()}
-
-
-def two_losses(**changes):
-    return make_trainer(TwoLosses, **(dict(
-        loss_funcs={"metric_loss": lambda embeddings, labels: embeddings.square().mean(),
-                    "second_loss": lambda embeddings, labels: embeddings.abs().mean()}) | changes))
-
-
-@pytest.mark.parametrize("factors", [None, (1, 1), (3, 0.5), (0, 2)])
-def test_loss_weights(factors):
-    trunk = linear()
-    trainer = two_losses(
-        models={"trunk": trunk}, optimizers={"trunk_optimizer": sgd(trunk)},
-        iterations_per_epoch=1,
-        loss_weights=factors and dict(zip(("metric_loss", "second_loss"), factors)))
-    first, second = factors or (1, 1)
-    expected = copy.deepcopy(trunk)
-    embeddings = expected(numbered()[:BATCH][0])
-    total = first * embeddings.square().mean() + second * embeddings.abs().mean()
-    total.backward()
-    sgd(expected).step()
-    trainer.train()
-    torch.testing.assert_close(trainer.losses["total_loss"], total.detach())
-    torch.testing.assert_close(weights(trunk), weights(expected))
-
-
-def test_losses_are_numbers_without_a_graph():
-    kept = []
-    two_losses(end_of_iteration_hook=lambda trainer: kept.append(trainer.losses)).train()
-    assert len(kept) == BATCHES and kept[0] is not kept[1]
-    for losses in kept:
-        assert set(losses) == {"metric_loss", "second_loss", "total_loss"}
-        assert all(loss.shape == () and not loss.requires_grad for loss in losses.values())
-        assert losses["total_loss"] == losses["metric_loss"] + losses["second_loss"]
-
-
-def test_hooks_see_weighted_losses():
-    plain, weighted = [], []
-    for kept, factors in ((plain, (1, 1)), (weighted, (3, 0.5))):
-        two_losses(loss_weights=dict(zip(("metric_loss", "second_loss"), factors)), optimizers={},
-                   end_of_iteration_hook=lambda trainer: kept.append(trainer.losses)).train()
-    for one, other in zip(plain, weighted, strict=True):
-        assert other == {"metric_loss": 3 * one["metric_loss"],
-                         "second_loss": 0.5 * one["second_loss"],
-                         "total_loss": other["metric_loss"] + other["second_loss"]}
-
-
-# ---- miners
-
-
-def test_what_the_tuple_miner_returns_reaches_the_loss():
-    mined = []
-
-    def miner(embeddings, labels):
-        mined.append((embeddings.detach().clone(), labels, object()))
-        return mined[-1][2]
-
-    trainer = make_trainer(mining_funcs={"tuple_miner": miner})
-    trainer.train()
-    assert len(mined) == BATCHES
-    for (embeddings, labels, given), (expected, expected_labels, got) in zip(
-            mined, trainer.loss_funcs["metric_loss"].seen, strict=True):
-        assert given is got
-        assert torch.equal(embeddings, expected) and torch.equal(labels, expected_labels)
-
-
-@pytest.mark.parametrize("indices", [torch.tensor([3, 1]), [0, 2],
-                                     torch.tensor([True, False, False, True])])
-def test_subset_batch_miner_thins_the_batch(indices):
-    trainer = make_trainer(mining_funcs={"subset_batch_miner": lambda embeddings, labels: indices})
-    trainer.train()
-    assert seen(trainer) == [torch.tensor(batch)[indices].tolist() for batch in IN_ORDER]
-    embeddings, labels, _ = trainer.loss_funcs["metric_loss"].seen[0]
-    assert len(embeddings) == len(labels) == 2
-
-
-def test_subset_batch_miner_sees_eval_mode_without_gradients_and_modes_come_back():
+def test_a_subset_batch_miner_sees_eval_mode_without_gradients_and_modes_come_back():
     trunk = torch.nn.Sequential(linear(), torch.nn.BatchNorm1d(2), torch.nn.Dropout(0.5))
     embedder, modes = linear(2, 2), []
-    parts = {"trunk": trunk, "embedder": embedder}
 
     def miner(embeddings, labels):
-        modes.append([module.training for module in parts.values()])
+        modes.append([module.training for module in (trunk, embedder, loss, trunk[1])])
         assert not embeddings.requires_grad and not torch.is_grad_enabled()
         expected = trunk(numbered()[labels.tolist()][0])  # the mode is eval, so this is repeatable
         torch.testing.assert_close(embeddings, embedder(expected))
@@ -429,25 +268,22 @@ def test_subset_batch_miner_sees_eval_mode_without_gradients_and_modes_come_back
 
     class Loss(MeanSquare):
         def forward(self, embeddings, labels, indices_tuple=None):
-            modes.append([module.training for module in (*parts.values(), trunk[1])])
+            modes.append([module.training for module in (trunk, embedder, self, trunk[1])])
             assert embeddings.requires_grad
             return super().forward(embeddings, labels)
 
-    parts["metric_loss"] = Loss()
-    trainer = make_trainer(models={"trunk": trunk, "embedder": embedder}, optimizers={},
-                           loss_funcs={"metric_loss": parts["metric_loss"]},
-                           freeze_these=("embedder",), freeze_trunk_batchnorm=True,
-                           mining_funcs={"subset_batch_miner": miner})
-    trainer.train()
-    # trunk, embedder (frozen), loss, and the trunk's batch normalisation (frozen)
-    assert modes == [[False] * 3, [True, False, True, False]] * BATCHES
+    loss = Loss()
+    make_trainer(models={"trunk": trunk, "embedder": embedder}, optimizers={},
+                 loss_funcs={"metric_loss": loss}, freeze_these=("embedder",),
+                 freeze_trunk_batchnorm=True, mining_funcs={"subset_batch_miner": miner}).train()
+    assert modes == [[False] * 4, [True, False, True, False]] * BATCHES
 
 
 # ---- batches and epochs
 
 
-@pytest.mark.parametrize("iterations, passes", [(None, 3), (4, 3), (3, 3), (6, 5), (1, 1)])
-def test_iterations_per_epoch(iterations, passes):
+@pytest.mark.parametrize("iterations, passes", [(None, 3), (0, 3), (3, 3), (6, 5)])
+def test_the_data_go_on_across_epochs_of_any_length(iterations, passes):
     sampler, counts = InOrder(), []
     trainer = make_trainer(sampler=sampler, iterations_per_epoch=iterations,
                            end_of_epoch_hook=lambda trainer: counts.append(len(seen(trainer))))
@@ -455,75 +291,14 @@ def test_iterations_per_epoch(iterations, passes):
     length = iterations or BATCHES
     assert trainer.iterations_per_epoch == length
     assert counts == [length, 2 * length, 3 * length]
-    # The data go on across epochs: no batch is left out or drawn twice before its turn.
     assert seen(trainer) == [IN_ORDER[i % BATCHES] for i in range(3 * length)]
     assert sampler.epochs == list(range(1, passes + 1))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_each_call_of_train_begins_with_a_new_pass(workers):
-    trainer = make_trainer(iterations_per_epoch=3, dataloader_num_workers=workers)
-    trainer.train()
-    trainer.train(2, 2)
-    assert seen(trainer) == IN_ORDER[:3] * 2
-
-
-def test_data_device():
-    data, labels = make_trainer(data_device="meta").next_batch()  # a device that every torch has
-    assert data.device.type == labels.device.type == "meta"
-    data, labels = make_trainer(data_device=torch.device("cpu")).next_batch()
-    assert data.device.type == labels.device.type == "cpu"
-
-
-@pytest.mark.parametrize("available, device", [(True, "cuda"), (False, "cpu")])
-def test_data_device_is_a_gpu_where_there_is_one(monkeypatch, available, device):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-    assert torch.device(make_trainer(data_device=None).data_device).type == device
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_dtype(dtype):
-    trunk = linear().to(dtype)
-    trainer = make_trainer(models={"trunk": trunk}, optimizers={"trunk_optimizer": sgd(trunk)},
-                           loss_funcs={"metric_loss": MeanSquare().to(dtype)}, dtype=dtype)
-    before = weights(trunk)
-    data, labels = trainer.next_batch()
-    assert data.dtype == dtype and labels.dtype == torch.int64
-    trainer.train()
-    assert {embeddings.dtype for embeddings, _, _ in trainer.loss_funcs["metric_loss"].seen} == {
-        dtype}
-    assert trunk.weight.dtype == dtype and not same(before, weights(trunk))
-
-
-@pytest.mark.parametrize("dtype, expected", [(None, torch.uint8), (torch.float32, torch.float32)])
-def test_dtype_of_images_in_bytes(dtype, expected):
-    dataset = TensorDataset(torch.ones(8, 3, dtype=torch.uint8), torch.arange(8))
-    data, _ = make_trainer(dataset=dataset, sampler=None, dtype=dtype).next_batch()
-    assert data.dtype == expected
-
-
-def test_without_a_sampler_every_pass_is_shuffled_anew():
-    trainer = make_trainer(sampler=None)
-    torch.manual_seed(0)
-    trainer.train(num_epochs=2)
-    first, second = (sum(seen(trainer)[i:i + BATCHES], []) for i in (0, BATCHES))
-    assert sorted(first) == sorted(second) == list(range(ROWS))
-    assert first != second and first != list(range(ROWS))
-
-
-def test_sampler_chooses_the_rows_and_is_told_the_pass():
-    sampler = InOrder([9, 3, 3, 1, 0, 15, 2, 7, 8])
-    trainer = make_trainer(sampler=sampler)
-    trainer.train(num_epochs=2)
-    assert seen(trainer) == [[9, 3, 3, 1], [0, 15, 2, 7]] * 2
-    assert sampler.epochs == [1, 2]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("sampler", [None, InOrder()], ids=["shuffled by torch", "sampler"])
-def test_passes_draw_from_the_global_generator_what_plain_loaders_draw(sampler, workers):
+def test_passes_draw_from_the_global_generator_what_plain_loaders_draw(sampler):
     torch.manual_seed(11)
-    trainer = make_trainer(sampler=sampler, dataloader_num_workers=workers)
+    trainer = make_trainer(sampler=sampler)
     trainer.train(num_epochs=3)
     state = torch.get_rng_state()
     torch.manual_seed(11)
@@ -533,37 +308,41 @@ def test_passes_draw_from_the_global_generator_what_plain_loaders_draw(sampler, 
     assert torch.equal(torch.get_rng_state(), state)
 
 
-class Batches(BatchSampler):
-    """Two batches of the sampler's own size, other rows in every pass."""
-
-    def __init__(self):
-        self.epoch = None
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
-
-    def __iter__(self):
-        yield [self.epoch, 0, 1]
-        yield [self.epoch, 2, 3, 4, 5]
-
-    def __len__(self):
-        return 2
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_batch_sampler_sets_the_batches_itself(workers):
-    trainer = make_trainer(sampler=Batches(), batch_size=1, dataloader_num_workers=workers)
-    trainer.train(5, 6)
-    assert seen(trainer) == [[5, 0, 1], [5, 2, 3, 4, 5], [6, 0, 1], [6, 2, 3, 4, 5]]
+@pytest.mark.parametrize("sampler", [None, Shuffled], ids=["shuffled by torch", "sampler"])
+def test_loading_processes_do_not_change_the_numbers(sampler):
+    runs = []
+    for workers in (0, 2):
+        trunk = torch.nn.Sequential(linear(), torch.nn.Dropout(0.5))
+        trainer = make_trainer(models={"trunk": trunk}, sampler=sampler and sampler(),
+                               dataloader_num_workers=workers, iterations_per_epoch=3)
+        assert trainer.loader.num_workers == workers
+        torch.manual_seed(7)
+        trainer.train(num_epochs=2)
+        trainer.train(3, 3)  # begins a new pass, within one that is not over
+        runs.append((seen(trainer), weights(trunk)))
+    assert runs[0][0] == runs[1][0] and same(runs[0][1], runs[1][1])
+    assert len({row for batch in runs[0][0][6:] for row in batch}) == 3 * BATCH
 
 
-def test_a_batch_sampler_of_torch():
+def test_data_go_to_the_device_and_become_of_the_dtype(monkeypatch):
+    data, labels = make_trainer(data_device="meta").next_batch()  # a device that every torch has
+    assert data.device.type == labels.device.type == "meta"
+    for available, device in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+        assert torch.device(make_trainer(data_device=None).data_device).type == device
+    images = TensorDataset(torch.ones(8, 3, dtype=torch.uint8), torch.arange(8))
+    for dtype, expected in ((None, torch.uint8), (torch.float16, torch.float16)):
+        data, labels = make_trainer(dataset=images, sampler=None, dtype=dtype).next_batch()
+        assert data.dtype == expected and labels.dtype == torch.int64
+
+
+def test_a_batch_sampler_sets_the_batches_itself():
     trainer = make_trainer(sampler=BatchSampler(InOrder(), 6, drop_last=False))
     trainer.train()
     assert [len(labels) for labels in seen(trainer)] == [6, 6, 4]
 
 
-def test_a_sampler_without_an_end():
+def test_a_sampler_without_an_end_needs_the_length_of_an_epoch():
     class Endless(Sampler):
         def __iter__(self):
             while True:
@@ -572,6 +351,8 @@ def test_a_sampler_without_an_end():
     trainer = make_trainer(sampler=Endless(), iterations_per_epoch=3)
     trainer.train(num_epochs=2)
     assert seen(trainer) == (IN_ORDER * 2)[:6]
+    with pytest.raises(ValueError, match="iterations_per_epoch"):
+        make_trainer(sampler=Endless())
 
 
 class Epochs(Dataset):
@@ -592,488 +373,272 @@ class Epochs(Dataset):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_dataset_is_told_the_pass(workers):
     trainer = make_trainer(dataset=Epochs(), dataloader_num_workers=workers)
-    trainer.train(3, 5)
-    assert [labels[0] for labels in seen(trainer)] == [3] * BATCHES + [4] * BATCHES + [5] * BATCHES
+    trainer.train(3, 4)
+    assert [labels[0] for labels in seen(trainer)] == [3] * BATCHES + [4] * BATCHES
 
 
-def test_collate_fn():
-    def collate(items):
-        return torch.stack([data for data, _ in items]) + 100, torch.tensor([-label for _, label
-                                                                             in items])
-
-    data, labels = make_trainer(collate_fn=collate).next_batch()
-    assert data.min() >= 100 and labels.tolist() == [0, -1, -2, -3]
-
-
-@pytest.mark.parametrize("kind", [int, np.int64, torch.tensor, str], ids=lambda k: k.__name__)
-@pytest.mark.parametrize("container", [list, tuple])
-def test_collate_fn_may_give_labels_as_a_list(kind, container):
-    def collate(items):
-        return (torch.stack([data for data, _ in items]),
-                container(kind(label) for _, label in items))
-
-    ranked = dict(dataset_labels=[str(i) for i in range(4)], set_min_label_to_zero=True)
-    trainer = make_trainer(dataset=rows_labelled(range(4)), sampler=None, collate_fn=collate,
-                           **(ranked if kind is str else {}))
-    data, labels = trainer.next_batch()
-    assert labels.dtype == torch.int64
-    assert labels.tolist() == (data[:, 0] * 10).round().int().tolist()
+def test_loading_processes_last_where_the_dataset_can_tell_them_the_pass():
+    shared = Epochs()
+    shared.epoch = torch.zeros((), dtype=torch.long).share_memory_()
+    for dataset, workers, lasting in ((numbered(), 1, True), (numbered(), 0, False),
+                                      (Epochs(), 1, False), (shared, 1, True)):
+        trainer = make_trainer(dataset=dataset, dataloader_num_workers=workers)
+        assert trainer.loader.persistent_workers == lasting
 
 
-class Where(Epochs):
-    """Labels that name the process that loaded the row, -1 for the main one."""
-
-    def __getitem__(self, i):
-        worker = torch.utils.data.get_worker_info()
-        return torch.zeros(3), -1 if worker is None else worker.id
-
-
-@pytest.mark.parametrize("workers, expected", [(0, {-1}), (1, {0}), (2, {0, 1})])
-def test_dataloader_num_workers(workers, expected):
-    trainer = make_trainer(dataset=Where(), dataloader_num_workers=workers)
+def test_a_trainer_with_loading_processes_ends_at_once():
+    trainer = views(dataloader_num_workers=1)
     trainer.train()
-    assert {label for labels in seen(trainer) for label in labels} == expected
+    gone = weakref.ref(trainer)
+    del trainer
+    assert gone() is None  # no cycle that waits for the garbage collector
 
 
 # ---- labels
 
 
-@pytest.mark.parametrize("level", [0, 1, 2])
-def test_label_hierarchy_level_of_tensors(level):
-    table = torch.arange(8 * 3).reshape(8, 3)
-    trainer = make_trainer(dataset=TensorDataset(torch.zeros(8, 3), table),
-                           sampler=InOrder(range(8)), label_hierarchy_level=level)
-    assert trainer.next_batch()[1].tolist() == table[:4, level].tolist()
+NAMES = [["dog", "poodle"], ["dog", "husky"], ["cat", "tabby"], ["cat", "siamese"]]
+TABLE = torch.tensor([[5, 100], [5, 90], [7, 80], [7, 70]])
 
 
-@pytest.mark.parametrize("level", [0, 1])
-@pytest.mark.parametrize("row", [list, tuple, np.array], ids=["list", "tuple", "array"])
-def test_label_hierarchy_level_of_rows_of_ints(level, row):
-    trainer = make_trainer(dataset=rows_labelled(row([i, 10 * i]) for i in range(8)),
-                           sampler=InOrder(range(8)), label_hierarchy_level=level)
-    assert trainer.next_batch()[1].tolist() == ([0, 1, 2, 3], [0, 10, 20, 30])[level]
-
-
-@pytest.mark.parametrize("level, expected", [(0, [1, 1, 0, 0]), (1, [1, 0, 3, 2])])
-@pytest.mark.parametrize("kind", [list, np.array], ids=["list", "array"])
-def test_label_hierarchy_level_of_strings(level, expected, kind):
-    names = [["dog", "poodle"], ["dog", "husky"], ["cat", "tabby"], ["cat", "siamese"]]
-    trainer = make_trainer(dataset=rows_labelled(names), sampler=InOrder(range(4)),
-                           label_hierarchy_level=level, dataset_labels=kind(names),
-                           set_min_label_to_zero=True)
-    assert trainer.next_batch()[1].tolist() == expected
-
-
-def test_label_hierarchy_level_of_ranked_tensors():
-    table = torch.tensor([[5, 100], [5, 90], [7, 80], [7, 70]])
-    for level, expected in ((0, [0, 0, 1, 1]), (1, [3, 2, 1, 0])):
-        trainer = make_trainer(dataset=TensorDataset(torch.zeros(4, 3), table),
-                               sampler=InOrder(range(4)), label_hierarchy_level=level,
-                               dataset_labels=table, set_min_label_to_zero=True)
-        assert trainer.next_batch()[1].tolist() == expected
-
-
-def test_data_and_label_getter():
-    class Named(Epochs):
-        def __getitem__(self, i):
-            return {"image": torch.full((3,), i / 10), "class": i + 100, "path": f"{i}.png"}
-
-    trainer = make_trainer(dataset=Named(),
-                           data_and_label_getter=lambda item: (item["image"] + 1, item["class"]))
-    data, labels = trainer.next_batch()
-    assert labels.tolist() == [100, 101, 102, 103]
-    torch.testing.assert_close(data[:, 0], torch.tensor([1., 1.1, 1.2, 1.3]))
-
-
-@pytest.mark.parametrize("labels, ranks", [
-    ([5, 10, 13, 12], [0, 1, 3, 2]), ([-4, 10 ** 12, 0, -4], [0, 2, 1, 0]),
-    (["dog", "cat", "monkey", "dog"], [1, 0, 2, 1])])
-@pytest.mark.parametrize("container", [list, np.array])
-def test_set_min_label_to_zero_gives_ranks_among_dataset_labels(labels, ranks, container):
+@pytest.mark.parametrize("labels, ranked_among, level, expected", [
+    ([12, 5, 12, 5], None, 0, [12, 5, 12, 5]),
+    (TABLE, None, 0, [5, 5, 7, 7]), (TABLE, None, 1, [100, 90, 80, 70]),
+    (TABLE.tolist(), None, 1, [100, 90, 80, 70]), (TABLE.numpy(), None, 1, [100, 90, 80, 70]),
+    (TABLE, TABLE, 0, [0, 0, 1, 1]), (TABLE, TABLE, 1, [3, 2, 1, 0]),
+    (NAMES, NAMES, 0, [1, 1, 0, 0]), (NAMES, np.array(NAMES), 1, [1, 0, 3, 2]),
+    ([12, 5, 12, 5], [5, 10, 12, 13], 0, [2, 0, 2, 0]),
+    ([-4, 10 ** 12, 0, -4], np.array([-4, 10 ** 12, 0, -4]), 0, [0, 2, 1, 0]),
+    (["dog", "cat", "monkey", "dog"], ["dog", "cat", "monkey"], 0, [1, 0, 2, 1])])
+def test_labels_become_numbers_of_one_level_or_ranks_of_the_whole_dataset(
+        labels, ranked_among, level, expected):
     trainer = make_trainer(dataset=rows_labelled(labels), sampler=InOrder(range(4)),
-                           dataset_labels=container(labels), set_min_label_to_zero=True)
+                           label_hierarchy_level=level, dataset_labels=ranked_among,
+                           set_min_label_to_zero=ranked_among is not None)
     result = trainer.next_batch()[1]
-    assert result.tolist() == ranks and result.dtype == torch.int64
+    assert result.tolist() == expected and result.dtype == torch.int64
 
 
-def test_ranks_are_those_of_the_whole_dataset_and_only_if_asked_for():
-    few = dict(dataset=rows_labelled([12, 5, 12, 5]), sampler=InOrder(range(4)),
-               dataset_labels=[5, 10, 12, 13])
-    assert make_trainer(**few, set_min_label_to_zero=True).next_batch()[1].tolist() == [2, 0, 2, 0]
-    assert make_trainer(**few).next_batch()[1].tolist() == [12, 5, 12, 5]
+@pytest.mark.parametrize("kind", [int, np.int64, torch.as_tensor, str])
+def test_collate_fn_may_give_labels_as_a_list(kind):
+    def collate(items):
+        data, labels = zip(*items)
+        return torch.stack(data) + 100, [kind(label.item()) for label in labels]
+
+    trainer = make_trainer(collate_fn=collate, dataset_labels=["0", "1", "2", "3"],
+                           set_min_label_to_zero=kind is str)
+    data, labels = trainer.next_batch()
+    assert data.min() >= 100 and labels.tolist() == IN_ORDER[0] and labels.dtype == torch.int64
 
 
-@pytest.mark.parametrize("labels, known", [([1, 2, 9, 1], [1, 2, 3]), ([1, 2, 0, 1], [1, 2, 3]),
-                                           ([1, 3, 2, 1], [1, 3, 4]),
-                                           (["a", "b", "zebra", "a"], ["a", "b", "c"])])
-def test_a_label_that_is_not_among_dataset_labels(labels, known):
-    trainer = make_trainer(dataset=rows_labelled(labels), sampler=InOrder(range(4)),
-                           dataset_labels=known, set_min_label_to_zero=True)
-    with pytest.raises(ValueError, match=f"label .*{labels[2]}.* not among dataset_labels"):
-        trainer.train()
-
-
-def test_ranks_need_dataset_labels_and_strings_need_ranks():
-    with pytest.raises(ValueError, match="needs dataset_labels"):
-        make_trainer(set_min_label_to_zero=True)
-    trainer = make_trainer(dataset=rows_labelled("abcd"), sampler=InOrder(range(4)))
-    with pytest.raises(ValueError, match="set_min_label_to_zero"):
-        trainer.train()
+@pytest.mark.parametrize("labels, options, words", [
+    ([1, 2, 9, 1], dict(dataset_labels=[1, 2, 3]), "label 9 is not among dataset_labels"),
+    (["a", "b", "z", "a"], dict(dataset_labels=["a", "b"]), "label 'z' is not among"),
+    ([0, 1, 2, 3], dict(), "needs dataset_labels"),
+    (["a", "b", "c", "d"], dict(set_min_label_to_zero=False), "set_min_label_to_zero"),
+    ([0.5, 1., 2., 3.], dict(set_min_label_to_zero=False), "not integers")])
+def test_labels_that_are_refused(labels, options, words):
+    with pytest.raises(ValueError, match=words):
+        make_trainer(dataset=rows_labelled(labels), sampler=InOrder(range(4)),
+                     **({"set_min_label_to_zero": True} | options)).train()
 
 
 # ---- schedulers, clippers, freezing
 
 
-def test_lr_schedulers_by_iteration_and_by_epoch():
-    trainer = all_parts()
-    schedulers = {f"{name}_scheduler_by_{when}": torch.optim.lr_scheduler.StepLR(
-        trainer.optimizers[f"{name}_optimizer"], step_size=1, gamma=0.5)
-        for name, when in (("trunk", "iteration"), ("embedder", "epoch"),
-                           ("metric_loss", "iteration"))}
+def test_schedules_go_by_iteration_or_by_epoch():
     rates = []
-    trainer = all_parts(models=trainer.models, loss_funcs=trainer.loss_funcs,
-                        optimizers=trainer.optimizers, lr_schedulers=schedulers,
-                        end_of_epoch_hook=lambda trainer: rates.append([
-                            optimizer.param_groups[0]["lr"]
-                            for optimizer in trainer.optimizers.values()]))
+    trainer = all_parts(end_of_epoch_hook=lambda trainer: rates.append(
+        [optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers.values()]))
+    trainer.lr_schedulers = {f"{name}_scheduler_by_{when}": lr_scheduler.StepLR(
+        trainer.optimizers[f"{name}_optimizer"], step_size=1, gamma=0.5)
+        for name, when in (("trunk", "iteration"), ("embedder", "epoch"))}
     trainer.train(num_epochs=2)
     # 0.1 halved after each of 4 iterations, or after each epoch; the hook sees the new rates
-    assert rates == [pytest.approx([0.1 / 2 ** 4, 0.1 / 2, 0.1 / 2 ** 4]),
-                     pytest.approx([0.1 / 2 ** 8, 0.1 / 4, 0.1 / 2 ** 8])]
+    assert rates == [pytest.approx([0.1 / 2 ** 4, 0.1 / 2, 0.1]),
+                     pytest.approx([0.1 / 2 ** 8, 0.1 / 4, 0.1])]
 
 
-def test_lr_schedulers_by_plateau():
-    trunk = linear()
-    optimizer = sgd(trunk)
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", factor=0.1, patience=0)
-    accuracies, rates = iter([0.5, 0.6, 0.6, 0.7]), []
-
-    def hook(trainer):
-        rates.append(optimizer.param_groups[0]["lr"])
-        trainer.step_lr_plateau_schedulers(next(accuracies))
-
-    make_trainer(models={"trunk": trunk}, optimizers={"trunk_optimizer": optimizer},
-                 lr_schedulers={"trunk_scheduler_by_plateau": plateau},
-                 end_of_epoch_hook=hook).train(num_epochs=4)
-    assert rates == pytest.approx([0.1, 0.1, 0.1, 0.01])  # 0.6 twice: no gain after epoch 3
-
-
-def test_plateau_schedulers_alone_take_the_metric():
-    trunk = linear()
-    optimizer = sgd(trunk)
-    by_epoch = torch.optim.lr_scheduler.StepLR(optimizer, 1)
-    trainer = make_trainer(models={"trunk": trunk}, optimizers={"trunk_optimizer": optimizer},
-                           lr_schedulers={"trunk_scheduler_by_epoch": by_epoch})
-    trainer.step_lr_plateau_schedulers(0.5)
-    assert by_epoch.last_epoch == 0
-
-
-class Steps:
-    """A scheduler that keeps what it was stepped with, and warns if asked to."""
-
-    def __init__(self, warning=None):
-        self.values, self.warning = [], warning
-
-    def step(self, *value):
-        self.values.append(value)
-        if self.warning:
-            warnings.warn(self.warning, stacklevel=2)
-
-
-def test_other_warnings_of_schedulers_are_heard():
-    trainer = make_trainer(lr_schedulers={"trunk_scheduler_by_epoch": Steps("rate is zero")})
-    with pytest.warns(UserWarning, match="rate is zero") as caught:
-        trainer.train(num_epochs=2)
-    assert len(caught) == 2
-
-
-@pytest.mark.parametrize("when, steps", [("iteration", 8), ("epoch", 2)])
-def test_schedules_begin_before_the_first_step_without_a_warning(when, steps):
-    trunk = linear()
-    optimizer = sgd(trunk)
-    trainer = make_trainer(
-        models={"trunk": trunk}, optimizers={"trunk_optimizer": optimizer},
-        mining_funcs={"tuple_miner": lambda embeddings, labels: []},  # every step is skipped
-        lr_schedulers={f"trunk_scheduler_by_{when}": torch.optim.lr_scheduler.StepLR(
-            optimizer, 1, gamma=0.5)})
+def test_schedules_begin_before_the_first_step_without_a_warning():
+    trainer = adversarial((0, 9), mining_funcs={"tuple_miner": lambda *_: []})
+    trainer.lr_schedulers = {
+        f"{name.removesuffix('optimizer')}scheduler_by_epoch": lr_scheduler.StepLR(
+            optimizer, 1, gamma=0.5) for name, optimizer in trainer.optimizers.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        trainer.train(num_epochs=2)
-    assert trainer.skipped_steps == 8
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 2 ** steps)
+        trainer.train(num_epochs=3)  # the generator alone learns
+    assert len(trainer.optimizers) == 4
+    for optimizer in trainer.optimizers.values():
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 2 ** 3)
 
 
 def test_gradient_clippers_are_called_between_backward_and_step():
-    trainer = all_parts()
-    trunk, embedder = trainer.models.values()
-    calls, before = [], [weights(trunk)]
+    trunk, calls = linear(), []
+    before = [weights(trunk)]
 
-    def clip_trunk():
+    def clip():
         assert trunk.weight.grad.abs().sum() > 0
         assert same(before[-1], weights(trunk))  # not stepped yet
         calls.append("trunk")
         torch.nn.utils.clip_grad_norm_(trunk.parameters(), 1e-3)
 
-    def clip_embedder():
-        calls.append("embedder")
-        for parameter in embedder.parameters():
-            parameter.grad.zero_()
-
-    untouched = weights(embedder)
-    all_parts(models=trainer.models, optimizers=trainer.optimizers, loss_funcs=trainer.loss_funcs,
-              gradient_clippers={"trunk_grad_clipper": clip_trunk,
-                                 "embedder_grad_clipper": clip_embedder},
-              end_of_iteration_hook=lambda trainer: before.append(weights(trunk))).train()
+    make_trainer(models={"trunk": trunk}, gradient_clippers={
+        "trunk_grad_clipper": clip, "embedder_grad_clipper": lambda: calls.append("embedder")},
+        end_of_iteration_hook=lambda trainer: before.append(weights(trunk))).train()
     assert calls == ["trunk", "embedder"] * BATCHES
-    assert same(untouched, weights(embedder))
     for old, new in zip(before, before[1:]):
         change = torch.cat([(a - b).flatten() for a, b in zip(old, new)]).norm()
         assert change == pytest.approx(0.1 * 1e-3, rel=1e-2)  # rate times the clipped norm
 
 
-@pytest.mark.parametrize("frozen", [("trunk",), ["embedder"], ("metric_loss",),
-                                    ["trunk", "metric_loss"]])
-def test_freeze_these(frozen):
-    parts = {"trunk": linear(), "embedder": linear(2, 2), "metric_loss": MeanSquare()}
-    optimizers = {f"{name}_optimizer": torch.optim.SGD(module.parameters(), 0.1, weight_decay=0.5)
-                  for name, module in parts.items()}
-    before = {name: weights(module) for name, module in parts.items()}
+@pytest.mark.parametrize("frozen", [("trunk",), ["embedder", "metric_loss"]])
+def test_what_is_frozen_has_no_gradient_is_in_eval_mode_and_never_stepped(frozen):
     modes, stepped = [], set()
-    for name, optimizer in optimizers.items():
+    trainer = all_parts(functools.partial(sgd, weight_decay=0.5), freeze_these=frozen,
+                        end_of_iteration_hook=lambda trainer: modes.append(
+                            {name: part.training for name, part in trainer.parts()}))
+    parts = dict(trainer.parts())
+    before = {name: weights(part) for name, part in parts.items()}
+    for name, optimizer in trainer.optimizers.items():
         optimizer.register_step_post_hook(lambda *_, name=name: stepped.add(name))
-    trainer = all_parts(
-        models={"trunk": parts["trunk"], "embedder": parts["embedder"]},
-        loss_funcs={"metric_loss": parts["metric_loss"]}, optimizers=optimizers,
-        freeze_these=frozen, end_of_iteration_hook=lambda trainer: modes.append(
-            {name: module.training for name, module in trainer.parts()}))
     trainer.train(num_epochs=2)
-    for name, module in parts.items():
-        assert same(before[name], weights(module)) == (name in frozen), name
-        assert all(p.requires_grad == (name not in frozen) for p in module.parameters())
-        assert all((p.grad is None) == (name in frozen) for p in module.parameters())
+    for name, part in parts.items():
+        assert same(before[name], weights(part)) == (name in frozen), name
+        assert all(p.requires_grad == (name not in frozen) for p in part.parameters())
+        assert all((p.grad is None) == (name in frozen) for p in part.parameters())
     assert modes == [{name: name not in frozen for name in parts}] * 2 * BATCHES
     assert stepped == {f"{name}_optimizer" for name in parts if name not in frozen}
 
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_freeze_trunk_batchnorm(frozen):
-    def layers():
-        return torch.nn.Sequential(linear(), torch.nn.BatchNorm1d(2), linear(2, 2, seed=1))
-
-    trunk, embedder = layers(), torch.nn.Sequential(torch.nn.BatchNorm1d(2), linear(2, 2))
-    trainer = make_trainer(models={"trunk": trunk, "embedder": embedder},
-                           optimizers={"trunk_optimizer": sgd(trunk)},
-                           freeze_trunk_batchnorm=frozen)
+    trunk = torch.nn.Sequential(linear(), torch.nn.BatchNorm1d(2), linear(2, 2, seed=1))
+    embedder = torch.nn.Sequential(torch.nn.BatchNorm1d(2), linear(2, 2))
     affine = weights(trunk[1])
-    trainer.train(num_epochs=2)
+    make_trainer(models={"trunk": trunk, "embedder": embedder},
+                 freeze_trunk_batchnorm=frozen).train(num_epochs=2)
     assert (trunk[1].num_batches_tracked == 0) == frozen
-    assert torch.equal(trunk[1].running_mean, torch.zeros(2)) == frozen
     assert torch.equal(trunk[1].running_var, torch.ones(2)) == frozen
     assert not same(affine, weights(trunk[1]))  # scale and shift learn all the same
     assert trunk.training and trunk[1].training != frozen
     assert embedder[0].num_batches_tracked == 2 * BATCHES  # of the trunk alone
 
 
+@pytest.mark.parametrize("loss", [MeanSquare(), lambda *_: torch.zeros(())])
+def test_freezing_all_that_could_learn_is_an_error(loss):
+    with pytest.raises(ValueError, match="nothing to learn.*trunk"):
+        make_trainer(loss_funcs={"metric_loss": loss},
+                     freeze_these=("trunk", "embedder", "metric_loss")).train()
+
+
 # ---- hooks and counting
 
 
-def test_end_of_iteration_hook_is_called_after_each_step():
-    trunk = linear()
-    kept, calls = [weights(trunk)], []
-
-    def hook(trainer):
-        calls.append((trainer.epoch, trainer.iteration, trainer.get_global_iteration(),
-                      trainer.losses["total_loss"].item()))
-        assert not same(kept[-1], weights(trunk))
-        kept.append(weights(trunk))
-        return False  # means nothing here
-
-    make_trainer(models={"trunk": trunk}, optimizers={"trunk_optimizer": sgd(trunk)},
-                 end_of_iteration_hook=hook).train(num_epochs=2)
-    assert [call[:3] for call in calls] == [(epoch, i, (epoch - 1) * BATCHES + i)
-                                            for epoch in (1, 2) for i in range(BATCHES)]
-    assert len({call[3] for call in calls}) == 2 * BATCHES  # each iteration's own loss
-
-
-@pytest.mark.parametrize("value, epochs", [(False, 1), (None, 3), (0, 3), ([], 3), (True, 3),
-                                           (np.False_, 3), (torch.tensor(False), 3)])
+@pytest.mark.parametrize("value, epochs", [(False, 1), (None, 3), (0, 3), (np.False_, 3)])
 def test_training_ends_early_when_the_epoch_hook_returns_exactly_false(value, epochs):
     calls = []
-
-    def hook(trainer):
-        calls.append((trainer.epoch, trainer.iteration))
-        return value
-
-    trainer = make_trainer(end_of_epoch_hook=hook)
+    trainer = make_trainer(end_of_epoch_hook=lambda trainer: calls.append(
+        (trainer.epoch, trainer.iteration)) or value)
     trainer.train(num_epochs=3)
     assert calls == [(epoch, BATCHES - 1) for epoch in range(1, epochs + 1)]
     assert len(seen(trainer)) == epochs * BATCHES
 
 
 def test_hooks_can_read_every_argument():
-    names = [name for name in inspect.signature(BaseTrainer).parameters]
-    read = {}
-
-    def hook(trainer):
-        read.update({name: getattr(trainer, name) for name in names})
-
-    trainer = make_trainer(end_of_epoch_hook=hook)
-    trainer.train()
-    assert list(read) == names
+    trainer, names = make_trainer(), inspect.signature(BaseTrainer).parameters
+    read = {name: getattr(trainer, name) for name in names}
     assert read["mining_funcs"] == read["lr_schedulers"] == read["gradient_clippers"] == {}
-    assert read["loss_weights"] == {"metric_loss": 1}
-    assert read["iterations_per_epoch"] == BATCHES and read["end_of_epoch_hook"] is hook
+    assert read["loss_weights"] == {"metric_loss": 1} and read["iterations_per_epoch"] == BATCHES
 
 
-@pytest.mark.parametrize("start, last, epochs", [(1, 1, [1]), (1, 3, [1, 2, 3]), (3, 4, [3, 4]),
-                                                 (4, 4, [4]), (5, 4, []), (1, 0, [])])
-def test_train_goes_from_one_epoch_to_another(start, last, epochs):
-    sampler, calls, iterations = InOrder(), [], []
-    trainer = make_trainer(
-        sampler=sampler, end_of_epoch_hook=lambda trainer: calls.append(trainer.epoch),
-        end_of_iteration_hook=lambda trainer: iterations.append(trainer.get_global_iteration()))
-    trainer.train(start_epoch=start, num_epochs=last)
-    assert calls == sampler.epochs == epochs
-    assert iterations == [(epoch - 1) * BATCHES + i for epoch in epochs for i in range(BATCHES)]
+def test_train_goes_from_one_epoch_to_another():
+    for start, last, epochs in ((1, 3, [1, 2, 3]), (3, 4, [3, 4]), (5, 4, []), (1, 0, [])):
+        sampler, iterations, ends = InOrder(), [], []
+
+        def after_iteration(trainer):
+            iterations.append((trainer.epoch, trainer.iteration, trainer.get_global_iteration()))
+            return False  # means nothing here
+
+        make_trainer(sampler=sampler, end_of_iteration_hook=after_iteration,
+                     end_of_epoch_hook=lambda trainer: ends.append(
+                         (trainer.epoch, trainer.last_epoch))).train(start, last)
+        assert ends == [(epoch, last) for epoch in epochs] and sampler.epochs == epochs
+        assert iterations == [(epoch, i, (epoch - 1) * BATCHES + i)
+                              for epoch in epochs for i in range(BATCHES)]
 
 
-def test_training_in_two_parts_is_training_in_one():
-    results = []
-    for parts in ([(1, 4)], [(1, 2), (3, 4)]):
-        trainer = make_trainer(sampler=Shuffled())
-        for start, last in parts:
-            trainer.train(start, last)
-        results.append((seen(trainer), weights(trainer.models["trunk"])))
-    assert results[0][0] == results[1][0] and same(results[0][1], results[1][1])
-
-
-def test_every_epoch_begins_in_train_mode():
-    trainer = make_trainer()
-    modes = []
-
-    def evaluate(trainer):
-        modes.append(trainer.models["trunk"].training)
-        trainer.set_to_eval()
-        assert not any(module.training for _, module in trainer.parts())
-
-    trainer.end_of_epoch_hook = evaluate
-    trainer.train(num_epochs=2)
-    assert modes == [True, True]
-
-
-class LibraryHooks:
-    """What pytorch-metric-learning's hook container does with a trainer, and its tester.
-
-    accuracies: what the tester would find, epoch after epoch.
-    """
-
-    def __init__(self, folder, accuracies, patience):
-        self.folder, self.accuracies, self.patience = folder, list(accuracies), patience
-        self.losses, self.weights, self.history = [], [], {}
-
-    def after_iteration(self, trainer):
-        self.losses.append({name: float(loss)
-                            for name, loss in trainer.loss_tracker.losses.items()})
-        self.weights.append(dict(trainer.loss_tracker.loss_weights))
-        for part in (trainer.loss_funcs, trainer.mining_funcs, trainer.models):
-            assert all(vars(value) for value in part.values())
-
-    def after_epoch(self, trainer):
-        embedding = trainer.models["embedder"](trainer.models["trunk"](four_classes()[:2][0]))
-        assert embedding.shape[0] == 2
-        self.history[trainer.epoch] = self.accuracies[trainer.epoch - 1]
-        trainer.step_lr_plateau_schedulers(self.history[trainer.epoch])
-        for group in ("models", "optimizers", "lr_schedulers", "loss_funcs", "mining_funcs"):
-            for name, part in getattr(trainer, group).items():
-                torch.save(part.state_dict(), self.folder / f"{name}_{trainer.epoch}.pth")
-        best = max(self.history, key=self.history.get)
-        return trainer.epoch - best <= self.patience
-
-    def load(self, trainer, epoch):
-        for group in ("models", "optimizers", "lr_schedulers", "loss_funcs", "mining_funcs"):
-            for name, part in getattr(trainer, group).items():
-                part.load_state_dict(torch.load(self.folder / f"{name}_{epoch}.pth"))
-
-
-@pytest.mark.parametrize("with_embedder", [False, True])
-@pytest.mark.parametrize("name", ["MetricLossOnly", "TrainWithClassifier", "CascadedEmbeddings",
-                                  "DeepAdversarialMetricLearning", "TwoStreamMetricLoss"])
-def test_hooks_of_the_library(name, with_embedder, tmp_path):
-    """Losses with weights, identity for the embedder, saving, patience and accuracy history."""
-    hooks = LibraryHooks(tmp_path, [0.1, 0.3, 0.2, 0.25, 0.9], patience=1)
-    make = {"MetricLossOnly": lambda **changes: assemble(MetricLossOnly, **(dict(
-        models={"trunk": linear(3, 5), "embedder": linear(5, 2)},
-        loss_funcs={"metric_loss": Hinge()}) | changes)), **EVERY_TRAINER}[name]
-    models = dict(make().models)
-    size = models["embedder"].weight.shape[0]
-    if not with_embedder:
-        del models["embedder"]
-        models["trunk"] = linear(3, size)
-    if "generator" in models:
-        models["generator"] = linear(*(3 * size, size) if not with_embedder else (15, 5))
-    miner = "tuple_miner_1" if name == "CascadedEmbeddings" else "tuple_miner"
-    trainer = make(models=models, mining_funcs={miner: samplers.Sampler("random")},
-                   optimizers={f"{part}_optimizer": sgd(model) for part, model in models.items()},
-                   end_of_iteration_hook=hooks.after_iteration,
-                   end_of_epoch_hook=hooks.after_epoch)
-    trainer.train(num_epochs=5)
-    assert hooks.history == {1: 0.1, 2: 0.3, 3: 0.2, 4: 0.25}  # two epochs without a better one
-    assert len(hooks.losses) == 8
-    for losses, given in zip(hooks.losses, hooks.weights):
-        assert given == {**trainer.loss_weights, "total_loss": 1}
-        assert losses.keys() == given.keys()
-        assert losses.pop("total_loss") == pytest.approx(sum(losses.values()))
-    trained = weights(models["trunk"])
-    models["trunk"].weight.data.zero_()
-    hooks.load(trainer, epoch=4)
-    assert same(weights(models["trunk"]), trained)
+def test_hooks_of_pytorch_metric_learning():
+    """They log loss_tracker's losses and weights, and save every part by its state_dict."""
+    tracked = []
+    trainer = adversarial(mining_funcs={"tuple_miner": samplers.Sampler("random")},
+                          end_of_iteration_hook=lambda trainer: tracked.append(
+                              (trainer.loss_tracker.losses, trainer.loss_tracker.loss_weights)))
+    trainer.train(num_epochs=3)
+    for losses, factors in tracked:
+        assert factors == {**trainer.loss_weights, "total_loss": 1}
+        assert losses.keys() == factors.keys()  # with 0 for those that rest
+        assert losses["total_loss"] == pytest.approx(sum(losses.values()) / 2)
+    for group in ("models", "optimizers", "loss_funcs", "mining_funcs"):
+        assert all(part.state_dict() is not None for part in getattr(trainer, group).values())
 
 
 # ---- bad input
 
 
-@pytest.mark.parametrize("argument, given, key, allowed", [
-    ("models", {"trunk": linear(), "trunc": linear()}, "trunc", "trunk, embedder"),
-    ("models", {"embedder": linear()}, "trunk", "trunk, embedder"),
-    ("models", {}, "trunk", "trunk, embedder"),
-    ("loss_funcs", {"metric_loss": MeanSquare(), "loss": MeanSquare()}, "loss", "metric_loss"),
-    ("loss_funcs", {}, "metric_loss", "metric_loss"),
-    ("mining_funcs", {"miner": print}, "miner", "subset_batch_miner, tuple_miner"),
-    ("loss_weights", {"loss": 2}, "loss", "metric_loss"),
-    ("optimizers", {"trunk": None}, "trunk", "trunk_optimizer, embedder_optimizer"),
-    ("optimizers", {"trunk_optim": None}, "trunk_optim", "metric_loss_optimizer"),
-    ("lr_schedulers", {"trunk_scheduler": None}, "trunk_scheduler", "trunk_scheduler_by_epoch"),
-    ("lr_schedulers", {"head_scheduler_by_epoch": None}, "head_scheduler_by_epoch",
-     "metric_loss_scheduler_by_plateau"),
-    ("gradient_clippers", {"trunk_clipper": None}, "trunk_clipper", "trunk_grad_clipper"),
-    ("freeze_these", ("body",), "body", "trunk, embedder, metric_loss"),
-])
-def test_unknown_and_missing_keys_are_named_with_the_allowed_ones(argument, given, key, allowed):
-    with pytest.raises(ValueError) as error:
-        make_trainer(**{"optimizers": {}, argument: given})
-    message = str(error.value)
-    assert f"key {key!r} in {argument}" in message and "MetricLossOnly" in message
-    assert allowed in message.partition("allowed are")[2]
+@pytest.mark.parametrize("name, argument, keys, expected", [
+    ("MetricLossOnly", "models", ["trunc"], "unknown key 'trunc'"),
+    ("MetricLossOnly", "loss_funcs", ["-metric_loss"], "no key 'metric_loss'"),
+    ("MetricLossOnly", "mining_funcs", ["miner"], "unknown key 'miner'"),
+    ("MetricLossOnly", "gradient_clippers", ["trunk_clipper"], "unknown key 'trunk_clipper'"),
+    ("MetricLossOnly", "lr_schedulers", ["trunk_scheduler"], "unknown key 'trunk_scheduler'"),
+    ("MetricLossOnly", "freeze_these", ["body"], "unknown key 'body'"),
+    ("TrainWithClassifier", "loss_weights", ["metric_loss"], "no key 'classifier_loss'"),
+    ("TrainWithClassifier", "optimizers", ["trunk"], "unknown key 'trunk'"),
+    ("CascadedEmbeddings", "models", ["classifier_2"], "unknown key 'classifier_2'"),
+    ("CascadedEmbeddings", "loss_funcs", ["-metric_loss_1"], "no key 'metric_loss_1'"),
+    ("CascadedEmbeddings", "loss_funcs", ["metric_loss"], "unknown key 'metric_loss'"),
+    ("CascadedEmbeddings", "mining_funcs", ["tuple_miner"], "unknown key 'tuple_miner'"),
+    ("CascadedEmbeddings", "optimizers", ["classifier_9_optimizer"], "unknown key 'classifier_9"),
+    ("DeepAdversarialMetricLearning", "models", ["-generator"], "no key 'generator'"),
+    ("DeepAdversarialMetricLearning", "loss_funcs", ["-synth_loss"], "no key 'synth_loss'"),
+    ("DeepAdversarialMetricLearning", "loss_funcs", ["g_hard_loss"], "unknown key 'g_hard_loss'"),
+    ("DeepAdversarialMetricLearning", "loss_weights",
+     ["metric_loss", "g_adv_loss", "synth_loss", "classifier_loss", "g_reg_loss"],
+     "no key 'g_hard_loss'"),
+    ("TwoStreamMetricLoss", "models", ["-trunk"], "no key 'trunk'"),
+    ("TwoStreamMetricLoss", "mining_funcs", ["subset_batch_miner"],
+     "unknown key 'subset_batch_miner'")])
+def test_unknown_and_missing_keys_are_named_with_the_allowed_ones(name, argument, keys, expected):
+    given = getattr(EVERY_TRAINER[name](), argument)
+    if argument == "loss_weights":
+        given = dict.fromkeys(keys, 1)
+    elif argument == "freeze_these":
+        given = keys
+    else:
+        given = {key: value for key, value in given.items() if f"-{key}" not in keys} | {
+            key: linear() for key in keys if not key.startswith("-")}
+    words = re.escape(f"{name}: {expected}") + f".* in {argument}; allowed are "
+    with pytest.raises(ValueError, match=words):
+        EVERY_TRAINER[name](**{"optimizers": {}, argument: given})
 
 
-def test_every_loss_needs_a_weight_where_weights_are_given():
-    with pytest.raises(ValueError, match="TwoLosses: no key 'second_loss' in loss_weights"):
-        two_losses(loss_weights={"metric_loss": 1})
+@pytest.mark.parametrize("changes, words", [
+    (dict(dataset=numbered(3), sampler=None), "batch of 4 from a dataset of 3"),
+    (dict(sampler=InOrder([0, 1, 2])), "batch of 4"),
+    (dict(sampler=InOrder([0, 1, 2]), iterations_per_epoch=2), "batch_size 4"),
+    (dict(dataset=[{"data": torch.zeros(3), "label": 1}] * 16), r"a dict of 2; .*\(data, label"),
+    (dict(dataset=[(torch.zeros(3), torch.zeros(3), 1)] * 16), r"a list of 3; .*\(data, label\)"),
+    (dict(loss_funcs={"metric_loss": lambda *_: 0.5}), "metric_loss must .* it gave float"),
+    (dict(loss_funcs={"metric_loss": lambda rows, *_: rows.sum(1)}), r"it gave \[4\]")])
+def test_batches_and_losses_that_are_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        make_trainer(**changes).train()
 
 
-def test_a_dataset_smaller_than_a_batch():
-    with pytest.raises(ValueError, match="batch of 4 from a dataset of 3"):
-        make_trainer(dataset=numbered(3), sampler=None)
+# ---- numbers that are not finite
 
 
-@pytest.mark.parametrize("indices", [[], [0, 1, 2]])
-@pytest.mark.parametrize("iterations", [None, 2])
-def test_a_sampler_shorter_than_a_batch(indices, iterations):
-    with pytest.raises(ValueError, match="batch_size 4|batch of 4"):
-        make_trainer(sampler=InOrder(indices), iterations_per_epoch=iterations).train()
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_before_the_step(value):
     class Breaks(MeanSquare):
         def forward(self, embeddings, labels, indices_tuple=None):
@@ -1083,13 +648,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(value):
     kept, epochs = [], []
     trainer = make_trainer(
         loss_funcs={"metric_loss": Breaks()},
-        end_of_iteration_hook=lambda trainer: kept.append(weights(trainer.models["trunk"])),
+        end_of_iteration_hook=lambda trainer: kept.append(all_weights(trainer)),
         end_of_epoch_hook=lambda trainer: epochs.append(trainer.epoch))
     with pytest.raises(FloatingPointError, match=rf"loss is {value} in epoch 2, iteration 3\b"):
         trainer.train(num_epochs=3)
     assert len(kept) == BATCHES + 2 and epochs == [1]
-    assert same(kept[-1], weights(trainer.models["trunk"]))
-    assert all(torch.isfinite(value).all() for value in kept[-1])
+    assert same(kept[-1], all_weights(trainer))
 
 
 class OnGPU(torch.Tensor):
@@ -1106,7 +670,7 @@ def test_what_is_looked_at_later_is_named_by_its_own_iteration(what, said):
         def forward(self, embeddings, labels, indices_tuple=None):
             loss = super().forward(embeddings, labels)
             if len(self.seen) == 23:
-                loss = (loss * float("inf") if what == "loss" else
+                loss = (loss * math.inf if what == "loss" else
                         loss + (loss - loss.detach()).sqrt())
             return loss.as_subclass(OnGPU)
 
@@ -1122,72 +686,49 @@ def test_what_is_looked_at_later_is_named_by_its_own_iteration(what, said):
     assert len(done) == 24 and epochs == [1, 2, 3, 4, 5]  # before the hook can save anything
 
 
-def test_a_gradient_that_is_not_finite_leaves_the_weights_as_they_were():
-    """The root of 0, whose derivative is infinite: the loss itself is finite."""
-    trainer = make_trainer(loss_funcs={"metric_loss": lambda embeddings, *_: (
-        0 * embeddings).sqrt().sum()})
-    before = [weights(part) for part in trainer.models.values()]
-    with pytest.raises(NonFiniteLoss, match="the gradient of .* is not finite in epoch 1, "
-                                                     "iteration 1; .*--lr"):
+def root_of_zero(embeddings, *_):
+    """A loss that is finite, with a derivative that is not."""
+    return (0 * embeddings).sqrt().sum()
+
+
+def half_scaler():
+    """float16's scaler, on the CPU."""
+    return torch.amp.GradScaler("cpu", init_scale=4., growth_interval=1000)
+
+
+@pytest.mark.parametrize("scaler, iteration", [(lambda: None, 1), (half_scaler, 4)])
+def test_a_gradient_that_is_not_finite_leaves_the_weights_as_they_were(scaler, iteration):
+    # A scaler may leave out steps until its scale, 4, 2, 1, is below one.
+    trainer = make_trainer(loss_funcs={"metric_loss": root_of_zero}, grad_scaler=scaler())
+    before = all_weights(trainer)
+    with pytest.raises(NonFiniteLoss, match="the gradient of trunk.* is not finite in epoch 1, "
+                                            f"iteration {iteration}; .*--lr"):
         trainer.train()
-    assert all(same(*pair) for pair in zip(before, map(weights, trainer.models.values())))
+    assert same(before, all_weights(trainer))
 
 
 def test_weights_that_a_last_step_spoils_are_refused_before_the_epoch_hook():
     saved = []
     trainer = make_trainer(iterations_per_epoch=1, end_of_epoch_hook=saved.append)
-    trainer.optimizers["trunk_optimizer"].param_groups[0]["lr"] = float("inf")
+    trainer.optimizers["trunk_optimizer"].param_groups[0]["lr"] = math.inf
     with pytest.raises(NonFiniteLoss, match="weight trunk.* is not finite after epoch 1, "
-                                                     "iteration 1"):
+                                            "iteration 1"):
         trainer.train()
     assert not saved
 
 
-def test_a_grad_scaler_may_leave_out_steps_until_its_scale_is_below_one():
-    class Scaler(torch.amp.GradScaler):
-        """float16's, on the CPU."""
-
-        def __init__(self):
-            super().__init__("cpu", init_scale=4., growth_interval=1000)
-
-    trainer = make_trainer(grad_scaler=Scaler(), loss_funcs={
-        "metric_loss": lambda embeddings, *_: (0 * embeddings).sqrt().sum()})
-    before = weights(trainer.models["trunk"])
-    with pytest.raises(NonFiniteLoss, match="the gradient of .* iteration 4;"):
-        trainer.train()
-    assert same(before, weights(trainer.models["trunk"]))
-
-
 def test_under_fp16_all_step_or_none():
     """Though the trunk's gradient alone overflows, the others rest with it; once only."""
-    overflows = [True, False]
-
-    def spoil(trainer):
-        def hook(gradient):
-            return gradient * float("inf") if overflows and overflows.pop(0) else gradient
-        next(trainer.models["trunk"].parameters()).register_hook(hook)
-
-    seen = []
-    trainer = all_parts(
-        grad_scaler=torch.amp.GradScaler("cpu", init_scale=4., growth_interval=1000),
-        end_of_iteration_hook=lambda trainer: seen.append(
-            {name: weights(part) for name, part in trainer.parts()}))
-    start = {name: weights(part) for name, part in trainer.parts()}
-    spoil(trainer)
+    overflows, kept = [True, False], []
+    trainer = all_parts(grad_scaler=half_scaler(),
+                        end_of_iteration_hook=lambda trainer: kept.append(all_weights(trainer)))
+    trainer.models["trunk"].weight.register_hook(lambda gradient: (
+        gradient * math.inf if overflows and overflows.pop(0) else gradient))
+    start = all_weights(trainer)
     trainer.train()
-    assert all(same(start[name], seen[0][name]) for name in start)
-    assert not any(same(start[name], seen[1][name]) for name in start if start[name])
+    assert same(start, kept[0])
+    assert not any(torch.equal(a, b) for a, b in zip(start, kept[1]))
     assert trainer.grad_scaler.get_scale() == 2
-
-
-def test_a_base_trainer_has_no_loss_of_its_own():
-    with pytest.raises(NotImplementedError):
-        make_trainer(BaseTrainer).train()
-
-
-def test_freezing_all_that_could_learn_is_an_error():
-    with pytest.raises(ValueError, match="nothing to learn.*trunk"):
-        make_trainer(freeze_these=("trunk", "embedder", "metric_loss")).train()
 
 
 # ---- the trainers of more than one loss
@@ -1216,73 +757,79 @@ def triplets_of(labels):
             if a != p and labels[a] == labels[p] != labels[n]]
 
 
-def four_classes(streams=1, labels=True):
+def hinge_by_hand(rows, others, triplets, margin):
+    """The loss of Hinge, one triplet after the other."""
+    terms = [F.relu((rows[a] - others[p]).square().sum() - (rows[a] - others[n]).square().sum()
+                    + margin) for a, p, n in triplets]
+    return sum(terms) / len(terms)
+
+
+def four_classes(streams=1):
     """Sixteen random rows of three numbers, labelled 0, 1, 2, 3, 0, ... (streams of them)."""
     generator = torch.Generator().manual_seed(9)
     rows = [torch.randn(ROWS, 3, generator=generator) for _ in range(streams)]
-    return TensorDataset(*rows, *([torch.arange(ROWS) % 4] if labels else []))
+    return TensorDataset(*rows, torch.arange(ROWS) % 4)
 
 
-def assemble(trainer, models, loss_funcs, **changes):
-    """A trainer of the four classes in order, eight rows a batch, SGD for all that has weights."""
-    optimizers = {f"{name}_optimizer": sgd(part) for name, part in (models | loss_funcs).items()
+def assemble(trainer, losses, embed_dim=2, own=None, **changes):
+    """A trainer of the four classes in order, eight rows a batch, SGD for all that has weights.
+
+    own: models beside trunk and embedder.
+    """
+    models = {"trunk": linear(3, 5), "embedder": linear(5, embed_dim, seed=1), **(own or {})}
+    arguments = dict(models=models, loss_funcs=losses, batch_size=8, data_device="cpu",
+                     dataset=four_classes(), sampler=InOrder(), dataloader_num_workers=0) | changes
+    parts = arguments["models"] | arguments["loss_funcs"]
+    optimizers = {f"{name}_optimizer": sgd(part) for name, part in parts.items()
                   if isinstance(part, torch.nn.Module) and list(part.parameters())}
-    return trainer(**(dict(models=models, optimizers=optimizers, batch_size=8, data_device="cpu",
-                           loss_funcs=loss_funcs, dataset=four_classes(), sampler=InOrder(),
-                           dataloader_num_workers=0) | changes))
+    return trainer(**({"optimizers": optimizers} | arguments))
+
+
+def metric_alone(**changes):
+    return assemble(MetricLossOnly, {"metric_loss": Hinge()}, **changes)
 
 
 def with_classifier(**changes):
-    models = {"trunk": linear(3, 5), "embedder": linear(5, 2, seed=1),
-              "classifier": linear(2, 4, seed=2)}
-    loss_funcs = {"metric_loss": Hinge(), "classifier_loss": torch.nn.CrossEntropyLoss()}
-    return assemble(TrainWithClassifier, **(dict(models=models, loss_funcs=loss_funcs) | changes))
+    return assemble(TrainWithClassifier, {"metric_loss": Hinge(),
+                                          "classifier_loss": torch.nn.CrossEntropyLoss()},
+                    own={"classifier": linear(2, 4, seed=2)}, **changes)
 
 
 def cascaded(classifiers=(1,), sizes=(2, 3), **changes):
     """Sections of the given sizes; a classifier for some of them."""
-    models = {"trunk": linear(3, 5), "embedder": linear(5, sum(sizes), seed=1)}
     loss_funcs = {f"metric_loss_{i}": Hinge(0.3 + i) for i in range(len(sizes))}
-    for i in classifiers:
-        models[f"classifier_{i}"] = linear(sizes[i], 4, seed=2 + i)
-        loss_funcs[f"classifier_loss_{i}"] = torch.nn.CrossEntropyLoss()
-    return assemble(functools.partial(CascadedEmbeddings, sizes),
-                    **(dict(models=models, loss_funcs=loss_funcs) | changes))
+    loss_funcs |= {f"classifier_loss_{i}": torch.nn.CrossEntropyLoss() for i in classifiers}
+    own = {f"classifier_{i}": linear(sizes[i], 4, seed=2 + i) for i in classifiers}
+    return assemble(functools.partial(CascadedEmbeddings, sizes), loss_funcs, sum(sizes), own,
+                    **changes)
 
 
-def adversarial(phases=(1, 1), each=3, classifier=True, **changes):
+def adversarial(phases=(1, 1), each=3, **changes):
     """Epochs of the metric alone and of the generator alone; so many triplets of each row."""
-    models = {"trunk": linear(3, 5), "embedder": linear(5, 2, seed=1),
-              "generator": torch.nn.Sequential(linear(15, 6, seed=2), torch.nn.Tanh(),
-                                               linear(6, 5, seed=3))}
-    models["generator"][2].weight.data *= 5  # so that synthetic negatives begin far away
-    loss_funcs = {"metric_loss": Hinge(), "g_adv_loss": Hinge(0.1), "synth_loss": Hinge(0.7)}
-    if classifier:
-        models["classifier"] = linear(2, 4, seed=4)
-        loss_funcs["classifier_loss"] = torch.nn.CrossEntropyLoss()
+    generator = torch.nn.Sequential(linear(15, 6, seed=2), torch.nn.Tanh(), linear(6, 5, seed=3))
+    generator[2].weight.data *= 5  # so that synthetic negatives begin far away
     return assemble(functools.partial(DeepAdversarialMetricLearning, *phases, each),
-                    **(dict(models=models, loss_funcs=loss_funcs) | changes))
+                    {"metric_loss": Hinge(), "g_adv_loss": Hinge(0.1), "synth_loss": Hinge(0.7),
+                     "classifier_loss": torch.nn.CrossEntropyLoss()},
+                    own={"generator": generator, "classifier": linear(2, 4, seed=4)}, **changes)
 
 
 def views(**changes):
     """Three views of each row: itself, moved by one, and turned over."""
     return assemble(functools.partial(UnsupervisedEmbeddingsUsingAugmentations,
                                       [lambda x: x, lambda x: x + 1, lambda x: -x]),
-                    **(dict(models={"trunk": linear(3, 5), "embedder": linear(5, 2, seed=1)},
-                            loss_funcs={"metric_loss": Hinge()}) | changes))
+                    {"metric_loss": Hinge()}, **changes)
 
 
 def two_streams(**changes):
-    return assemble(TwoStreamMetricLoss, **(dict(
-        models={"trunk": linear(3, 5), "embedder": linear(5, 2, seed=1)},
-        loss_funcs={"metric_loss": Hinge()}, dataset=four_classes(streams=2)) | changes))
+    return assemble(TwoStreamMetricLoss, {"metric_loss": Hinge()},
+                    **({"dataset": four_classes(streams=2)} | changes))
 
 
-EVERY_TRAINER = {"TrainWithClassifier": with_classifier, "CascadedEmbeddings": cascaded,
-                 "DeepAdversarialMetricLearning": adversarial,
+EVERY_TRAINER = {"MetricLossOnly": metric_alone, "TrainWithClassifier": with_classifier,
+                 "CascadedEmbeddings": cascaded, "DeepAdversarialMetricLearning": adversarial,
                  "UnsupervisedEmbeddingsUsingAugmentations": views,
                  "TwoStreamMetricLoss": two_streams}
-every_trainer = pytest.mark.parametrize("make", EVERY_TRAINER.values(), ids=EVERY_TRAINER.keys())
 
 
 def check_against_loop(make, step, epochs=2, stepped=lambda name, epoch: True):
@@ -1291,8 +838,7 @@ def check_against_loop(make, step, epochs=2, stepped=lambda name, epoch: True):
     step(parts, data, labels, epoch) -> {name: scalar}; stepped: which parts learn in which epoch.
     """
     losses = []
-    trainer = make(end_of_iteration_hook=lambda trainer: losses.append(
-        {name: loss.item() for name, loss in trainer.losses.items()}))
+    trainer = make(end_of_iteration_hook=lambda trainer: losses.append(trainer.losses))
     parts = copy.deepcopy(dict(trainer.parts()))
     optimizers = {name: sgd(part) for name, part in parts.items() if list(part.parameters())}
     torch.manual_seed(5)
@@ -1313,38 +859,21 @@ def check_against_loop(make, step, epochs=2, stepped=lambda name, epoch: True):
                     optimizer.step()
             expected.append({name: value.item() for name, value in values.items()})
 
-    assert len(losses) == len(expected) == 2 * epochs
+    assert len(losses) == len(expected) == 2 * epochs and all(expected[0].values())
     for ours, theirs in zip(losses, expected):
-        assert ours == pytest.approx(theirs, abs=1e-6)
-        assert all(theirs.values())
+        assert not any(loss.requires_grad for loss in ours.values())
+        assert {name: loss.item() for name, loss in ours.items()} == pytest.approx(theirs, abs=1e-6)
     for name, part in trainer.parts():
         torch.testing.assert_close(weights(part), weights(parts[name]), rtol=0, atol=1e-6)
-    return trainer, parts
+    return trainer
 
 
 def test_trainers_are_found_by_their_names():
-    assert list(TRAINERS) == ["MetricLossOnly", *EVERY_TRAINER]
+    assert list(TRAINERS) == list(EVERY_TRAINER)
     assert all(trainer.__name__ == name for name, trainer in TRAINERS.items())
 
 
-@pytest.mark.parametrize("trainer, first", [
-    (TrainWithClassifier, []), (TwoStreamMetricLoss, []),
-    (CascadedEmbeddings, [("embedding_sizes", inspect.Parameter.empty)]),
-    (DeepAdversarialMetricLearning, [("metric_alone_epochs", 0), ("g_alone_epochs", 0),
-                                     ("g_triplets_per_anchor", 100)]),
-    (UnsupervisedEmbeddingsUsingAugmentations, [("transforms", inspect.Parameter.empty),
-                                                ("data_and_label_setter", None)])])
-def test_constructors_begin_with_their_own_arguments(trainer, first):
-    parameters = list(inspect.signature(trainer).parameters.values())
-    if first:
-        assert [(p.name, p.default) for p in parameters[:-2]] == first
-        assert [p.kind for p in parameters[-2:]] == [inspect.Parameter.VAR_POSITIONAL,
-                                                     inspect.Parameter.VAR_KEYWORD]
-    else:
-        assert parameters == list(inspect.signature(BaseTrainer).parameters.values())
-
-
-@pytest.mark.parametrize("make", [make_trainer, two_losses, *EVERY_TRAINER.values()])
+@pytest.mark.parametrize("make", EVERY_TRAINER.values(), ids=EVERY_TRAINER)
 def test_no_loss_weights_at_all_are_weights_of_one(make):
     trainer = make(loss_weights={})
     assert trainer.loss_weights == make().loss_weights
@@ -1357,139 +886,138 @@ def test_no_loss_weights_at_all_are_weights_of_one(make):
 # ---- a classifier behind the embedding
 
 
-@pytest.mark.parametrize("factors", [None, {"metric_loss": 0.5, "classifier_loss": 2}])
-@pytest.mark.parametrize("mined", [False, True])
-def test_train_with_classifier_is_the_loop(factors, mined):
-    triplets = torch.tensor([[0, 4, 1], [5, 1, 7], [2, 6, 0]])
+TRIPLETS = [torch.tensor([[0, 4, 1], [5, 1, 7]]), torch.tensor([[2, 6, 0], [3, 7, 6], [1, 5, 0]])]
 
+
+@pytest.mark.parametrize("mined, factors", [
+    (False, None), (True, {"metric_loss": 0.5, "classifier_loss": 2})])
+def test_train_with_classifier_is_the_loop(mined, factors):
     def step(parts, data, labels, epoch):
         embeddings = parts["embedder"](parts["trunk"](data))
-        chosen = triplets.tolist() if mined else triplets_of(labels.tolist())
-        terms = [F.relu((embeddings[a] - embeddings[p]).square().sum()
-                        - (embeddings[a] - embeddings[n]).square().sum() + 0.5)
-                 for a, p, n in chosen]
+        triplets = TRIPLETS[1].tolist() if mined else triplets_of(labels.tolist())
         logs = parts["classifier"](embeddings).log_softmax(1)
-        return {"metric_loss": sum(terms) / len(terms),
+        return {"metric_loss": hinge_by_hand(embeddings, embeddings, triplets, 0.5),
                 "classifier_loss": -sum(row[label] for row, label in zip(logs, labels)) / 8}
 
-    miners = {"tuple_miner": lambda embeddings, labels: triplets.unbind(1)} if mined else {}
+    miners = {"tuple_miner": lambda *_: TRIPLETS[1].unbind(1)} if mined else {}
     check_against_loop(lambda **changes: with_classifier(
         loss_weights=factors, mining_funcs=miners, **changes), step)
 
 
-def test_train_with_classifier_without_an_embedder():
-    trainer = with_classifier(models={"trunk": linear(3, 2), "classifier": linear(2, 4, seed=2)})
-    before = weights(trainer.models["classifier"])
-    trainer.train()
-    assert not same(before, weights(trainer.models["classifier"]))
-
-
-@pytest.mark.parametrize("models, loss_funcs", [
-    (["trunk", "embedder"], ["metric_loss"]),
-    (["trunk", "embedder", "classifier"], ["classifier_loss"])])
-def test_train_with_classifier_without_a_classifier_or_a_metric_loss(models, loss_funcs):
+@pytest.mark.parametrize("left_out", ["metric_loss", "classifier_loss"])
+def test_train_with_classifier_of_one_loss_alone(left_out):
     whole = with_classifier()
-    parts = {name: whole.models[name] for name in models}
-    losses = {name: whole.loss_funcs[name] for name in loss_funcs}
-    kept = []
-    trainer = with_classifier(
-        models=copy.deepcopy(parts), loss_funcs=losses, optimizers={},
-        end_of_iteration_hook=lambda trainer: kept.append(trainer.losses))
+    models = {name: part for name, part in whole.models.items() if f"{name}_loss" != left_out}
+    losses = {name: part for name, part in whole.loss_funcs.items() if name != left_out}
+    trainer = with_classifier(models=models, loss_funcs=losses)
     trainer.train()
-    data, labels = four_classes()[:8]
-    embeddings = parts["embedder"](parts["trunk"](data))
-    expected = {}
-    if "metric_loss" in losses:
-        expected["metric_loss"] = losses["metric_loss"](embeddings, labels)
-    if "classifier" in parts:
-        expected["classifier_loss"] = F.cross_entropy(parts["classifier"](embeddings), labels)
-    assert kept[0].pop("total_loss") == sum(expected.values())
-    assert kept[0] == expected
+    assert trainer.losses.keys() == {*losses, "total_loss"}
 
 
 def test_train_with_classifier_without_any_loss():
     with pytest.raises(ValueError, match="TrainWithClassifier has no loss"):
-        with_classifier(models={"trunk": linear(3, 2)}, optimizers={}, loss_funcs={})
+        with_classifier(models={"trunk": linear(3, 2)}, loss_funcs={})
+
+
+@pytest.mark.parametrize("make, loss", [(cascaded, "classifier_loss_1"),
+                                        (with_classifier, "classifier_loss")])
+def test_a_classifier_without_its_loss_and_the_other_way_round(make, loss):
+    parts = make()
+    losses = {name: part for name, part in parts.loss_funcs.items() if name != loss}
+    models = {name: part for name, part in parts.models.items() if not name.startswith("class")}
+    for changes in ({"loss_funcs": losses}, {"models": models}):
+        with pytest.raises(ValueError, match=f"{loss}.*missing"):
+            make(**changes, optimizers={})
 
 
 # ---- sections of the embedding
 
 
-@pytest.mark.parametrize("classifiers", [(), (1,), (0, 1)])
-@pytest.mark.parametrize("mined", [(), (1,), (0, 1)])
-def test_cascaded_embeddings_is_the_loop(classifiers, mined):
-    tuples = [torch.tensor([[0, 4, 1], [5, 1, 7]]),
-              torch.tensor([[2, 6, 0], [3, 7, 6], [1, 5, 0]])]
-    sections = [slice(0, 2), slice(2, 5)]
-
+@pytest.mark.parametrize("classifiers, mined, resting", [
+    ((), (), None), ((1,), (1,), None), ((0, 1), (0, 1), 0), ((), (0, 1), 1)])
+def test_cascaded_embeddings_is_the_loop(classifiers, mined, resting):
+    """The miner of a resting section returns nothing in the second epoch."""
     def step(parts, data, labels, epoch):
         embeddings, losses = parts["embedder"](parts["trunk"](data)), {}
-        for i, section in enumerate(sections):
-            rows = embeddings[:, section]
-            chosen = tuples[i].tolist() if i in mined else triplets_of(labels.tolist())
-            terms = [F.relu((rows[a] - rows[p]).square().sum() - (rows[a] - rows[n]).square().sum()
-                            + 0.3 + i) for a, p, n in chosen]
-            losses[f"metric_loss_{i}"] = sum(terms) / len(terms)
+        for i, rows in enumerate((embeddings[:, :2], embeddings[:, 2:])):
+            triplets = TRIPLETS[i].tolist() if i in mined else triplets_of(labels.tolist())
+            rests = i == resting and epoch == 2
+            losses[f"metric_loss_{i}"] = torch.zeros(()) if rests else (
+                hinge_by_hand(rows, rows, triplets, 0.3 + i))
             if i in classifiers:
                 losses[f"classifier_loss_{i}"] = F.cross_entropy(parts[f"classifier_{i}"](rows),
                                                                  labels)
         return losses
 
-    check_against_loop(lambda **changes: cascaded(classifiers, mining_funcs={
-        f"tuple_miner_{i}": lambda embeddings, labels, i=i: tuples[i].unbind(1) for i in mined
-    }, **changes), step)
+    miners = {f"tuple_miner_{i}": now_and_then(None, TRIPLETS[i].unbind(1),
+                                               (2, 3) if i == resting else ()) for i in mined}
+    trainer = check_against_loop(
+        lambda **changes: cascaded(classifiers, mining_funcs=miners, **changes), step)
+    assert trainer.skipped_steps == 0
 
 
-def test_cascaded_miners_see_their_own_section():
-    shapes = {}
+def test_the_weights_of_a_resting_sections_loss_rest_too():
+    losses, scales = {"metric_loss_0": Hinge(5), "metric_loss_1": MeanSquare()}, []
+    optimizer = torch.optim.Adam(losses["metric_loss_1"].parameters(), 0.1, weight_decay=0.5)
+    cascaded((), loss_funcs=losses, optimizers={"metric_loss_1_optimizer": optimizer},
+             mining_funcs={"tuple_miner_1": now_and_then([], TRIPLET)},
+             end_of_iteration_hook=lambda trainer: scales.append(
+                 losses["metric_loss_1"].scale.item())).train(num_epochs=2)
+    assert scales[0] == scales[1] == scales[2] != scales[3]
 
-    def miner(i):
-        def mine(embeddings, labels):
-            shapes[i] = embeddings.shape
-            return torch.tensor([0]), torch.tensor([4]), torch.tensor([1])
-        return mine
 
-    trainer = cascaded(sizes=(2, 3, 1), classifiers=(), mining_funcs={
-        "tuple_miner_0": miner(0), "tuple_miner_2": miner(2),
-        "subset_batch_miner": lambda embeddings, labels: shapes.setdefault(
-            "subset", embeddings.shape) and torch.arange(7)})
+def test_a_step_is_skipped_where_all_sections_rest():
+    trainer = cascaded((0, 1), mining_funcs={f"tuple_miner_{i}": now_and_then([], TRIPLET, (1,))
+                                             for i in (0, 1)})
     trainer.train()
-    assert shapes == {"subset": (8, 6), 0: (7, 2), 2: (7, 1)}
-    assert trainer.loss_funcs["metric_loss_1"].seen[0][2] is None
+    assert trainer.skipped_steps == 1 and not any(trainer.losses.values())
 
 
-def test_cascaded_sections_get_the_gradients_of_their_own_loss():
-    trainer = cascaded(classifiers=(), loss_weights={"metric_loss_0": 1, "metric_loss_1": 0})
-    before = trainer.models["embedder"].weight.detach().clone()
+def test_a_resting_section_is_zero_where_embeddings_overflow():
+    trainer = cascaded((), loss_funcs={"metric_loss_0": MeanSquare(),
+                                       "metric_loss_1": MeanSquare()},
+                       mining_funcs={"tuple_miner_1": lambda *_: None})
+    losses = trainer.calculate_loss(torch.full((8, 3), math.inf), torch.arange(8) % 4)
+    assert losses["metric_loss_1"] == 0 and losses["metric_loss_1"].requires_grad
+
+
+class Handed:
+    """A miner that keeps to the tuples that it is handed, and halves them."""
+
+    def __init__(self):
+        self.handed, self.was_handed = None, []
+
+    def set_idx_externally(self, tuples, labels):
+        self.handed = tuples
+
+    def reset_idx(self):
+        self.was_handed.append(self.handed is not None)
+        self.handed = None
+
+    def __call__(self, embeddings, labels):
+        self.size = embeddings.shape[1]
+        tuples = triplets_of(labels) if self.handed is None else list(zip(*self.handed))
+        return tuple(torch.tensor(part) for part in zip(*tuples[:len(tuples) // 2]))
+
+
+def test_a_miner_of_cascades_is_handed_the_tuples_of_the_section_before():
+    miners = {f"tuple_miner_{i}": Handed() for i in range(3)}
+    trainer = cascaded((), (1, 2, 3), mining_funcs=miners)
     trainer.train()
-    changed = (trainer.models["embedder"].weight != before).any(1)
-    assert changed.tolist() == [True, True, False, False, False]
+    assert [miner.was_handed for miner in miners.values()] == [[False] * 2] + [[True] * 2] * 2
+    assert [miner.size for miner in miners.values()] == [1, 2, 3]
+    counts = [len(loss.seen[0][2][0]) for loss in trainer.loss_funcs.values()]
+    assert counts[1] == counts[0] // 2 and counts[2] == counts[1] // 2 > 0
 
 
-@pytest.mark.parametrize("sizes", [(2, 2), (5, 1), (5,), (1, 1, 1, 1)])
-def test_sections_that_do_not_sum_to_the_embedding(sizes):
-    trainer = cascaded(classifiers=(), sizes=sizes, models={
-        "trunk": linear(3, 5), "embedder": linear(5, 5 if sizes != (5,) else 4, seed=1)})
-    with pytest.raises(RuntimeError, match=re.escape(f"split_sizes={list(sizes)}")):
+def test_sections_that_do_not_sum_to_the_embedding():
+    trainer = cascaded((), (2, 2), models={"trunk": linear(3, 5)})
+    with pytest.raises(RuntimeError, match=re.escape("split_sizes=[2, 2]")):
         trainer.train()
-
-
-@pytest.mark.parametrize("make, lacking", [(cascaded, "classifier_loss_1"),
-                                           (with_classifier, "classifier_loss"),
-                                           (adversarial, "classifier_loss")])
-def test_a_classifier_without_its_loss_and_the_other_way_round(make, lacking):
-    whole = make()
-    losses = {name: loss for name, loss in whole.loss_funcs.items() if name != lacking}
-    models = {name: model for name, model in whole.models.items() if not name.startswith("class")}
-    for changes in (dict(loss_funcs=losses, models=whole.models),
-                    dict(models=models, loss_funcs=whole.loss_funcs)):
-        with pytest.raises(ValueError, match=f"{lacking}.*missing"):
-            make(**changes, optimizers={})
 
 
 # ---- a generator of hard negatives
 
-REGULARISERS = {"g_hard_loss": 1, "g_reg_loss": 1}
 PHASES = [
     {"metric_loss", "classifier_loss"},
     {"g_adv_loss", "g_hard_loss", "g_reg_loss"},
@@ -1503,7 +1031,7 @@ def test_adversarial_training_is_the_loop_in_all_three_phases():
 
     def make(**changes):
         nonlocal trainer
-        trainer = adversarial(loss_weights={
+        trainer = adversarial(loss_weights={  # g_hard_lss: that library's spelling
             "metric_loss": 1, "classifier_loss": 0.5, "g_adv_loss": 2, "synth_loss": 0.7,
             "g_reg_loss": 3, "g_hard_lss": 1.5}, **changes)
         return trainer
@@ -1534,152 +1062,92 @@ def test_adversarial_training_is_the_loop_in_all_three_phases():
 
 
 @pytest.mark.parametrize("phases, plan", [((1, 1), [0, 1, 2, 2]), ((0, 0), [2, 2, 2, 2]),
-                                          ((2, 0), [0, 0, 2, 2]), ((0, 3), [1, 1, 1, 2]),
-                                          ((9, 9), [0, 0, 0, 0])])
+                                          ((2, 0), [0, 0, 2, 2]), ((0, 3), [1, 1, 1, 2])])
 def test_phases_say_which_losses_count_and_which_networks_learn(phases, plan):
-    seen, stepped = [], set()
+    kept, stepped = [], set()
 
     def hook(trainer):
-        names = trainer.models.keys()
-        seen.append((set(trainer.losses) - {"total_loss"}, set(stepped),
-                     {name for name in names if trainer.models[name].training},
-                     {name for name in names if next(trainer.models[name].parameters()).grad
-                      is not None}))
+        models = trainer.models.items()
+        kept.append((set(trainer.losses) - {"total_loss"}, set(stepped),
+                     {name for name, model in models if model.training},
+                     {name for name, model in models if next(model.parameters()).grad is not None}))
         stepped.clear()
 
     trainer = adversarial(phases, end_of_epoch_hook=hook)
     for name, optimizer in trainer.optimizers.items():
         optimizer.register_step_post_hook(lambda *_, name=name: stepped.add(name[:-10]))
     trainer.train(num_epochs=4)
-    assert seen == [(PHASES[phase], *[LEARN[phase]] * 3) for phase in plan]
-    # A run that begins in the middle is in the phase of its epoch.
-    for epoch, phase in enumerate(plan, start=1):
-        trainer.train(epoch, epoch)
-        assert seen[-1] == (PHASES[phase], *[LEARN[phase]] * 3)
+    trainer.train(2, 2)  # a run that begins in the middle is in the phase of its epoch
+    assert kept == [(PHASES[phase], *[LEARN[phase]] * 3) for phase in [*plan, plan[1]]]
 
 
-@pytest.mark.parametrize("phases", [(9, 0), (0, 9), (1, 1)])
-def test_schedules_of_networks_at_rest_go_on_without_a_warning(phases):
-    trainer = adversarial(phases)
-    trainer.lr_schedulers = {
-        f"{name.removesuffix('optimizer')}scheduler_by_epoch": torch.optim.lr_scheduler.StepLR(
-            optimizer, 1, gamma=0.5) for name, optimizer in trainer.optimizers.items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        trainer.train(num_epochs=3)
-    assert len(trainer.optimizers) == 4
-    for optimizer in trainer.optimizers.values():
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 2 ** 3)
-
-
-@pytest.mark.parametrize("frozen", ["trunk", "embedder", "generator", "classifier"])
+@pytest.mark.parametrize("frozen", ["trunk", "generator"])
 def test_what_is_frozen_stays_frozen_in_every_phase(frozen):
     modes = []
     trainer = adversarial((1, 0), freeze_these=(frozen,), end_of_iteration_hook=lambda trainer:
                           modes.append(trainer.models[frozen].training))
     before = {name: weights(model) for name, model in trainer.models.items()}
-    trainer.train(num_epochs=3)
+    trainer.train(num_epochs=2)
     for name, model in trainer.models.items():
         assert same(before[name], weights(model)) == (name == frozen), name
-    assert not any(modes) and not any(p.requires_grad for p in part(trainer, frozen).parameters())
+    assert not any(modes)
+    assert not any(weight.requires_grad for weight in trainer.models[frozen].parameters())
 
 
 def test_weights_that_need_no_gradient_at_the_start_get_none_later():
-    trainer = adversarial()
     trunk = torch.nn.Sequential(linear(3, 4), linear(4, 5, seed=1))
     trunk[0].requires_grad_(False)
     before = weights(trunk[0])
-    trainer = adversarial(models=trainer.models | {"trunk": trunk}, optimizers={
-        "trunk_optimizer": torch.optim.SGD(trunk.parameters(), 0.1, weight_decay=0.1)})
-    trainer.train(num_epochs=4)
+    adversarial(models=adversarial().models | {"trunk": trunk}, optimizers={
+        "trunk_optimizer": sgd(trunk, weight_decay=0.1)}).train(num_epochs=4)
     assert same(before, weights(trunk[0])) and not trunk[0].weight.requires_grad
     assert trunk[1].weight.requires_grad
 
 
 def test_batch_normalisation_of_idle_networks_stands_still():
-    trunk = torch.nn.Sequential(linear(3, 5), torch.nn.BatchNorm1d(5))
-    whole, counts = adversarial(), []
-    trainer = adversarial((1, 2), models=whole.models | {"trunk": trunk}, optimizers={},
-                          end_of_epoch_hook=lambda trainer: counts.append(
-                              int(trunk[1].num_batches_tracked)))
-    trainer.train(num_epochs=4)
-    assert counts == [2, 2, 2, 4]
-    frozen = adversarial(models=whole.models | {"trunk": trunk}, optimizers={},
-                         freeze_trunk_batchnorm=True, end_of_iteration_hook=lambda trainer:
-                         counts.append(trunk[1].training))
-    frozen.train(num_epochs=3)
-    assert not any(counts[4:]) and trunk[1].num_batches_tracked == 4
+    trunk, counts = torch.nn.Sequential(linear(3, 5), torch.nn.BatchNorm1d(5)), []
+    models = adversarial().models | {"trunk": trunk}
+    for frozen in (False, True):
+        adversarial((1, 1), models=models, freeze_trunk_batchnorm=frozen,
+                    end_of_epoch_hook=lambda trainer: counts.append(
+                        int(trunk[1].num_batches_tracked))).train(num_epochs=3)
+    assert counts == [2, 2, 4, 4, 4, 4]
 
 
 def test_the_adversarial_margin_is_negated_on_a_copy():
     original = Hinge(0.25)
     losses = adversarial().loss_funcs | {"g_adv_loss": original}
-    given = dict(losses)
     for _ in range(2):  # a second trainer with the same dict: the margin is not negated twice
         trainer = adversarial(loss_funcs=losses)
         assert trainer.loss_funcs["g_adv_loss"].margin == -0.25
         trainer.train(2, 2)
-    assert original.margin == 0.25 and original.seen == [] and losses == given
+    assert losses["g_adv_loss"] is original and original.margin == 0.25 and not original.seen
 
 
-def test_the_adversarial_loss_of_this_project():
-    loss = TripletLoss(0.25)
-    trainer = adversarial((0, 1), loss_funcs={"metric_loss": loss, "g_adv_loss": loss,
-                                              "synth_loss": loss}, classifier=False)
-    trainer.train()
-    assert loss.margin == 0.25 and trainer.losses["g_adv_loss"] > 0
+def test_every_drawn_triplet_is_valid_and_every_valid_one_is_drawn():
+    for labels in ([0, 1, 0, 1], [0, 0, 0, 1], [5, 5, 7, 7, 9, 3]):
+        drawn = adversarial(each=50).draw_triplets(torch.tensor(labels)).tolist()
+        assert set(map(tuple, drawn)) == set(triplets_of(labels))
+        counts = collections.Counter(a for a, _, _ in drawn)
+        assert set(counts.values()) == {50}  # so many of each anchor that has any
 
 
-@pytest.mark.parametrize("labels", [[0, 1, 0, 1], [0, 0, 0, 1], [5, 5, 7, 7, 9, 3]])
-def test_every_drawn_triplet_is_valid_and_every_valid_one_is_drawn(labels):
-    trainer, possible = adversarial(each=50), set(triplets_of(labels))
-    drawn = [tuple(row) for row in trainer.draw_triplets(torch.tensor(labels)).tolist()]
-    assert set(drawn) == possible
-    counts = collections.Counter(a for a, _, _ in drawn)
-    assert set(counts.values()) == {50}  # so many of each anchor that has any
-
-
-def test_the_losses_of_synthetic_triplets_get_consecutive_rows():
+def test_the_losses_of_synthetic_triplets_get_consecutive_rows_with_their_labels():
     trainer = adversarial((0, 0), each=2)
     trainer.train()
     embeddings, labels, (a, p, n) = trainer.loss_funcs["synth_loss"].seen[0]
     swapped = trainer.loss_funcs["g_adv_loss"].seen[0][2]
-    assert len(embeddings) == 3 * len(a) == 3 * 2 * 8
-    assert all(torch.equal(x, y) for x, y in zip(swapped, (a, n, p)))
+    assert same(swapped, (a, n, p)) and len(embeddings) == 3 * 2 * 8
     assert torch.equal(torch.stack([a, p, n], 1).flatten(), torch.arange(48))
     assert torch.equal(labels[a], labels[p]) and (labels[a] != labels[n]).all()
 
 
-@pytest.mark.parametrize("spelling", ["g_hard_loss", "g_hard_lss"])
-def test_both_spellings_of_the_hard_losss_weight(spelling):
-    factors = dict.fromkeys(("metric_loss", "classifier_loss", "g_adv_loss", "synth_loss",
-                             "g_reg_loss"), 0) | {spelling: 2.5}
-    given = dict(factors)
-    trainer = adversarial((0, 0), loss_weights=factors)
-    trainer.train()
-    assert trainer.loss_weights["g_hard_loss"] == 2.5
-    assert trainer.losses["total_loss"] == trainer.losses["g_hard_loss"] > 0
-    assert factors == given
-
-
-@pytest.mark.parametrize("lacking", ["metric_loss", "classifier_loss", "g_adv_loss", "synth_loss"])
-def test_adversarial_weights_need_every_loss(lacking):
-    factors = dict.fromkeys(PHASES[2] - {lacking}, 1)
-    with pytest.raises(ValueError, match=f"no key '{lacking}' in loss_weights"):
-        adversarial(loss_weights=factors)
-
-
-@pytest.mark.parametrize("lacking", ["g_hard_loss", "g_reg_loss"])
-def test_adversarial_weights_need_the_regularisers_at_construction(lacking):
-    factors = dict.fromkeys(PHASES[2] - {lacking}, 1)
-    with pytest.raises(ValueError, match=lacking):
-        adversarial(loss_weights=factors)
-
-
-def test_an_adversarial_loss_without_a_margin():
-    losses = adversarial().loss_funcs | {"g_adv_loss": MeanSquare()}
-    with pytest.raises(ValueError, match="g_adv_loss must be a triplet loss"):
-        adversarial(loss_funcs=losses)
+def test_an_adversarial_loss_needs_a_margin_and_no_weights_of_its_own():
+    with_weights = Hinge()
+    with_weights.beta = torch.nn.Parameter(torch.ones(()))
+    for loss in (lambda *_: 0, with_weights):
+        with pytest.raises(ValueError, match="g_adv_loss must be a triplet loss.*no weights"):
+            adversarial(loss_funcs=adversarial().loss_funcs | {"g_adv_loss": loss})
 
 
 # ---- views of one image
@@ -1691,197 +1159,92 @@ def test_augmentations_are_the_loop():
         embeddings = parts["embedder"](parts["trunk"](samples))
         return {"metric_loss": Hinge(0.5)(embeddings, torch.arange(24) // 3)}
 
-    trainer, _ = check_against_loop(views, step)
+    trainer = check_against_loop(views, step)
     embeddings, labels, indices_tuple = trainer.loss_funcs["metric_loss"].seen[0]
     assert embeddings.shape == (24, 2) and labels.tolist() == [i // 3 for i in range(24)]
     assert indices_tuple is None
 
 
-@pytest.mark.parametrize("count", [1, 2, 5])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_as_many_samples_as_items_times_transforms(count, workers):
-    trainer = views(dataset=numbered(), dataloader_num_workers=workers)
-    trainer = assemble(functools.partial(
-        UnsupervisedEmbeddingsUsingAugmentations,
-        tuple((lambda x, i=i: x + 100 * i) for i in range(count))), trainer.models,
-        trainer.loss_funcs, dataset=numbered(), dataloader_num_workers=workers)
-    data, labels = trainer.next_batch()
-    assert labels.tolist() == [i for i in range(8) for _ in range(count)]
-    expected = [row / 10 + 100 * view for row in range(8) for view in range(count)]
-    assert data[:, 0].tolist() == pytest.approx(expected)
-
-
 def test_data_and_label_setter_gives_what_the_getter_expects():
-    class Named(Dataset):
-        def __len__(self):
-            return ROWS
-
-        def __getitem__(self, i):
-            return {"image": torch.full((3,), float(i)), "label": "not used"}
-
+    items = [{"image": torch.full((3,), float(i)), "label": "not used"} for i in range(ROWS)]
     trainer = assemble(functools.partial(
-        UnsupervisedEmbeddingsUsingAugmentations, [lambda x: x, lambda x: -x],
-        lambda batch: {"image": batch[0], "label": batch[1]}), {"trunk": linear()},
-        {"metric_loss": MeanSquare()}, dataset=Named(),
-        data_and_label_getter=lambda item: (item["image"], item["label"]))
+        UnsupervisedEmbeddingsUsingAugmentations, [torch.nn.Identity(), torch.neg],
+        lambda batch: {"image": batch[0], "label": batch[1]}), {"metric_loss": MeanSquare()},
+        dataset=items, data_and_label_getter=lambda item: (item["image"], item["label"]))
     data, labels = trainer.next_batch()
-    assert data[:4, 0].tolist() == [0, -0, 1, -1] and labels.tolist()[:4] == [0, 0, 1, 1]
-    trainer.train()
+    assert data[:4, 0].tolist() == [0, 0, 1, -1] and labels.tolist()[:4] == [0, 0, 1, 1]
 
 
-def test_augmentations_collate_themselves():
-    with pytest.raises(TypeError, match="collate_fn"):
-        views(collate_fn=lambda items: items)
+def test_what_loading_processes_get_can_be_pickled():
+    trainer = assemble(functools.partial(UnsupervisedEmbeddingsUsingAugmentations,
+                                         [torch.nn.Identity()]), {"metric_loss": MeanSquare()})
+    assert pickle.loads(pickle.dumps(trainer.collate_fn)).func is trainer.collate_fn.func
 
 
 # ---- two streams
 
 
-def stream_triplets(labels):
-    """(anchor, positive, negative) with the anchor in one stream, the others in the second."""
-    places = range(len(labels))
-    return [(a, p, n) for a in places for p in places for n in places
-            if labels[a] == labels[p] != labels[n]]
-
-
 def test_two_streams_are_the_loop_over_all_triplets():
+    triplets = [(a, p, n) for a in range(8) for p in range(8) for n in range(8)
+                if a % 4 == p % 4 != n % 4]  # the anchor in one stream, the others in the second
+
     def step(parts, first, second, labels, epoch):
         anchors, others = (parts["embedder"](parts["trunk"](rows)) for rows in (first, second))
-        terms = [F.relu((anchors[a] - others[p]).square().sum()
-                        - (anchors[a] - others[n]).square().sum() + 0.5)
-                 for a, p, n in stream_triplets(labels.tolist())]
-        return {"metric_loss": sum(terms) / len(terms)}
+        return {"metric_loss": hinge_by_hand(anchors, others, triplets, 0.5)}
 
-    trainer, _ = check_against_loop(two_streams, step)
+    trainer = check_against_loop(two_streams, step)
     embeddings, labels, tuples = trainer.loss_funcs["metric_loss"].seen[0]
     assert embeddings.shape == (16, 2) and torch.equal(labels[:8], labels[8:])
-    found = {tuple(row) for row in torch.stack(tuples, 1).tolist()}
-    assert found == {(a, p + 8, n + 8) for a, p, n in stream_triplets(labels[:8].tolist())}
+    assert set(zip(*(part.tolist() for part in tuples))) == {
+        (a, p + 8, n + 8) for a, p, n in triplets}
 
 
 @pytest.mark.parametrize("method", ["random", "semihard", "softhard", "distance",
                                     "multisimilarity"])
 def test_two_streams_with_a_sampler_of_this_project(method):
-    trainer = two_streams(mining_funcs={"tuple_miner": samplers.Sampler(method)})
     torch.manual_seed(0)
-    trainer.train(num_epochs=3)
-    assert len(trainer.loss_funcs["metric_loss"].seen) == 6
+    trainer = two_streams(mining_funcs={"tuple_miner": samplers.Sampler(method)})
+    trainer.train()
     for _, labels, (a, p, n) in trainer.loss_funcs["metric_loss"].seen:
         assert (a < 8).all() and (p >= 8).all() and (n >= 8).all() and len(a) > 0
         assert torch.equal(labels[a], labels[p]) and (labels[a] != labels[n]).all()
 
 
-@pytest.mark.parametrize("pairs", [False, True])
-def test_two_streams_shift_what_a_miner_returns(pairs):
-    tuples = torch.tensor([[0, 4, 1], [3, 3, 0]]).unbind(1)
-    mined = (*tuples[:2], tuples[0], tuples[2]) if pairs else tuples
+@pytest.mark.parametrize("mined, moved", [
+    (tuple(torch.tensor([[0, 3], [4, 3], [1, 0]])), [[0, 3], [12, 11], [9, 8]]),
+    (([0, 3], [4, 3], [0, 2], [1, 0]), [[0, 3], [12, 11], [0, 2], [9, 8]]),
+    (torch.tensor([[0, 4, 1], [3, 3, 0]]), [[0, 3], [12, 11], [9, 8]]),
+    (torch.tensor([[1, 2, 3], [4, 5, 6], [7, 0, 1]]), [[1, 4, 7], [10, 13, 8], [11, 14, 9]]),
+    (np.array([[0, 4, 0, 1], [3, 3, 2, 0]]), [[0, 3], [12, 11], [0, 2], [9, 8]])])
+def test_two_streams_shift_what_a_miner_returns(mined, moved):
     calls, losses = [], []
 
-    def miner(anchors, labels, others, other_labels):
-        calls.append((anchors.detach(), labels, others.detach(), other_labels))
+    def miner(*arguments):
+        calls.append(arguments)
         return mined
 
     def loss(embeddings, labels, indices_tuple):
-        losses.append((embeddings.detach(), indices_tuple))
+        losses.append((embeddings, indices_tuple))
         return embeddings.sum()
 
     two_streams(mining_funcs={"tuple_miner": miner}, loss_funcs={"metric_loss": loss}).train()
     anchors, labels, others, other_labels = calls[0]
     assert torch.equal(torch.cat([anchors, others]), losses[0][0])
     assert torch.equal(labels, other_labels) and labels is not other_labels
-    moved = [[0, 3], [12, 11]] + ([[0, 3]] if pairs else []) + [[9, 8]]
-    assert [vector.tolist() for vector in losses[0][1]] == moved
+    assert [part.tolist() for part in losses[0][1]] == moved
 
 
-@pytest.mark.parametrize("columns", [3, 4])
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
-def test_two_streams_take_a_tensor_with_a_row_for_each_tuple(columns, count):
-    mined = torch.randint(0, 8, (count, columns), generator=torch.Generator().manual_seed(count))
-    given = []
-
-    def loss(embeddings, labels, indices_tuple):
-        given.append(indices_tuple)
-        return embeddings.sum()
-
-    two_streams(mining_funcs={"tuple_miner": lambda *arguments: mined},
-                loss_funcs={"metric_loss": loss}).train()
-    others = (1, 2) if columns == 3 else (1, 3)  # these columns lie in the second stream
-    assert len(given) == 2
-    for indices_tuple in given:
-        assert [vector.tolist() for vector in indices_tuple] == [
-            [row[i] + 8 * (i in others) for row in mined.tolist()] for i in range(columns)]
-
-
-@pytest.mark.parametrize("dataset, count", [(four_classes(), 2), (four_classes(3), 4)])
-def test_two_streams_need_a_dataset_of_three_values(dataset, count):
-    with pytest.raises(ValueError, match=rf"list of {count};.*\(anchor, positive, label\)"):
-        two_streams(dataset=dataset).train()
-
-
-def test_two_streams_take_tuple_miners_only():
-    with pytest.raises(ValueError, match="unknown key 'subset_batch_miner' in mining_funcs"):
-        two_streams(mining_funcs={"subset_batch_miner": lambda embeddings, labels: [0]})
-
-
-# ---- bad input of these trainers
-
-
-@pytest.mark.parametrize("name, argument, keys, expected", [
-    ("TrainWithClassifier", "models", ["head"], "unknown key 'head'"),
-    ("TrainWithClassifier", "loss_weights", ["metric_loss"], "no key 'classifier_loss'"),
-    ("TrainWithClassifier", "optimizers", ["generator_optimizer"],
-     "unknown key 'generator_optimizer'"),
-    ("CascadedEmbeddings", "models", ["classifier_2"], "unknown key 'classifier_2'"),
-    ("CascadedEmbeddings", "models", ["classifier"], "unknown key 'classifier'"),
-    ("CascadedEmbeddings", "loss_funcs", ["-metric_loss_1"], "no key 'metric_loss_1'"),
-    ("CascadedEmbeddings", "loss_funcs", ["metric_loss"], "unknown key 'metric_loss'"),
-    ("CascadedEmbeddings", "loss_funcs", ["metric_loss_2"], "unknown key 'metric_loss_2'"),
-    ("CascadedEmbeddings", "mining_funcs", ["tuple_miner"], "unknown key 'tuple_miner'"),
-    ("CascadedEmbeddings", "mining_funcs", ["tuple_miner_2"], "unknown key 'tuple_miner_2'"),
-    ("CascadedEmbeddings", "optimizers", ["classifier_9_optimizer"],
-     "unknown key 'classifier_9_optimizer'"),
-    ("CascadedEmbeddings", "lr_schedulers", ["metric_loss_scheduler_by_epoch"],
-     "unknown key 'metric_loss_scheduler_by_epoch'"),
-    ("CascadedEmbeddings", "freeze_these", ["metric_loss"], "unknown key 'metric_loss'"),
-    ("DeepAdversarialMetricLearning", "models", ["-generator"], "no key 'generator'"),
-    ("DeepAdversarialMetricLearning", "models", ["discriminator"], "unknown key 'discriminator'"),
-    ("DeepAdversarialMetricLearning", "loss_funcs", ["-synth_loss"], "no key 'synth_loss'"),
-    ("DeepAdversarialMetricLearning", "loss_funcs", ["-g_adv_loss"], "no key 'g_adv_loss'"),
-    ("DeepAdversarialMetricLearning", "loss_funcs", ["g_hard_loss"], "unknown key 'g_hard_loss'"),
-    ("DeepAdversarialMetricLearning", "loss_weights", ["g_soft_loss"],
-     "unknown key 'g_soft_loss'"),
-    ("DeepAdversarialMetricLearning", "gradient_clippers", ["generator_clipper"],
-     "unknown key 'generator_clipper'"),
-    ("UnsupervisedEmbeddingsUsingAugmentations", "models", ["classifier"],
-     "unknown key 'classifier'"),
-    ("UnsupervisedEmbeddingsUsingAugmentations", "loss_funcs", ["-metric_loss"],
-     "no key 'metric_loss'"),
-    ("TwoStreamMetricLoss", "models", ["-trunk"], "no key 'trunk'"),
-    ("TwoStreamMetricLoss", "loss_funcs", ["synth_loss"], "unknown key 'synth_loss'"),
-])
-def test_keys_that_these_trainers_do_not_know_or_lack(name, argument, keys, expected):
-    given = getattr(EVERY_TRAINER[name](), argument)
-    if argument == "loss_weights":
-        given = dict.fromkeys(keys, 1)
-    elif argument == "freeze_these":
-        given = keys
-    else:
-        given = {key: value for key, value in given.items() if f"-{key}" not in keys} | {
-            key: linear() for key in keys if not key.startswith("-")}
-    with pytest.raises(ValueError) as error:
-        EVERY_TRAINER[name](**{"optimizers": {}, argument: given})
-    assert f"{name}: {expected} in {argument}; allowed are " in str(error.value)
+def test_two_streams_need_a_dataset_of_three_values():
+    with pytest.raises(ValueError, match=r"list of 2;.*\(anchor, positive, label\)"):
+        two_streams(dataset=four_classes()).train()
 
 
 # ---- miners that return nothing, hooks that raise
 
+TRIPLET = (torch.tensor([0]), torch.tensor([4]), torch.tensor([1]))
 NOTHING = {
-    "three tensors": (torch.empty(0, dtype=torch.long),) * 3,
-    "four tensors": (torch.empty(0, dtype=torch.long),) * 4,
-    "a tensor": torch.empty(0, 3, dtype=torch.long),
-    "a list": [],
-    "None": None,
-}
+    "tensors": (torch.empty(0, dtype=torch.long),) * 3, "a list": [], "None": None,
+    "a tensor": torch.empty(0, 3, dtype=torch.long), "a mask": torch.zeros(8, dtype=torch.bool)}
 
 
 def now_and_then(nothing, something, empty=(1, 2)):
@@ -1895,28 +1258,26 @@ def now_and_then(nothing, something, empty=(1, 2)):
     return miner
 
 
-TRIPLET = (torch.tensor([0]), torch.tensor([4]), torch.tensor([1]))
-MINERS = {"MetricLossOnly": (lambda **changes: assemble(MetricLossOnly, **(dict(
-              models={"trunk": linear()}, loss_funcs={"metric_loss": MeanSquare()}) | changes)),
-              "tuple_miner"),
-          **{name: (make, "tuple_miner") for name, make in EVERY_TRAINER.items()},
-          "CascadedEmbeddings": (lambda **changes: cascaded((), (5,), **changes), "tuple_miner_0")}
-
-
-@pytest.mark.parametrize("name, kind", [
-    (name, kind) for name in MINERS for kind in NOTHING])
-def test_a_tuple_miner_that_returns_nothing_skips_the_step(name, kind):
-    make, miner = MINERS[name]
+@pytest.mark.parametrize("name, miner, kind", [
+    *(("MetricLossOnly", "tuple_miner", kind) for kind in NOTHING if kind != "a mask"),
+    *(("MetricLossOnly", "subset_batch_miner", kind) for kind in NOTHING if kind != "tensors"),
+    ("TrainWithClassifier", "tuple_miner", "tensors"),
+    ("TwoStreamMetricLoss", "tuple_miner", "None"),
+    ("DeepAdversarialMetricLearning", "tuple_miner", "a tensor"),
+    ("DeepAdversarialMetricLearning", "subset_batch_miner", "a mask")])
+def test_a_miner_that_returns_nothing_skips_the_step(name, miner, kind):
     kept, losses, clipped = [], [], []
 
     def hook(trainer):
-        kept.append([value for _, part in trainer.parts() for value in weights(part)])
+        kept.append(all_weights(trainer))
         losses.append(dict(trainer.losses))
 
-    phases = {"phases": (9, 0)} if name.startswith("Deep") else {}
-    trainer = make(mining_funcs={miner: now_and_then(NOTHING[kind], TRIPLET)},
-                   end_of_iteration_hook=hook, **phases,
-                   gradient_clippers={"trunk_grad_clipper": lambda: clipped.append(1)})
+    something = TRIPLET if miner == "tuple_miner" else torch.arange(8)
+    trainer = EVERY_TRAINER[name](
+        mining_funcs={miner: now_and_then(NOTHING[kind], something)}, end_of_iteration_hook=hook,
+        gradient_clippers={"trunk_grad_clipper": lambda: clipped.append(1)},
+        **({"phases": (9, 0)} if name.startswith("Deep") else {}))
+    trainer.optimizers = adams(trainer)  # their momentum and decay rest as well
     trainer.train(num_epochs=2)  # two iterations each, of which the second and the third are empty
     assert trainer.skipped_steps == 2 and len(kept) == 4 and len(clipped) == 2
     assert same(kept[0], kept[1]) and same(kept[1], kept[2]) and not same(kept[2], kept[3])
@@ -1924,175 +1285,69 @@ def test_a_tuple_miner_that_returns_nothing_skips_the_step(name, kind):
     assert not any(losses[1].values()) and losses[0]["total_loss"] and losses[3]["total_loss"]
 
 
-@pytest.mark.parametrize("name", [name for name in MINERS if name != "TwoStreamMetricLoss"])
-@pytest.mark.parametrize("nothing", [torch.empty(0, dtype=torch.long), [],
-                                     torch.zeros(8, dtype=torch.bool)],
-                         ids=["tensor", "list", "mask"])
-def test_a_subset_batch_miner_that_returns_nothing_skips_the_step(name, nothing):
-    make, _ = MINERS[name]
-    kept = []
-    trainer = make(
-        mining_funcs={"subset_batch_miner": now_and_then(
-            nothing if len(nothing) != 8 or not name.startswith("Uns")
-            else torch.zeros(24, dtype=torch.bool), torch.arange(8))},
-        end_of_iteration_hook=lambda trainer: kept.append(
-            [value for _, part in trainer.parts() for value in weights(part)]))
-    trainer.train(num_epochs=2)
-    assert trainer.skipped_steps == 2 and len(kept) == 4
-    assert same(kept[0], kept[1]) and same(kept[1], kept[2]) and not same(kept[2], kept[3])
-    assert all(model.training for model in trainer.models.values()) or "Deep" in name
-
-
-@pytest.mark.parametrize("kind", NOTHING)
-@pytest.mark.parametrize("resting", [0, 1])
-@pytest.mark.parametrize("classifiers", [(), (0, 1)])
-def test_a_section_whose_miner_returns_nothing_rests_alone(kind, resting, classifiers):
-    mined, losses = torch.tensor([[0, 4, 1], [5, 1, 7]]), []
-    miners = {f"tuple_miner_{resting}": now_and_then(NOTHING[kind], mined.unbind(1)),
-              f"tuple_miner_{1 - resting}": lambda embeddings, labels: mined.unbind(1)}
-    trainer = cascaded(classifiers, mining_funcs=miners,
-                       end_of_iteration_hook=lambda trainer: losses.append(
-                           {name: loss.item() for name, loss in trainer.losses.items()}))
-    parts = copy.deepcopy(dict(trainer.parts()))
-    optimizers = [sgd(part) for part in parts.values() if list(part.parameters())]
-    trainer.train(num_epochs=2)
-    assert trainer.skipped_steps == 0 and len(losses) == 4
-
-    batches = list(DataLoader(four_classes(), 8)) * 2
-    for step, (data, labels) in enumerate(batches):  # the second and the third are empty
-        embeddings, values = parts["embedder"](parts["trunk"](data)), {}
-        for i, rows in enumerate((embeddings[:, :2], embeddings[:, 2:])):
-            terms = [F.relu((rows[a] - rows[p]).square().sum() - (rows[a] - rows[n]).square().sum()
-                            + 0.3 + i) for a, p, n in mined.tolist()]
-            rests = i == resting and step in (1, 2)
-            values[f"metric_loss_{i}"] = torch.zeros(()) if rests else sum(terms) / len(terms)
-            if i in classifiers:
-                values[f"classifier_loss_{i}"] = F.cross_entropy(parts[f"classifier_{i}"](rows),
-                                                                 labels)
-        values["total_loss"] = sum(values.values())
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        values["total_loss"].backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        expected = {name: value.item() for name, value in values.items()}
-        assert losses[step] == pytest.approx(expected, abs=1e-6)
-    for name, part in trainer.parts():
-        torch.testing.assert_close(weights(part), weights(parts[name]), rtol=0, atol=1e-6)
-
-
-def test_the_weights_of_a_resting_sections_loss_rest_too():
-    losses = {"metric_loss_0": Hinge(5), "metric_loss_1": MeanSquare()}
-    optimizer = torch.optim.Adam(losses["metric_loss_1"].parameters(), 0.1, weight_decay=0.5)
-    scales = []
-    trainer = cascaded((), loss_funcs=losses,
-                       optimizers={"metric_loss_1_optimizer": optimizer},
-                       mining_funcs={"tuple_miner_1": now_and_then([], TRIPLET)},
-                       end_of_iteration_hook=lambda trainer: scales.append(
-                           losses["metric_loss_1"].scale.item()))
-    trainer.train(num_epochs=2)
-    assert scales[0] == scales[1] == scales[2] != scales[3]
-    assert {int(state["step"]) for state in optimizer.state.values()} == {2}
-
-
-@pytest.mark.parametrize("classifiers", [(), (0, 1)])
-def test_a_step_is_skipped_where_all_sections_rest(classifiers):
-    kept, losses = [], []
-
-    def hook(trainer):
-        kept.append([value for _, part in trainer.parts() for value in weights(part)])
-        losses.append(trainer.losses)
-
-    trainer = cascaded(classifiers, end_of_iteration_hook=hook, mining_funcs={
-        "tuple_miner_0": now_and_then(None, TRIPLET, empty=(1, 2)),
-        "tuple_miner_1": now_and_then([], TRIPLET, empty=(2, 3))})
-    trainer.train(num_epochs=2)
-    assert trainer.skipped_steps == 1
-    assert [same(a, b) for a, b in zip(kept, kept[1:])] == [False, True, False]
-    assert not any(losses[2].values()) and set(losses[2]) == set(losses[0])
-
-
-def test_momentum_and_decay_rest_in_a_skipped_step():
-    trunk = linear()
-    optimizer = torch.optim.Adam(trunk.parameters(), 0.1, weight_decay=0.5)
-    trainer = assemble(MetricLossOnly, {"trunk": trunk}, {"metric_loss": Hinge(5)},
-                       optimizers={"trunk_optimizer": optimizer},
-                       mining_funcs={"tuple_miner": now_and_then([], TRIPLET)})
-    trainer.train(num_epochs=2)
-    assert {int(state["step"]) for state in optimizer.state.values()} == {2}
-
-
-@pytest.mark.parametrize("make, batch", [(adversarial, 8), (two_streams, 8)])
-def test_a_batch_of_one_class_has_no_triplets_and_is_skipped(make, batch):
-    streams = 2 if make is two_streams else 1
-    one_class = TensorDataset(*torch.randn(streams, ROWS, 3), torch.zeros(ROWS, dtype=torch.long))
-    options = {"phases": (0, 9)} if make is adversarial else {}
-    trainer = make(dataset=one_class, **options)
+@pytest.mark.parametrize("make", [functools.partial(adversarial, (0, 9)), two_streams])
+def test_a_batch_of_one_class_has_no_triplets_and_is_skipped(make):
+    rows = four_classes(streams=2 if make is two_streams else 1).tensors[:-1]
+    trainer = make(dataset=TensorDataset(*rows, torch.zeros(ROWS, dtype=torch.long)))
     trainer.train()
     assert trainer.skipped_steps == 2 and trainer.losses["total_loss"] == 0
 
 
-@pytest.mark.parametrize("name, workers", [
-    *((name, 0) for name in MINERS), ("MetricLossOnly", 2),
-    ("UnsupervisedEmbeddingsUsingAugmentations", 2)])
-@pytest.mark.parametrize("which", ["end_of_iteration_hook", "end_of_epoch_hook"])
-def test_a_hook_that_raises_leaves_the_trainer_usable(name, which, workers):
-    make, _ = MINERS[name]
+def test_a_zero_without_a_graph_skips_the_step_and_other_numbers_are_errors():
+    values = iter([torch.zeros(()), torch.ones(())])
+    trainer = make_trainer(loss_funcs={"metric_loss": lambda *_: next(values)})
+    with pytest.raises(ValueError, match="nothing to learn"):
+        trainer.train()
+    assert trainer.skipped_steps == 1
 
+
+def test_a_hook_that_raises_leaves_the_trainer_usable():
     def hook(trainer):
-        if trainer.epoch == 2:
+        if trainer.iteration == 1:
             trainer.set_to_eval()
             raise RuntimeError("from the hook")
 
-    broken = make(dataloader_num_workers=workers, **{which: hook})
-    torch.manual_seed(1)
+    trainer = make_trainer(end_of_iteration_hook=hook)
     with pytest.raises(RuntimeError, match="from the hook"):
-        broken.train(num_epochs=3)
-    setattr(broken, which, lambda trainer: None)
-    before = copy.deepcopy(dict(broken.parts()))
-    torch.manual_seed(2)
-    broken.train(3, 4)
-    assert broken.epoch == 4 and all(model.training for model in broken.models.values())
-
-    fresh = make(dataloader_num_workers=workers)  # goes on from the same weights
-    for key, part in fresh.parts():
-        part.load_state_dict(before[key].state_dict())
-    torch.manual_seed(2)
-    fresh.train(3, 4)
-    for key, part in fresh.parts():
-        assert same(weights(part), weights(broken.models.get(key) or broken.loss_funcs[key]))
+        trainer.train()
+    trainer.end_of_iteration_hook = lambda trainer: None
+    trainer.train(2, 2)
+    assert seen(trainer) == IN_ORDER[:2] + IN_ORDER and trainer.models["trunk"].training
 
 
 # ---- saving and going on
 
-MAKE = EVERY_TRAINER | {"MetricLossOnly": MINERS["MetricLossOnly"][0]}
+
+def adams(trainer):
+    return {f"{name}_optimizer": torch.optim.Adam(part.parameters(), 0.01, weight_decay=0.1)
+            for name, part in trainer.modules() if list(part.parameters())}
 
 
-def scheduled(make):
+def scheduled(make, **changes):
     """A trainer with Adam, a schedule by epoch and, for the trunk, one by plateau."""
-    trainer = make(end_of_epoch_hook=lambda trainer: trainer.step_lr_plateau_schedulers(
-        -trainer.epoch))
-    schedulers = torch.optim.lr_scheduler
-    trainer.optimizers = {f"{name}_optimizer": torch.optim.Adam(part.parameters(), 0.01)
-                          for name, part in trainer.parts() if list(part.parameters())}
+    trainer = make(**changes)
+    trainer.optimizers = adams(trainer)
     trainer.lr_schedulers = {
-        f"{name.removesuffix('optimizer')}scheduler_by_epoch": schedulers.ExponentialLR(
+        f"{name.removesuffix('optimizer')}scheduler_by_epoch": lr_scheduler.ExponentialLR(
             optimizer, 0.9) for name, optimizer in trainer.optimizers.items()}
-    trainer.lr_schedulers["trunk_scheduler_by_plateau"] = schedulers.ReduceLROnPlateau(
+    trainer.lr_schedulers["trunk_scheduler_by_plateau"] = lr_scheduler.ReduceLROnPlateau(
         trainer.optimizers["trunk_optimizer"], "max", 0.5, patience=1)
     return trainer
 
 
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("name", EVERY_TRAINER)
 def test_a_trainer_goes_on_from_a_file_as_if_it_had_never_stopped(name, tmp_path):
-    whole = scheduled(MAKE[name])
+    def hook(trainer):
+        trainer.step_lr_plateau_schedulers(-trainer.epoch)
+
+    whole = scheduled(EVERY_TRAINER[name], end_of_epoch_hook=hook)
     torch.manual_seed(1)
     whole.train(1, 2)
     auxiliaries.save_checkpoint(tmp_path / "state", whole.state_dict())
     torch.manual_seed(2)
     whole.train(3, 4)
 
-    fresh = scheduled(MAKE[name])
+    fresh = scheduled(EVERY_TRAINER[name], end_of_epoch_hook=hook)
     with torch.no_grad():
         for _, part in fresh.parts():
             for weight in part.parameters():
@@ -2105,9 +1360,7 @@ def test_a_trainer_goes_on_from_a_file_as_if_it_had_never_stopped(name, tmp_path
     assert fresh.epoch == 2
     torch.manual_seed(2)
     fresh.train(fresh.epoch + 1, 4)
-    assert fresh.losses == whole.losses
-    for name, part in whole.parts():
-        assert same(weights(part), weights(dict(fresh.parts())[name]))
+    assert fresh.losses == whole.losses and same(all_weights(fresh), all_weights(whole))
     rates = [[optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers.values()]
              for trainer in (whole, fresh)]
     # every epoch times 0.9; the metric falls from epoch 2 on, so epoch 3 halves the trunk's rate
@@ -2115,53 +1368,61 @@ def test_a_trainer_goes_on_from_a_file_as_if_it_had_never_stopped(name, tmp_path
     assert rates[0][0] == pytest.approx(0.01 * 0.9 ** 4 / 2) and rates[0][0] < rates[0][1]
 
 
-def test_the_state_is_that_of_every_part_that_has_one():
-    trainer = all_parts()
-    trainer.train(num_epochs=2)
+class Skipping(Shuffled):
+    """Shuffled, and leaves out itself the batches that were taken, of four rows each."""
+
+    skip = 0
+
+    def __iter__(self):
+        taken, self.skip = self.skip, 0
+        return iter(list(super().__iter__())[BATCH * taken:])
+
+
+@pytest.mark.parametrize("sampler", [lambda: None, Shuffled, Skipping])
+def test_a_trainer_goes_on_after_any_iteration(sampler):
+    """Three iterations an epoch, four batches a pass: within both, and at the end of either."""
+    def make():
+        trunk = torch.nn.Sequential(linear(), torch.nn.Dropout(0.5))
+        return make_trainer(models={"trunk": trunk}, sampler=sampler(), iterations_per_epoch=3)
+
+    whole = make()
+    torch.manual_seed(3)
+    whole.train(num_epochs=3)
+    for number in range(1, 9):
+        first, calls = make(), []
+        first.between_iterations_hook = lambda trainer: calls.append(1) or len(calls) < number
+        torch.manual_seed(3)
+        first.train(num_epochs=3)
+        second, generators = make(), auxiliaries.random_state()
+        second.load_state_dict(copy.deepcopy(first.state_dict()))
+        auxiliaries.restore_random_state(generators)
+        second.train(second.epoch + 1, 3)
+        assert len(seen(first)) == number and seen(first) + seen(second) == seen(whole)
+        assert same(all_weights(second), all_weights(whole)), number
+
+
+def test_a_loss_without_a_state_is_left_out_of_it():
+    trainer = make_trainer(loss_funcs={"metric_loss": lambda embeddings, *_: embeddings.sum()})
     state = trainer.state_dict()
-    assert state["epoch"] == 2 and state["lr_schedulers"] == {}
-    assert list(state["models"]) == ["trunk", "embedder"]
-    assert list(state["loss_funcs"]) == ["metric_loss"]
-    assert state["loss_funcs"]["metric_loss"]["scale"] == trainer.loss_funcs["metric_loss"].scale
-    assert list(state["optimizers"]) == list(trainer.optimizers)
-    plain = make_trainer(loss_funcs={"metric_loss": lambda embeddings, *_: embeddings.sum()})
-    assert plain.state_dict()["loss_funcs"] == {}
-    plain.load_state_dict(plain.state_dict())
-    assert plain.epoch == 0
+    assert list(state["models"]) == ["trunk", "embedder"] and state["loss_funcs"] == {}
+    trainer.load_state_dict(state)
 
 
 @pytest.mark.parametrize("group, name, foreign", [
-    ("models", "trunk", linear(3, 7).state_dict()),
-    ("models", "embedder", {}),
-    ("models", "embedder", linear(2, 2).state_dict() | {"third": torch.zeros(1)}),
-    ("loss_funcs", "metric_loss", linear().state_dict()),
-    ("optimizers", "embedder_optimizer", {"state": {}, "param_groups": []}),
-    ("optimizers", "trunk_optimizer", sgd(torch.nn.Sequential(linear(), linear())).state_dict()),
-    ("models", "trunk", None), ("optimizers", "metric_loss_optimizer", None),
-    ("lr_schedulers", "trunk_scheduler_by_epoch", None)])
+    ("models", "trunk", linear(3, 7).state_dict()), ("models", "embedder", {}),
+    ("optimizers", "trunk_optimizer", {"state": {}, "param_groups": []}),
+    ("models", "trunk", None), ("lr_schedulers", "trunk_scheduler_by_epoch", None)])
 def test_a_foreign_state_is_refused(group, name, foreign):
-    trainer = all_parts()
-    trainer.lr_schedulers["trunk_scheduler_by_epoch"] = torch.optim.lr_scheduler.StepLR(
-        trainer.optimizers["trunk_optimizer"], 1)
+    trainer = scheduled(all_parts)
     state = trainer.state_dict()
     trainer.load_state_dict(state)
     if foreign is None:  # the part is not in the state
         del state[group][name]
     else:
         state[group][name] = foreign
-    words = (f"the saved {group} are (?!.*{name}.*, the trainer's).*{name}" if foreign is None
-             else None)
-    with pytest.raises((ValueError, RuntimeError), match=words):
+    words = f"the saved {group} are (?!.*{name}.*, the trainer's).*{name}"
+    with pytest.raises((ValueError, RuntimeError), match=words if foreign is None else None):
         trainer.load_state_dict(state)
-
-
-def test_hooks_can_tell_the_last_epoch():
-    lasts = []
-    trainer = make_trainer(end_of_epoch_hook=lambda trainer: lasts.append(trainer.last_epoch))
-    assert trainer.last_epoch == 0
-    trainer.train(num_epochs=2)
-    trainer.train(3, 5)
-    assert lasts == [2, 2, 5, 5, 5]
 
 
 # ---- validation
@@ -2179,72 +1440,43 @@ def stand_in(epoch=0, last_epoch=0):
                            step_lr_plateau_schedulers=lambda value: None)
 
 
-@pytest.mark.parametrize("every", [1, 2, 3, 7])
-@pytest.mark.parametrize("first, last", [(1, 1), (1, 6), (1, 7), (4, 9), (3, 2)])
-def test_validation_measures_every_so_many_epochs_and_after_the_last(every, first, last):
-    validation = measuring([0.5] * 9, every=every)
-    trainer = make_trainer(end_of_epoch_hook=validation, iterations_per_epoch=1)
-    trainer.train(first, last)
-    expected = [epoch for epoch in range(first, last + 1) if epoch % every == 0 or epoch == last]
-    assert [row["epoch"] for row in validation.rows] == expected
-    assert trainer.epoch == (last if first <= last else 0)
+def test_validation_measures_every_so_many_epochs_and_after_the_last():
+    for every, first, last, expected in ((1, 1, 3, [1, 2, 3]), (2, 1, 5, [2, 4, 5]),
+                                         (3, 4, 9, [6, 9]), (7, 1, 2, [2]), (1, 3, 2, [])):
+        validation = measuring([0.5] * 9, every=every)
+        make_trainer(end_of_epoch_hook=validation, iterations_per_epoch=1).train(first, last)
+        assert [row["epoch"] for row in validation.rows] == expected
 
 
-def test_validation_of_a_run_that_is_taken_further():
-    validation = measuring([0.1] * 9, every=3)
-    trainer = make_trainer(end_of_epoch_hook=validation, iterations_per_epoch=1)
-    trainer.train(1, 4)
-    trainer.train(5, 8)
-    assert [row["epoch"] for row in validation.rows] == [3, 4, 6, 8]
+def test_epochs_in_which_the_trunk_rests_are_not_measured():
+    validation = measuring([0.1, 0.1, 0.2, 0.3], patience=2)
+    adversarial((1, 3), end_of_epoch_hook=validation).train(num_epochs=6)
+    assert [row["epoch"] for row in validation.rows] == [1, 5, 6]
 
 
 def test_validation_finds_eval_mode_and_no_gradients_and_train_mode_comes_back():
-    trunk = torch.nn.Sequential(linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Dropout(0.5),
-                                linear(4, 2))
+    trunk = torch.nn.Sequential(linear(), torch.nn.BatchNorm1d(2), torch.nn.Dropout(0.5))
     embedder, modes = linear(2, 2), []
+
+    def keep_modes():
+        parts = (trunk, trunk[1], trunk[2], embedder, loss)
+        modes.append([torch.is_grad_enabled(), *(part.training for part in parts)])
 
     class Loss(MeanSquare):
         def forward(self, embeddings, labels, indices_tuple=None):
-            modes.append([torch.is_grad_enabled(), *(module.training for module in
-                                                     (trunk, trunk[1], trunk[2], embedder, self))])
+            keep_modes()
             return super().forward(embeddings, labels)
 
-    def measure(trainer):
-        modes.append([torch.is_grad_enabled(),
-                      *(module.training for _, part in trainer.parts() for module in
-                        part.modules())])
-        embeddings = trainer.compute_embeddings(trainer.dataset[:4][0])
-        assert not embeddings.requires_grad
-        torch.testing.assert_close(embeddings, trainer.compute_embeddings(
-            trainer.dataset[:4][0]))  # no dropout
-        return {"nmi": 0.5}
-
-    trainer = make_trainer(models={"trunk": trunk, "embedder": embedder},
-                           optimizers={"trunk_optimizer": sgd(trunk)}, iterations_per_epoch=1,
-                           loss_funcs={"metric_loss": Loss()}, freeze_these=("embedder",),
-                           end_of_epoch_hook=Validation(measure))
-    trainer.train(num_epochs=3)
-    training = [True, True, True, True, False, True]  # the embedder is frozen
-    assert modes == [training, [False] * 8] * 3
+    loss = Loss()
+    make_trainer(models={"trunk": trunk, "embedder": embedder}, iterations_per_epoch=1,
+                 loss_funcs={"metric_loss": loss}, freeze_these=("embedder",),
+                 end_of_epoch_hook=Validation(lambda trainer: keep_modes() or {"nmi": 0.5})
+                 ).train(num_epochs=3)
+    assert modes == [[True, True, True, True, False, True], [False] * 6] * 3
     assert torch.is_grad_enabled()
 
 
-def test_validation_does_not_change_the_training():
-    results = []
-    for hook in (None, Validation(lambda trainer: {
-            "mean": trainer.compute_embeddings(trainer.dataset[:][0]).mean().item()})):
-        trunk = torch.nn.Sequential(linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Dropout(0.5))
-        trainer = make_trainer(models={"trunk": trunk}, sampler=None, end_of_epoch_hook=hook,
-                               optimizers={"trunk_optimizer": sgd(trunk)})
-        torch.manual_seed(3)
-        trainer.train(num_epochs=3)
-        results.append((seen(trainer), weights(trunk), list(trunk.buffers())))
-    assert results[0][0] == results[1][0]
-    assert same(results[0][1], results[1][1]) and same(results[0][2], results[1][2])
-
-
-@pytest.mark.parametrize("metric, name, epoch", [
-    (None, "recall@1", 2), ("recall@1", "recall@1", 2), ("nmi", "nmi", 3)])
+@pytest.mark.parametrize("metric, name, epoch", [(None, "recall@1", 2), ("nmi", "nmi", 3)])
 def test_validation_keeps_rows_and_knows_the_metric_that_counts(metric, name, epoch):
     measured = [{"recall@1": 0.1, "nmi": 0.4}, {"recall@1": 0.9, "nmi": 0.2},
                 {"recall@1": 0.3, "nmi": 0.6}]
@@ -2256,19 +1488,17 @@ def test_validation_keeps_rows_and_knows_the_metric_that_counts(metric, name, ep
 
 
 @pytest.mark.parametrize("values, best", [
-    ({1: 0.3}, 1), ({1: 0.3, 2: 0.5, 3: 0.4}, 2), ({1: 0.1, 2: 0.5, 3: 0.5}, 2),
-    ({2: 0.5, 4: 0.5, 5: 0.5}, 2), ({1: -3, 2: -2, 3: -5}, 2), ({1: 0, 2: 0}, 1),
-    ({0: 0.9}, 0), ({0: 0.9, 1: 0.1}, 1), ({0: 0.9, 1: 0.1, 2: 0.2, 3: 0.2}, 2),
-    ({0: 0.2, 3: 0.2}, 3)], ids=str)
+    ({1: 0.3, 2: 0.5, 3: 0.4}, 2), ({2: 0.5, 4: 0.5, 5: 0.5}, 2), ({1: -3, 2: -2, 3: -5}, 2),
+    ({0: 0.9}, 0), ({0: 0.9, 1: 0.1, 2: 0.2, 3: 0.2}, 2), ({0: 0.2, 3: 0.2}, 3),
+    ({1: math.nan, 2: -5, 3: math.nan}, 2)], ids=str)
 def test_the_best_row_is_the_first_of_equals_and_epoch_0_only_alone(values, best):
-    validation = measuring([])
-    validation.rows = [{"epoch": epoch, "recall@1": value} for epoch, value in values.items()]
-    assert validation.best() == {"epoch": best, "recall@1": values[best]}
+    rows = [{"epoch": epoch, "recall@1": value} for epoch, value in values.items()]
+    assert measuring([], rows=rows).best() == {"epoch": best, "recall@1": values[best]}
 
 
 def end_by_hand(values, patience):
     """The number of values after which so many in a row were no gain; None if they never are."""
-    best, waited = float("-inf"), 0
+    best, waited = -math.inf, 0
     for count, value in enumerate(values, 1):
         best, waited = (value, 0) if value > best else (best, waited + 1)
         if waited == patience:
@@ -2277,11 +1507,10 @@ def end_by_hand(values, patience):
 
 
 @pytest.mark.parametrize("untrained", [False, True])
-@pytest.mark.parametrize("patience", [None, 1, 2, 3, 5])
+@pytest.mark.parametrize("patience", [None, 1, 3])
 def test_patience_ends_exactly_on_time(patience, untrained):
-    generator = random.Random(patience or 0)
-    early = 0
-    for _ in range(300):
+    generator, early = random.Random(patience or 0), 0
+    for _ in range(100):
         values = [generator.randrange(6) for _ in range(12)]
         end = end_by_hand(values, patience)
         validation = measuring(([9] if untrained else []) + values, patience=patience)
@@ -2290,9 +1519,7 @@ def test_patience_ends_exactly_on_time(patience, untrained):
         cut = generator.randrange(1, 13)
         for epoch in range(1, (end or 12) + 1):
             if epoch == cut:  # a run that goes on with the rows of another decides the same
-                rows = validation.rows
-                validation = measuring(values[epoch - 1:], patience=patience)
-                validation.rows = rows
+                validation = measuring(values[epoch - 1:], patience=patience, rows=validation.rows)
             returned = False if epoch == end else None
             assert validation(stand_in(epoch, 12)) is returned, (values, epoch)
             assert validation.is_over() == (epoch == end)
@@ -2300,118 +1527,46 @@ def test_patience_ends_exactly_on_time(patience, untrained):
     assert (early > 0) == (patience is not None)
 
 
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("every, patience", [(1, 2), (2, 1), (3, 2)])
-def test_patience_ends_the_training(seed, every, patience):
-    generator = random.Random(seed)
-    epochs = [epoch for epoch in range(1, 21) if epoch % every == 0 or epoch == 20]
-    values = [generator.random() for _ in epochs]
-    last = epochs[(end_by_hand(values, patience) or len(epochs)) - 1]
-    validation = measuring(values, every=every, patience=patience)
-    trainer = make_trainer(end_of_epoch_hook=validation, iterations_per_epoch=1)
-    trainer.train(num_epochs=20)
-    assert trainer.epoch == last == validation.rows[-1]["epoch"]
-    assert len(seen(trainer)) == last
+def test_a_last_epoch_off_the_schedule_does_not_count_for_patience():
+    values = [0.5, 0.4, 0.3, 0.2, 0.1]
+    broken = measuring(values[:2], every=2, patience=2)
+    make_trainer(end_of_epoch_hook=broken).train(num_epochs=3)
+    assert [row["epoch"] for row in broken.rows] == [2, 3] and not broken.is_over()
+    on = measuring(values[2:], every=2, patience=2, rows=broken.rows)
+    trainer = make_trainer(end_of_epoch_hook=on)
+    trainer.train(4, 20)
+    assert [row["epoch"] for row in on.rows] == [2, 3, 4, 6] and trainer.epoch == 6
 
 
-def test_validation_steps_plateau_schedulers_once_with_the_metric_that_counts():
-    schedulers = {f"trunk_scheduler_by_{when}": Steps() for when in ("epoch", "plateau")}
-    values = [0.7, 0.2, 0.4, 0.3]
-    validation = measuring(values, every=2)
-    trainer = make_trainer(lr_schedulers=schedulers, end_of_epoch_hook=validation)
-    validation(trainer)  # epoch 0, the untrained network: nothing has been learned yet
-    assert [row["epoch"] for row in validation.rows] == [0]
-    assert schedulers["trunk_scheduler_by_plateau"].values == []
-    trainer.train(num_epochs=5)
-    # The last epoch is measured, but off the schedule: it is not for the schedulers.
-    assert [row["epoch"] for row in validation.rows] == [0, 2, 4, 5]
-    assert schedulers["trunk_scheduler_by_plateau"].values == [(value,) for value in values[1:3]]
-    assert schedulers["trunk_scheduler_by_epoch"].values == [()] * 5
-
-
-def test_a_plateau_of_the_metric_lowers_the_rate():
-    trunk, rates = linear(), []
-    optimizer = sgd(trunk)
-    validation = measuring([0.5, 0.6, 0.6, 0.7, 0.1])
-    trainer = make_trainer(
-        models={"trunk": trunk}, optimizers={"trunk_optimizer": optimizer},
-        lr_schedulers={"trunk_scheduler_by_plateau": torch.optim.lr_scheduler.ReduceLROnPlateau(
-            optimizer, "max", 0.1, patience=0)},
-        end_of_epoch_hook=in_turn(validation, lambda trainer: rates.append(
-            optimizer.param_groups[0]["lr"])))
-    trainer.train(num_epochs=5)
-    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001])
+def test_validation_steps_plateau_schedulers_with_the_metric_that_counts():
+    """Neither for the untrained network nor for a last epoch that is off the schedule."""
+    validation, stepped = measuring([0.7, 0.2, 0.4, 0.3], every=2), []
+    for epoch in range(6):
+        trainer = stand_in(epoch, last_epoch=5)
+        trainer.step_lr_plateau_schedulers = stepped.append
+        validation(trainer)
+    assert [row["epoch"] for row in validation.rows] == [0, 2, 4, 5] and stepped == [0.2, 0.4]
 
 
 def test_the_checkpoint_holds_the_best_epoch_and_training_goes_on_from_there(tmp_path):
-    kept, path, values = [], tmp_path / "best", [0.2, 0.7, 0.7, 0.3]
+    path, values, kept = tmp_path / "best", [0.2, 0.7, 0.7, 0.3], []
 
     def make(values, **options):
-        trainer = scheduled(MAKE["MetricLossOnly"])
-        trainer.end_of_epoch_hook = in_turn(
-            measuring(values, **options),
-            lambda trainer: kept.append(copy.deepcopy(trainer.state_dict())))
-        return trainer
+        return scheduled(metric_alone, end_of_epoch_hook=in_turn(
+            measuring(values, **options), lambda trainer: kept.append(all_weights(trainer))))
 
     torch.manual_seed(0)
     make(values, checkpoint=path).train(num_epochs=4)
     state = torch.load(path, weights_only=True)
     assert state["epoch"] == 2
+    assert [row["recall@1"] for row in state["validation_rows"]] == [0.2, 0.7]
     assert state["lr_schedulers"]["trunk_scheduler_by_plateau"]["best"] == 0.7  # stepped already
-    fresh = make(values[2:])
+    fresh = make(values[2:], checkpoint=path, rows=state["validation_rows"])
     fresh.load_state_dict(state)
-    assert same(weights(fresh.models["trunk"]), kept[1]["models"]["trunk"].values())
-    assert not same(weights(fresh.models["trunk"]), kept[2]["models"]["trunk"].values())
+    assert same(all_weights(fresh), kept[1]) and not same(kept[1], kept[2])
     fresh.train(fresh.epoch + 1, 4)
-    assert [state["epoch"] for state in kept] == [1, 2, 3, 4, 3, 4]
-    for first, second in zip(kept[2:4], kept[4:]):
-        assert same(first["models"]["trunk"].values(), second["models"]["trunk"].values())
-        assert first["optimizers"]["trunk_optimizer"]["param_groups"] == (
-            second["optimizers"]["trunk_optimizer"]["param_groups"])
-    assert [file.name for file in tmp_path.iterdir()] == ["best"]
-
-
-@pytest.mark.parametrize("untrained", [False, True])
-@pytest.mark.parametrize("seed", range(4))
-def test_at_any_time_the_checkpoint_is_that_of_the_best_epoch_so_far(seed, untrained, tmp_path):
-    generator, path = random.Random(seed), tmp_path / "best"
-    values = [generator.randrange(5) for _ in range(9)]
-    epochs = range(0 if untrained else 1, 9)
-    validation = measuring(values, checkpoint=path,
-                           state=lambda trainer: {"epoch": trainer.epoch, "mine": "kept"})
-    for count, epoch in enumerate(epochs, 1):
-        validation(stand_in(epoch))
-        so_far = list(zip(epochs, values[:count]))
-        best = max(so_far[untrained:] or so_far, key=lambda pair: (pair[1], -pair[0]))[0]
-        saved = torch.load(path, weights_only=True)
-        rows = saved.pop("validation_rows")
-        assert saved == {"epoch": best, "mine": "kept"}
-        assert [row["epoch"] for row in rows] == list(epochs[:epochs.index(best) + 1])
-
-
-def test_without_a_checkpoint_no_state_is_taken(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    validation = measuring([0.1, 0.2], state=None)
-    make_trainer(end_of_epoch_hook=validation).train(num_epochs=2)
-    assert len(validation.rows) == 2 and not list(tmp_path.iterdir())
-
-
-def test_a_measure_that_raises_leaves_the_last_checkpoint(tmp_path):
-    path, contents = tmp_path / "best", []
-
-    def measure(trainer):
-        if trainer.epoch == 3:
-            raise RuntimeError("from measure")
-        return {"nmi": trainer.epoch}
-
-    validation = Validation(measure, checkpoint=path)
-    trainer = make_trainer(end_of_epoch_hook=in_turn(
-        validation, lambda trainer: contents.append(path.read_bytes())))
-    with pytest.raises(RuntimeError, match="from measure"):
-        trainer.train(num_epochs=4)
-    assert path.read_bytes() == contents[1] != contents[0]
-    assert torch.load(path, weights_only=True)["epoch"] == 2
-    assert [row["epoch"] for row in validation.rows] == [1, 2] and torch.is_grad_enabled()
+    assert same(kept[2], kept[4]) and same(kept[3], kept[5])
+    assert torch.load(path, weights_only=True)["epoch"] == 2  # the best still
     assert [file.name for file in tmp_path.iterdir()] == ["best"]
 
 
@@ -2429,27 +1584,16 @@ def test_a_metric_that_is_not_measured(metrics, metric, words, tmp_path):
 
 
 @pytest.mark.parametrize("values, returned", [
-    ([], None), ([None, None], None), ([False], False), ([None, False, None], False),
-    ([False, None], False), ([0, np.False_, "", torch.tensor(False)], None), ([True, 0], None),
-    ([False, False], False)])
+    ([], None), ([None, None], None), ([False, None], False), ([None, False], False),
+    ([0, np.False_, ""], None)])
 def test_hooks_in_turn_are_all_called_and_end_training_if_one_does(values, returned):
     calls = []
 
-    def hook(i):
-        def call(trainer):
-            calls.append((i, trainer))
-            return values[i]
-        return call
+    def hook(value):
+        return lambda trainer: calls.append((value, trainer)) or value
 
-    assert in_turn(*map(hook, range(len(values))))("trainer") is returned
-    assert calls == [(i, "trainer") for i in range(len(values))]
-
-
-def test_hooks_in_turn_of_a_trainer():
-    calls = []
-    both = in_turn(lambda trainer: trainer.epoch < 2, lambda trainer: calls.append(trainer.epoch))
-    make_trainer(end_of_epoch_hook=both).train(num_epochs=5)
-    assert calls == [1, 2]
+    assert in_turn(*map(hook, values))("trainer") is returned
+    assert calls == [(value, "trainer") for value in values]
 
 
 class Writer:
@@ -2465,290 +1609,28 @@ class Writer:
         self.flushed = len(self.scalars)
 
 
-@pytest.fixture
-def writer(monkeypatch):
-    """torch.utils.tensorboard with the stand-in, whether tensorboard is installed or not."""
+def test_tensorboard_gets_losses_by_iteration_and_the_rest_by_epoch(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard",
                         SimpleNamespace(SummaryWriter=Writer))
-
-
-def logged(folder, trainer, validation=None, **train):
-    """Trains with a TensorBoardLog -> (the log, the losses of each iteration by name)."""
-    log, losses = TensorBoardLog(folder, validation.rows if validation else ()), []
-    trainer.end_of_iteration_hook = in_turn(
-        log.after_iteration, lambda trainer: losses.append(
-            {name: loss.item() for name, loss in trainer.losses.items()}))
-    trainer.end_of_epoch_hook = in_turn(*[validation] * bool(validation), log.after_epoch)
-    trainer.train(**train)
-    return log, losses
-
-
-@pytest.mark.usefixtures("writer")
-def test_tensorboard_gets_losses_by_iteration_and_the_rest_by_epoch():
-    trainer = all_parts()
-    trainer.lr_schedulers["embedder_scheduler_by_epoch"] = torch.optim.lr_scheduler.StepLR(
-        trainer.optimizers["embedder_optimizer"], 1, gamma=0.5)
-    log, losses = logged("a folder", trainer, measuring([0.25, 0.75], every=2), num_epochs=4)
-    expected = []
-    for epoch in (1, 2, 3, 4):
-        first = (epoch - 1) * BATCHES
-        expected += [(f"loss/{name}", value, i) for i in range(first, first + BATCHES)
-                     for name, value in losses[i].items()]
-        expected += [(f"learning_rate/{name}", rate, epoch) for name, rate in
-                     (("trunk", 0.1), ("embedder", 0.1 / 2 ** epoch), ("metric_loss", 0.1))]
-        if epoch in (2, 4):
-            expected += [("metric/recall@1", 0.25 if epoch == 2 else 0.75, epoch),
-                         ("metric/nmi", 0.5, epoch)]
-    assert log.writer.folder == "a folder" and len(losses) == 4 * BATCHES
-    assert log.writer.scalars == expected
-    assert {type(value) for _, value, _ in log.writer.scalars} == {float}
-    assert set(losses[0]) == {"metric_loss", "total_loss"}
-
-
-@pytest.mark.usefixtures("writer")
-def test_tensorboard_is_written_once_an_epoch():
-    log, counts = TensorBoardLog("a folder"), []
-    trainer = make_trainer(
-        end_of_iteration_hook=in_turn(log.after_iteration, lambda trainer: counts.append(
-            len(log.writer.scalars))),
-        end_of_epoch_hook=in_turn(log.after_epoch, lambda trainer: counts.append(
-            (len(log.writer.scalars), log.writer.flushed))))
-    trainer.train(num_epochs=2)
-    epoch = 2 * BATCHES + 1  # two losses an iteration, one learning rate
-    assert counts == [0] * 4 + [(epoch, epoch)] + [epoch] * 4 + [(2 * epoch, 2 * epoch)]
-
-
-@pytest.mark.usefixtures("writer")
-def test_tensorboard_before_training_and_of_skipped_steps():
-    validation = measuring([0.5, 0.75])
+    validation, counts = measuring([0.5, 0.75], every=2), []
     log = TensorBoardLog("a folder", validation.rows)
-    trainer = make_trainer(mining_funcs={"tuple_miner": now_and_then([], None, range(9))},
-                           end_of_iteration_hook=log.after_iteration,
-                           end_of_epoch_hook=in_turn(validation, log.after_epoch))
-    log.after_epoch(trainer)  # nothing has been measured
-    trainer.end_of_epoch_hook(trainer)
-    before = [("learning_rate/trunk", 0.1, 0)] * 2
-    assert log.writer.scalars == [*before, ("metric/recall@1", 0.5, 0), ("metric/nmi", 0.5, 0)]
-    trainer.train()
-    assert log.writer.scalars[4:] == [
-        *((f"loss/{name}", 0.0, i) for i in range(BATCHES) for name in ("metric_loss",
-                                                                        "total_loss")),
-        ("learning_rate/trunk", 0.1, 1), ("metric/recall@1", 0.75, 1), ("metric/nmi", 0.5, 1)]
-
-
-@pytest.mark.parametrize("missing", ["tensorboard", "torch.utils.tensorboard"])
-def test_tensorboard_that_is_not_installed_is_named(missing, monkeypatch, tmp_path):
-    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    monkeypatch.setitem(sys.modules, missing, None)  # imports as if it were not there
-    with pytest.raises(ValueError, match="pip install tensorboard"):
-        TensorBoardLog(tmp_path / "log")
-    assert not list(tmp_path.iterdir())
-
-
-def test_what_tensorboard_reads_is_what_happened(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    _, losses = logged(str(tmp_path), make_trainer(), measuring([0.25, 0.75]), num_epochs=2)
-    events = EventAccumulator(str(tmp_path))
-    events.Reload()
-    expected = {
-        "loss/metric_loss": [(i, values["metric_loss"]) for i, values in enumerate(losses)],
-        "loss/total_loss": [(i, values["total_loss"]) for i, values in enumerate(losses)],
-        "learning_rate/trunk": [(1, 0.1), (2, 0.1)],
-        "metric/recall@1": [(1, 0.25), (2, 0.75)], "metric/nmi": [(1, 0.5), (2, 0.5)]}
-    assert set(events.Tags()["scalars"]) == set(expected)
-    for tag, points in expected.items():
-        read = [(event.step, event.value) for event in events.Scalars(tag)]
-        assert read == [(step, pytest.approx(value, rel=1e-6)) for step, value in points], tag
-
-
-def test_a_first_metric_that_is_not_a_number_is_not_the_best(tmp_path):
-    values = iter([float("nan"), 0.5, 0.9, float("nan")])
-    validation = Validation(lambda trainer: {"nmi": next(values)}, patience=2,
-                            checkpoint=tmp_path / "best")
-    make_trainer(end_of_epoch_hook=validation).train(num_epochs=4)
-    assert len(validation.rows) == 4 and validation.best()["nmi"] == 0.9
-    assert torch.load(tmp_path / "best", weights_only=True)["epoch"] == 3
-
-
-def test_a_second_training_does_not_write_over_a_better_checkpoint(tmp_path):
-    values = iter([0.1, 0.9, 0.1, 0.2])
-    saved = []
-    validation = Validation(lambda trainer: {"nmi": next(values)}, checkpoint=tmp_path / "best",
-                            state=lambda trainer: saved.append(len(validation.rows)) or {})
-    trainer = make_trainer(end_of_epoch_hook=validation)
+    scalars = log.writer.scalars
+    trainer = make_trainer(
+        iterations_per_epoch=1, loss_funcs={"metric_loss": lambda rows, *_: rows.sum() * 0 + 2},
+        mining_funcs={"tuple_miner": now_and_then([], TRIPLET, (1,))},
+        end_of_iteration_hook=in_turn(log.after_iteration,
+                                      lambda trainer: counts.append(len(scalars))),
+        end_of_epoch_hook=in_turn(validation, log.after_epoch))
+    trainer.end_of_epoch_hook(trainer)  # of the untrained network
     trainer.train(num_epochs=2)
-    trainer.train(num_epochs=2)
-    assert saved == [1, 2]
-
-
-def test_validation_saves_what_a_subclass_says_its_state_is(tmp_path):
-    class Counting(MetricLossOnly):
-        def state_dict(self):
-            return super().state_dict() | {"counted": 7}
-
-    validation = Validation(lambda trainer: {"nmi": 1.0}, checkpoint=tmp_path / "best")
-    make_trainer(Counting, end_of_epoch_hook=validation).train()
-    assert torch.load(tmp_path / "best", weights_only=True)["counted"] == 7
-
-
-def test_schedulers_do_not_repeat_the_warnings_of_others():
-    class Warning(MeanSquare):
-        def forward(self, *arguments):
-            warnings.warn("once is enough")
-            return super().forward(*arguments)
-
-    trainer = make_trainer(loss_funcs={"metric_loss": Warning()})
-    trainer.lr_schedulers["trunk_scheduler_by_iteration"] = torch.optim.lr_scheduler.StepLR(
-        trainer.optimizers["trunk_optimizer"], 1)
-    with warnings.catch_warnings(record=True) as heard:
-        warnings.resetwarnings()
-        warnings.simplefilter("default")
-        trainer.train(num_epochs=3)
-    assert 1 <= len([w for w in heard if "once is enough" in str(w.message)]) <= 2
-
-
-def test_a_subset_batch_miner_that_returns_none_skips_the_step():
-    trainer = make_trainer(mining_funcs={"subset_batch_miner": now_and_then(None, [0, 1])})
-    trainer.train(num_epochs=2)
-    assert trainer.skipped_steps == 2
-
-
-def test_a_resting_section_is_zero_in_half_precision():
-    huge = torch.nn.Linear(3, 5)
-    huge.weight.data.fill_(6e4)
-    trainer = assemble(functools.partial(CascadedEmbeddings, (2, 3)), {"trunk": huge},
-                       {"metric_loss_0": MeanSquare(), "metric_loss_1": MeanSquare()},
-                       mining_funcs={"tuple_miner_1": lambda *_: None})
-    losses = trainer.calculate_loss(torch.full((8, 3), 3e38), torch.arange(8) % 4)
-    assert losses["metric_loss_1"] == 0 and losses["metric_loss_1"].requires_grad
-
-
-@pytest.mark.parametrize("tuples", [np.array([[0, 1, 2], [3, 0, 1]]), ([0, 3], [1, 0], [2, 1])])
-def test_what_a_two_stream_miner_may_return(tuples):
-    seen = []
-
-    class Recording(MeanSquare):
-        def forward(self, embeddings, labels, indices_tuple):
-            seen.append([part.tolist() for part in indices_tuple])
-            return super().forward(embeddings, labels, indices_tuple)
-
-    trainer = two_streams(loss_funcs={"metric_loss": Recording()}, iterations_per_epoch=1,
-                          mining_funcs={"tuple_miner": lambda *_: tuples})
-    trainer.train()
-    assert seen == [[[0, 3], [1 + 8, 0 + 8], [2 + 8, 1 + 8]]]
-
-
-def test_an_augmenting_trainer_with_loading_processes_ends_at_once():
-    trainer = views(dataloader_num_workers=1)
-    trainer.train()
-    gone = weakref.ref(trainer)
-    del trainer
-    assert gone() is None  # no cycle that waits for the garbage collector
-
-
-def test_a_last_epoch_off_the_schedule_does_not_count_for_patience():
-    values = [0.5, 0.4, 0.3, 0.2, 0.1]
-    broken = measuring(values[:2], every=2, patience=2)
-    make_trainer(end_of_epoch_hook=broken).train(num_epochs=3)
-    assert [row["epoch"] for row in broken.rows] == [2, 3] and not broken.is_over()
-    on = measuring(values[2:], every=2, patience=2, rows=broken.rows)
-    trainer = make_trainer(end_of_epoch_hook=on)
-    trainer.train(4, 20)
-    assert [row["epoch"] for row in on.rows] == [2, 3, 4, 6] and trainer.epoch == 6
-
-
-def test_rows_of_a_checkpoint_keep_it_from_being_written_over(tmp_path):
-    first = measuring([0.9], checkpoint=tmp_path / "best")
-    make_trainer(end_of_epoch_hook=first).train()
-    rows = torch.load(tmp_path / "best", weights_only=True)["validation_rows"]
-    on = measuring([0.1], checkpoint=tmp_path / "best", rows=rows)
-    make_trainer(end_of_epoch_hook=on).train(2, 2)
-    assert torch.load(tmp_path / "best", weights_only=True)["epoch"] == 1
-    assert len(on.rows) == 2 and len(rows) == 1
-
-
-def test_epochs_in_which_the_trunk_rests_are_not_measured():
-    validation = measuring([0.1, 0.1, 0.2, 0.3], patience=2)
-    trainer = adversarial((1, 3), end_of_epoch_hook=validation)
-    trainer.train(num_epochs=6)
-    assert [row["epoch"] for row in validation.rows] == [1, 5, 6]
-
-
-class Handed:
-    """A miner that keeps to the tuples that it is handed, and halves them."""
-
-    def __init__(self, names, name):
-        self.names, self.name, self.handed = names, name, None
-
-    def set_idx_externally(self, tuples, labels):
-        self.handed = tuples
-
-    def reset_idx(self):
-        self.names.append((self.name, self.handed is not None))
-        self.handed = None
-
-    def __call__(self, embeddings, labels):
-        tuples = triplets_of(labels) if self.handed is None else list(zip(*self.handed))
-        return tuple(torch.tensor(part) for part in zip(*tuples[:len(tuples) // 2]))
-
-
-def test_a_miner_of_cascades_is_handed_the_tuples_of_the_section_before():
-    names, counts = [], []
-
-    class Counting(MeanSquare):
-        def forward(self, embeddings, labels, indices_tuple):
-            counts.append(len(indices_tuple[0]))
-            return super().forward(embeddings, labels, indices_tuple)
-
-    trainer = assemble(functools.partial(CascadedEmbeddings, (1, 2, 2)),
-                       {"trunk": linear(3, 5)}, {f"metric_loss_{i}": Counting() for i in range(3)},
-                       mining_funcs={f"tuple_miner_{i}": Handed(names, i) for i in range(3)},
-                       iterations_per_epoch=1)
-    trainer.train()
-    assert names == [(0, False), (1, True), (2, True)]
-    assert counts[1] == counts[0] // 2 and counts[2] == counts[1] // 2 > 0
-
-
-def test_a_zero_without_a_graph_skips_the_step_and_other_numbers_are_errors():
-    values = iter([torch.zeros(()), torch.ones(())])
-    trainer = make_trainer(loss_funcs={"metric_loss": lambda *_: next(values)})
-    with pytest.raises(ValueError, match="nothing to learn"):
-        trainer.train()
-    assert trainer.skipped_steps == 1
-
-
-def test_no_iterations_per_epoch_is_one_pass():
-    assert make_trainer(iterations_per_epoch=0).iterations_per_epoch == len(make_trainer().loader)
-
-
-@pytest.mark.parametrize("rows, words", [
-    ([{"data": torch.zeros(3), "label": 1}] * 8, r"a dict of 2; it must give \(data, label\)"),
-    ([(torch.zeros(3), torch.zeros(3), 1)] * 8, r"a list of 3; it must give \(data, label\)")])
-def test_batches_that_are_not_data_and_labels(rows, words):
-    with pytest.raises(ValueError, match=words):
-        make_trainer(dataset=rows, batch_size=4, sampler=None).train()
-
-
-def test_labels_with_fractions():
-    with pytest.raises(ValueError, match="not integers"):
-        make_trainer(dataset=TensorDataset(torch.randn(ROWS, 3), torch.arange(ROWS) / 3)).train()
-
-
-def test_an_adversarial_loss_with_weights_of_its_own():
-    loss = Hinge()
-    loss.beta = torch.nn.Parameter(torch.ones(()))
-    with pytest.raises(ValueError, match="no weights of its own"):
-        adversarial(loss_funcs={"metric_loss": Hinge(), "g_adv_loss": loss, "synth_loss": Hinge(),
-                                "classifier_loss": torch.nn.CrossEntropyLoss()})
-
-
-def test_what_loading_processes_get_can_be_pickled():
-    trainer = assemble(functools.partial(UnsupervisedEmbeddingsUsingAugmentations,
-                                         [torch.nn.Identity()]),
-                       {"trunk": linear()}, {"metric_loss": MeanSquare()})
-    assert pickle.loads(pickle.dumps(trainer.collate_fn)).func is trainer.collate_fn.func
+    assert scalars == [
+        ("learning_rate/trunk", 0.1, 0), ("metric/recall@1", 0.5, 0), ("metric/nmi", 0.5, 0),
+        ("loss/metric_loss", 2., 0), ("loss/total_loss", 2., 0), ("learning_rate/trunk", 0.1, 1),
+        ("loss/metric_loss", 0., 1), ("loss/total_loss", 0., 1),  # a skipped step
+        ("learning_rate/trunk", 0.1, 2), ("metric/recall@1", 0.75, 2), ("metric/nmi", 0.5, 2)]
+    assert counts == [3, 6]  # what the device holds is read once an epoch
+    assert {type(value) for _, value, _ in scalars} == {float}
+    assert log.writer.folder == "a folder" and log.writer.flushed == len(scalars)
 
 
 # ---- the diagnosis of the training batches
@@ -2786,15 +1668,15 @@ def test_diagnosis_against_loops_over_the_batches():
 
 
 def test_diagnosis_of_batches_that_say_little():
-    loss = torch.nn.CosineEmbeddingLoss()
-    loss.forward = lambda embeddings, labels, indices_tuple=None: embeddings.sum()
+    loss = MeanSquare()  # which does not say how many tuples are active
     diagnosis = Diagnosis(loss)
     loss(torch.ones(3, 2), torch.tensor([0, 1, 2]))
     row = diagnosis.row()
     assert row == {"d_an": 0.0, "std": 0.0, "length": pytest.approx(2 ** 0.5)}
     assert Diagnosis.has_collapsed(row) and not Diagnosis.has_collapsed({})
-    assert Diagnosis.has_collapsed({"std": float("nan"), "length": float("nan")})
-    assert not Diagnosis.has_collapsed({"std": 0.2, "length": 1.0})
+    assert Diagnosis.has_collapsed({"std": math.nan, "length": math.nan})
+    assert not Diagnosis.has_collapsed({"std": 0.11, "length": 1.0})
+    assert Diagnosis.has_collapsed({"std": 0.09, "length": 1.0})
     loss(torch.ones(3, 2), torch.tensor([1, 1, 1]))
     assert "d_an" not in diagnosis.row()
 
@@ -2812,33 +1694,3 @@ def test_active_share_by_hand(loss, expected):
     assert float(loss.active) == expected
     loss(rows, torch.tensor([0, 0, 1, 1]), torch.empty(0, 3, dtype=torch.long))
     assert float(loss.active) == 0
-
-
-def test_a_term_added_to_a_step_counts_once_and_is_logged_by_its_name():
-    class WithTerm(MetricLossOnly):
-        def calculate_loss(self, data, labels):
-            return {**super().calculate_loss(data, labels), "extra_loss": data.new_tensor(2.0)}
-
-    trainer = make_trainer(WithTerm)
-    trainer.train()
-    assert list(trainer.losses) == ["metric_loss", "extra_loss", "total_loss"]
-    assert trainer.losses["total_loss"] == trainer.losses["metric_loss"] + 2
-
-
-@pytest.mark.parametrize("loss, words", [
-    (lambda *_: 0.5, "metric_loss must give a scalar tensor; it gave float"),
-    (lambda embeddings, *_: embeddings.sum(1), r"it gave \[4\]")])
-def test_a_loss_must_give_a_scalar_tensor(loss, words):
-    with pytest.raises(ValueError, match=words):
-        make_trainer(loss_funcs={"metric_loss": loss}).train()
-
-
-def test_a_loss_of_one_element_is_a_scalar():
-    make_trainer(loss_funcs={"metric_loss": lambda rows, *_: rows.square().mean()[None]}).train()
-
-
-def test_all_frozen_is_an_error_where_the_loss_is_zero():
-    trainer = make_trainer(loss_funcs={"metric_loss": lambda *_: torch.zeros(())},
-                           freeze_these=["trunk"])
-    with pytest.raises(ValueError, match="nothing to learn"):
-        trainer.train()
