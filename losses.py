@@ -1291,7 +1291,8 @@ def add_arguments(parser):
                        metavar="NAME",
                        help=f"{', '.join(LOSSES)}. The README says whose they are. Default "
                             "%(default)s (reference runs)")
-    two_forms = ", ".join(name for name in LOSSES if "form" in flags_of(name))
+    flags = {name: flags_of(name) for name in LOSSES}
+    two_forms = ", ".join(name for name, own in flags.items() if "form" in own)
     group.add_argument("--form", choices=samplers.FORMS, default="paper",
                        metavar="FORM",
                        help=f"which of its two forms a loss or a sampling has: reference is what "
@@ -1310,7 +1311,7 @@ def add_arguments(parser):
              "for proxyanchor and softtriple (their authors' code) and proxynca++; glyphs 1e-2")):
         group.add_argument(f"--{flag}", type=float, default=default, metavar="LR", help=text)
     for flag, text in [row for loss in LOSSES.values() for row in loss.flags.items()]:
-        readers = [name for name in LOSSES if flag in flags_of(name)]
+        readers = [name for name, own in flags.items() if flag in own]
         default = defaults_of(LOSSES[readers[0]])[flag]
         text = f"{', '.join(readers)}: {text}"
         if default is False:
