@@ -36,7 +36,7 @@ def pytest_runtest_makereport(item, call):
 # ---- images
 
 
-def make_tree(folder, sizes=(6,) * 8, seed=0, spread=40):
+def make_tree(folder, sizes=(6,) * 8, seed=0, spread=100):
     """Class folders with so many images each, noise around the class's colour -> the folder."""
     generator = np.random.default_rng(seed)
     for label, size in enumerate(sizes):
@@ -96,14 +96,19 @@ def draw_quickly(path, *_, **__):
         Image.new("RGB", (1, 1)).save(file, "png")
 
 
-@pytest.fixture
-def small(tree, tmp_path, monkeypatch):
-    """Options of a run of three iterations in a fraction of a second, in runs/folder/run."""
-    monkeypatch.setattr(evaluate, "draw_recoveries", draw_quickly)
+def options_of(tree, save_path):
+    """Options of a run of three iterations in a fraction of a second, in save_path/folder/run."""
     return ["--dataset", "folder", "--source_path", str(tree), "--arch", "convnet", "--gpu", "-1",
             "--image_size", "16", "--embed_dim", "8", "--bs", "8", "--n_epochs", "1",
             "--kernels", "0", "--k_vals", "1", "2", "--lr", "1e-3",
-            "--save_path", str(tmp_path / "runs"), "--savename", "run"]
+            "--save_path", str(save_path), "--savename", "run"]
+
+
+@pytest.fixture
+def small(tree, tmp_path, monkeypatch):
+    """options_of a run in tmp_path/runs, without its picture of neighbours."""
+    monkeypatch.setattr(evaluate, "draw_recoveries", draw_quickly)
+    return options_of(tree, tmp_path / "runs")
 
 
 def rows(folder, name="log_val_Base.csv"):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from test_main import make_tree
+from conftest import make_tree
 
 ROOT = Path(__file__).resolve().parent.parent
 # Below a title of the README's: the file that changes, and its table.
@@ -97,7 +97,7 @@ def test_the_readmes_loss_and_network_train(copy, tmp_path):
     flag, value = re.search(r"def __init__\(self, (\w+)=([\d.]+)", code).groups()
     section, _, network = recipe("### Add a network")
     assert f"python main.py --dataset glyphs --arch {name_of(network)}" in section
-    tree = make_tree(tmp_path / "tree", classes=4, images=4)
+    tree = make_tree(tmp_path / "tree", (4,) * 4)
     python(copy, "-c", TRAIN, name_of(row), flag, str(float(value) / 2), name_of(network), str(tree))
     logs = [(copy / f"Training_Results/folder/{name}/log_train_Base.csv").read_text()
             for name in ("loss", "flag", "network")]
