@@ -4,8 +4,8 @@ python benchmarks/fuzz.py --cases 10000 damages as many small files and reads ea
 A case ends clean, with a result that agrees with itself, or refused, with a ValueError or OSError
 of this project that names the file or its flag in one line. All else is a failure: other errors,
 a warning of damage and no refusal, hangs, code that ran, files left behind, a gigabyte of memory.
-A new target is a function folder -> (generator, folder -> Case) in TARGETS. tests/test_fuzz.py
-runs a short form.
+A new target is a function folder -> (generator, folder -> Case) in TARGETS.
+tests/test_benchmarks.py runs ten of each.
 """
 
 import argparse

@@ -64,11 +64,13 @@ def test_the_convnet_halves_the_picture_three_times_and_averages():
     found = network.layers(images)
     assert found.shape == (2, 256, 4, 4)
     torch.testing.assert_close(network(images), found.mean((2, 3)))
+    convolutions = 9 * (3 * 32 + 32 * 64 + 64 * 128 + 128 * 256)  # without biases
+    assert sum(p.numel() for p in network.parameters()) == convolutions + 2 * (32 + 64 + 128 + 256)
 
 
 def test_every_weight_learns():
     trunk, embedder = select()
-    assert trunk.training and embedder.training
+    assert trunk.backbone.training and embedder.training
     (embedder(trunk(byte_images(3, 16))) * torch.randn(3, 16)).sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in [*trunk.parameters(), *embedder.parameters()])
 
