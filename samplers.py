@@ -328,7 +328,7 @@ class Sampler(torch.nn.Module):
         """
         triplets = self.distance(embeddings, labels)
         replaced = torch.rand(len(triplets), 1, device=labels.device) < self.rho_probability
-        return torch.where(replaced, triplets[:, [0, 0, 1]], triplets)
+        return torch.where(replaced, torch.cat([triplets[:, :1], triplets[:, :2]], 1), triplets)
 
     def all(self, embeddings, labels, others=None, other_labels=None):
         """Every valid triplet of the batch -> [T, 3]; ValueError for more than MOST_TRIPLETS.
