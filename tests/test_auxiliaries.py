@@ -598,13 +598,9 @@ def test_any_other_error_keeps_its_traceback(slip):
     assert __file__ in said and "Caught" not in said
 
 
-@pytest.mark.parametrize("error, advice", [
-    (torch.OutOfMemoryError("CUDA out of memory"), "try a smaller --bs"),
-    (RuntimeError("cumsum does not have a deterministic implementation"), "leave out --determin"),
-    (RuntimeError("DataLoader worker (pid 3) is killed by signal: Bus error."), "fewer --kernels")])
-def test_what_the_machine_lacks_is_one_sentence_with_advice(error, advice):
-    said = ended_by(error)
-    assert said.startswith(f"main.py: error: {error}: ") and advice in said
+def test_what_the_machine_lacks_is_one_sentence_with_advice():
+    said = ended_by(torch.OutOfMemoryError("CUDA out of memory"))
+    assert said == "main.py: error: CUDA out of memory: try a smaller --bs"
 
 
 def test_ctrl_c_is_one_line(capsys):

@@ -12,7 +12,6 @@ import math
 import pickle
 import random
 import re
-import sys
 import warnings
 import weakref
 from types import SimpleNamespace
@@ -27,11 +26,10 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, TensorD
 import auxiliaries
 import samplers
 from losses import MarginLoss, TripletLoss
-from results import TensorBoardLog
 from trainers import (TRAINERS, BaseTrainer, CascadedEmbeddings, DeepAdversarialMetricLearning,
                       Diagnosis, MetricLossOnly, NonFiniteLoss, TrainWithClassifier,
                       TwoStreamMetricLoss, UnsupervisedEmbeddingsUsingAugmentations, Validation,
-                      in_turn)
+                      in_turn, schedulers_select, trainer_select)
 
 ROWS, BATCH, BATCHES = 16, 4, 4
 IN_ORDER = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
@@ -459,6 +457,21 @@ def test_schedules_go_by_iteration_or_by_epoch():
                      pytest.approx([0.1 / 2 ** 8, 0.1 / 4, 0.1])]
 
 
+@pytest.mark.parametrize("scheduler, factors", [
+    ("step", [1, 0.5, 0.5, 0.25, 0.25]), ("exp", [0.5, 0.25, 0.125, 0.0625, 0.03125]),
+    ("plateau", [1, 1, 0.5, 0.5, 0.25]), ("none", [1] * 5)])
+def test_schedules_by_their_names(scheduler, factors):
+    """plateau_patience 2: two measurements in a row without a better one."""
+    opt = SimpleNamespace(scheduler=scheduler, tau=[2, 4], gamma=0.5, plateau_patience=2)
+    trainer, rates = make_trainer(), []
+    trainer.lr_schedulers = schedulers_select(opt, trainer.optimizers)
+    for _ in range(5):
+        trainer.train()
+        trainer.step_lr_plateau_schedulers(0.7)
+        rates.append(trainer.optimizers["trunk_optimizer"].param_groups[0]["lr"])
+    assert rates == pytest.approx([0.1 * factor for factor in factors])
+
+
 def test_schedules_begin_before_the_first_step_without_a_warning():
     trainer = adversarial((0, 9), mining_funcs={"tuple_miner": lambda *_: []})
     trainer.lr_schedulers = {
@@ -474,21 +487,15 @@ def test_schedules_begin_before_the_first_step_without_a_warning():
 
 def test_gradient_clippers_are_called_between_backward_and_step():
     trunk, calls = linear(), []
-    before = [weights(trunk)]
+    before = weights(trunk)
 
     def clip():
-        assert trunk.weight.grad.abs().sum() > 0
-        assert same(before[-1], weights(trunk))  # not stepped yet
-        calls.append("trunk")
-        torch.nn.utils.clip_grad_norm_(trunk.parameters(), 1e-3)
+        calls.append(float(trunk.weight.grad.abs().sum()))
+        trunk.weight.grad.zero_()
 
-    make_trainer(models={"trunk": trunk}, gradient_clippers={
-        "trunk_grad_clipper": clip, "embedder_grad_clipper": lambda: calls.append("embedder")},
-        end_of_iteration_hook=lambda trainer: before.append(weights(trunk))).train()
-    assert calls == ["trunk", "embedder"] * BATCHES
-    for old, new in zip(before, before[1:]):
-        change = torch.cat([(a - b).flatten() for a, b in zip(old, new)]).norm()
-        assert change == pytest.approx(0.1 * 1e-3, rel=1e-2)  # rate times the clipped norm
+    make_trainer(models={"trunk": trunk}, gradient_clippers={"trunk_grad_clipper": clip}).train()
+    assert len(calls) == BATCHES and all(calls)
+    assert torch.equal(before[0], trunk.weight) and not torch.equal(before[1], trunk.bias)
 
 
 @pytest.mark.parametrize("frozen", [("trunk",), ["embedder", "metric_loss"]])
@@ -587,25 +594,19 @@ def test_hooks_of_pytorch_metric_learning():
 
 @pytest.mark.parametrize("name, argument, keys, expected", [
     ("MetricLossOnly", "models", ["trunc"], "unknown key 'trunc'"),
-    ("MetricLossOnly", "loss_funcs", ["-metric_loss"], "no key 'metric_loss'"),
     ("MetricLossOnly", "mining_funcs", ["miner"], "unknown key 'miner'"),
     ("MetricLossOnly", "gradient_clippers", ["trunk_clipper"], "unknown key 'trunk_clipper'"),
     ("MetricLossOnly", "lr_schedulers", ["trunk_scheduler"], "unknown key 'trunk_scheduler'"),
     ("MetricLossOnly", "freeze_these", ["body"], "unknown key 'body'"),
     ("TrainWithClassifier", "loss_weights", ["metric_loss"], "no key 'classifier_loss'"),
     ("TrainWithClassifier", "optimizers", ["trunk"], "unknown key 'trunk'"),
-    ("CascadedEmbeddings", "models", ["classifier_2"], "unknown key 'classifier_2'"),
     ("CascadedEmbeddings", "loss_funcs", ["-metric_loss_1"], "no key 'metric_loss_1'"),
-    ("CascadedEmbeddings", "loss_funcs", ["metric_loss"], "unknown key 'metric_loss'"),
     ("CascadedEmbeddings", "mining_funcs", ["tuple_miner"], "unknown key 'tuple_miner'"),
     ("CascadedEmbeddings", "optimizers", ["classifier_9_optimizer"], "unknown key 'classifier_9"),
     ("DeepAdversarialMetricLearning", "models", ["-generator"], "no key 'generator'"),
-    ("DeepAdversarialMetricLearning", "loss_funcs", ["-synth_loss"], "no key 'synth_loss'"),
-    ("DeepAdversarialMetricLearning", "loss_funcs", ["g_hard_loss"], "unknown key 'g_hard_loss'"),
     ("DeepAdversarialMetricLearning", "loss_weights",
      ["metric_loss", "g_adv_loss", "synth_loss", "classifier_loss", "g_reg_loss"],
      "no key 'g_hard_loss'"),
-    ("TwoStreamMetricLoss", "models", ["-trunk"], "no key 'trunk'"),
     ("TwoStreamMetricLoss", "mining_funcs", ["subset_batch_miner"],
      "unknown key 'subset_batch_miner'")])
 def test_unknown_and_missing_keys_are_named_with_the_allowed_ones(name, argument, keys, expected):
@@ -638,52 +639,36 @@ def test_batches_and_losses_that_are_refused(changes, words):
 # ---- numbers that are not finite
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_before_the_step(value):
-    class Breaks(MeanSquare):
-        def forward(self, embeddings, labels, indices_tuple=None):
-            loss = super().forward(embeddings, labels)
-            return loss + value if len(self.seen) == BATCHES + 3 else loss
-
-    kept, epochs = [], []
-    trainer = make_trainer(
-        loss_funcs={"metric_loss": Breaks()},
-        end_of_iteration_hook=lambda trainer: kept.append(all_weights(trainer)),
-        end_of_epoch_hook=lambda trainer: epochs.append(trainer.epoch))
-    with pytest.raises(FloatingPointError, match=rf"loss is {value} in epoch 2, iteration 3\b"):
-        trainer.train(num_epochs=3)
-    assert len(kept) == BATCHES + 2 and epochs == [1]
-    assert same(kept[-1], all_weights(trainer))
-
-
 class OnGPU(torch.Tensor):
     """A tensor that says that it is on a GPU, where losses are looked at every 20 iterations."""
 
     is_cuda = True
 
 
-@pytest.mark.parametrize("what, said", [
-    ("loss", "the loss is inf in epoch 6, iteration 3;"),
-    ("gradient", "the gradient of metric_loss.scale is not finite in epoch 6, iteration 3;")])
-def test_what_is_looked_at_later_is_named_by_its_own_iteration(what, said):
+@pytest.mark.parametrize("tensor, steps", [(torch.Tensor, 22), (OnGPU, 24)])
+@pytest.mark.parametrize("what, said", [("loss", "the loss is inf in"), (
+    "gradient", "the gradient of metric_loss.scale is not finite in")])
+def test_what_is_not_finite_stops_the_training_and_is_named_by_its_iteration(what, said, tensor,
+                                                                             steps):
+    """Before the step on a CPU, before the hook can save anything on a GPU."""
     class Breaks(MeanSquare):
         def forward(self, embeddings, labels, indices_tuple=None):
             loss = super().forward(embeddings, labels)
             if len(self.seen) == 23:
                 loss = (loss * math.inf if what == "loss" else
                         loss + (loss - loss.detach()).sqrt())
-            return loss.as_subclass(OnGPU)
+            return loss.as_subclass(tensor)
 
-    done, epochs = [], []
+    kept, epochs = [], []
     trainer = make_trainer(
-        loss_funcs={"metric_loss": Breaks()},
-        models={"trunk": linear(3, 4), "embedder": linear(4, 2)},
-        iterations_per_epoch=4, end_of_iteration_hook=lambda trainer: done.append(1),
+        loss_funcs={"metric_loss": Breaks()}, models={"trunk": linear(), "embedder": linear(2, 2)},
+        end_of_iteration_hook=lambda trainer: kept.append(all_weights(trainer)),
         end_of_epoch_hook=lambda trainer: epochs.append(trainer.epoch))
-    with pytest.raises(NonFiniteLoss, match=said) as error:
+    with pytest.raises(NonFiniteLoss, match=f"{said} epoch 6, iteration 3; .*--lr") as error:
         trainer.train(num_epochs=9)
     assert (error.value.epoch, error.value.iteration) == (6, 2)
-    assert len(done) == 24 and epochs == [1, 2, 3, 4, 5]  # before the hook can save anything
+    assert len(kept) == steps and epochs == [1, 2, 3, 4, 5]
+    assert tensor is OnGPU or same(kept[-1], all_weights(trainer))
 
 
 def root_of_zero(embeddings, *_):
@@ -708,12 +693,14 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_as_they_were(scaler, i
 
 
 def test_weights_that_a_last_step_spoils_are_refused_before_the_epoch_hook():
+    def spoil(trainer):
+        trainer.models["trunk"].weight.data[1, 2] = math.nan
+
     saved = []
-    trainer = make_trainer(iterations_per_epoch=1, end_of_epoch_hook=saved.append)
-    trainer.optimizers["trunk_optimizer"].param_groups[0]["lr"] = math.inf
-    with pytest.raises(NonFiniteLoss, match="weight trunk.* is not finite after epoch 1, "
+    with pytest.raises(NonFiniteLoss, match="weight trunk.weight is not finite after epoch 1, "
                                             "iteration 1"):
-        trainer.train()
+        make_trainer(iterations_per_epoch=1, end_of_iteration_hook=spoil,
+                     end_of_epoch_hook=saved.append).train()
     assert not saved
 
 
@@ -873,6 +860,48 @@ def test_trainers_are_found_by_their_names():
     assert all(trainer.__name__ == name for name, trainer in TRAINERS.items())
 
 
+RATES = {"trunk": 0.01, "embedder": 0.02, "classifier": 0.03, "generator": 0.04}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_options_make_a_trainer_of_which_every_part_learns_at_its_rate(name):
+    opt = SimpleNamespace(
+        trainer=name, lr=0.01, fc_lr_mul=2, classifier_lr=0.03, g_lr=0.04, decay=0.1, bs=8,
+        embed_dim=3, embedding_sizes=[1, 2], classifier_weight=0.5, g_weights=[2, 3, 4, 5],
+        metric_alone_epochs=0, g_alone_epochs=0, g_triplets_per_anchor=3, scheduler="none",
+        batchnorm="trained", kernels=0, amp="none")
+    trunk = linear(3, 5)
+    trunk.num_features = 5
+    dataset = four_classes(streams=TRAINERS[name].views)
+    dataset.class_names = list("abcd")
+    made = []
+
+    def make_loss(**changes):
+        made.append(changes)
+        return TripletLoss(sampling="random"), None
+
+    trainer = trainer_select(opt, trunk, linear(5, 3), make_loss, dataset,
+                             BatchSampler(InOrder(), 8, True), torch.device("cpu"))
+    before, passed = all_weights(trainer), []
+    trunk.register_forward_pre_hook(lambda trunk, given: passed.append(given[0]))
+    trainer.train()
+    assert not any(torch.equal(*pair) for pair in zip(before, all_weights(trainer)))
+    assert trainer.skipped_steps == 0 and trainer.diagnoses
+    for key, optimizer in trainer.optimizers.items():
+        group, = optimizer.param_groups
+        assert (group["lr"], group["weight_decay"]) == (RATES[key.removesuffix("_optimizer")], 0.1)
+    if name.startswith("Unsupervised"):  # both views, beside each other
+        assert torch.equal(passed[0], torch.stack(dataset[:8][:2], 1).flatten(0, 1))
+    assert made == {"CascadedEmbeddings": [{"embed_dim": 1}, {"embed_dim": 2}],
+                    "DeepAdversarialMetricLearning": [{}] + [
+                        {"loss": "triplet", "sampling": "distance"}] * 2}.get(name, [{}])
+    assert trainer.loss_weights == {
+        "TrainWithClassifier": {"metric_loss": 1, "classifier_loss": 0.5},
+        "DeepAdversarialMetricLearning": {
+            "metric_loss": 1, "g_adv_loss": 2, "g_hard_loss": 3, "g_reg_loss": 4, "synth_loss": 5},
+    }.get(name, dict.fromkeys(trainer.loss_funcs, 1))
+
+
 @pytest.mark.parametrize("make", EVERY_TRAINER.values(), ids=EVERY_TRAINER)
 def test_no_loss_weights_at_all_are_weights_of_one(make):
     trainer = make(loss_weights={})
@@ -1010,12 +1039,6 @@ def test_a_miner_of_cascades_is_handed_the_tuples_of_the_section_before():
     assert counts[1] == counts[0] // 2 and counts[2] == counts[1] // 2 > 0
 
 
-def test_sections_that_do_not_sum_to_the_embedding():
-    trainer = cascaded((), (2, 2), models={"trunk": linear(3, 5)})
-    with pytest.raises(RuntimeError, match=re.escape("split_sizes=[2, 2]")):
-        trainer.train()
-
-
 # ---- a generator of hard negatives
 
 PHASES = [
@@ -1081,27 +1104,18 @@ def test_phases_say_which_losses_count_and_which_networks_learn(phases, plan):
     assert kept == [(PHASES[phase], *[LEARN[phase]] * 3) for phase in [*plan, plan[1]]]
 
 
-@pytest.mark.parametrize("frozen", ["trunk", "generator"])
-def test_what_is_frozen_stays_frozen_in_every_phase(frozen):
-    modes = []
-    trainer = adversarial((1, 0), freeze_these=(frozen,), end_of_iteration_hook=lambda trainer:
-                          modes.append(trainer.models[frozen].training))
-    before = {name: weights(model) for name, model in trainer.models.items()}
-    trainer.train(num_epochs=2)
-    for name, model in trainer.models.items():
-        assert same(before[name], weights(model)) == (name == frozen), name
-    assert not any(modes)
-    assert not any(weight.requires_grad for weight in trainer.models[frozen].parameters())
-
-
-def test_weights_that_need_no_gradient_at_the_start_get_none_later():
+def test_what_needs_no_gradient_at_the_start_gets_none_in_later_phases():
     trunk = torch.nn.Sequential(linear(3, 4), linear(4, 5, seed=1))
     trunk[0].requires_grad_(False)
-    before = weights(trunk[0])
-    adversarial(models=adversarial().models | {"trunk": trunk}, optimizers={
-        "trunk_optimizer": sgd(trunk, weight_decay=0.1)}).train(num_epochs=4)
-    assert same(before, weights(trunk[0])) and not trunk[0].weight.requires_grad
-    assert trunk[1].weight.requires_grad
+    trainer = adversarial(models=adversarial().models | {"trunk": trunk},
+                          freeze_these=("classifier",))
+    trainer.optimizers = adams(trainer)  # whose decay would move weights without gradients
+    rests = [trunk[0], trainer.models["classifier"]]
+    before = [weights(part) for part in rests]
+    trainer.train(num_epochs=4)
+    assert all(map(same, before, map(weights, rests)))
+    assert not any(weight.requires_grad for part in rests for weight in part.parameters())
+    assert trunk[1].weight.requires_grad and not trainer.models["classifier"].training
 
 
 def test_batch_normalisation_of_idle_networks_stands_still():
@@ -1570,17 +1584,15 @@ def test_the_checkpoint_holds_the_best_epoch_and_training_goes_on_from_there(tmp
     assert [file.name for file in tmp_path.iterdir()] == ["best"]
 
 
-@pytest.mark.parametrize("metrics, metric, words", [
-    ({"nmi": 0.5, "f1": 0.2}, "recall@1", "must give recall@1; .* gives nmi, f1$"),
-    ({}, "nmi", "must give nmi")])
-def test_a_metric_that_is_not_measured(metrics, metric, words, tmp_path):
-    validation = Validation(lambda trainer: metrics, metric, checkpoint=tmp_path / "best")
-    with pytest.raises(ValueError, match=words):
+def test_a_metric_that_is_not_measured(tmp_path):
+    validation = Validation(lambda trainer: {"nmi": 0.5, "f1": 0.2}, "recall@1",
+                            checkpoint=tmp_path / "best")
+    with pytest.raises(ValueError, match="must give recall@1; .* gives nmi, f1$"):
         make_trainer(end_of_epoch_hook=validation).train()
     assert validation.rows == [] and not list(tmp_path.iterdir())
 
 
-# ---- several hooks, TensorBoard
+# ---- several hooks
 
 
 @pytest.mark.parametrize("values, returned", [
@@ -1594,43 +1606,6 @@ def test_hooks_in_turn_are_all_called_and_end_training_if_one_does(values, retur
 
     assert in_turn(*map(hook, values))("trainer") is returned
     assert calls == [(value, "trainer") for value in values]
-
-
-class Writer:
-    """Stands in for torch's SummaryWriter: keeps what is written."""
-
-    def __init__(self, folder):
-        self.folder, self.scalars, self.flushed = folder, [], 0
-
-    def add_scalar(self, tag, value, step):
-        self.scalars.append((tag, value, step))
-
-    def flush(self):
-        self.flushed = len(self.scalars)
-
-
-def test_tensorboard_gets_losses_by_iteration_and_the_rest_by_epoch(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard",
-                        SimpleNamespace(SummaryWriter=Writer))
-    validation, counts = measuring([0.5, 0.75], every=2), []
-    log = TensorBoardLog("a folder", validation.rows)
-    scalars = log.writer.scalars
-    trainer = make_trainer(
-        iterations_per_epoch=1, loss_funcs={"metric_loss": lambda rows, *_: rows.sum() * 0 + 2},
-        mining_funcs={"tuple_miner": now_and_then([], TRIPLET, (1,))},
-        end_of_iteration_hook=in_turn(log.after_iteration,
-                                      lambda trainer: counts.append(len(scalars))),
-        end_of_epoch_hook=in_turn(validation, log.after_epoch))
-    trainer.end_of_epoch_hook(trainer)  # of the untrained network
-    trainer.train(num_epochs=2)
-    assert scalars == [
-        ("learning_rate/trunk", 0.1, 0), ("metric/recall@1", 0.5, 0), ("metric/nmi", 0.5, 0),
-        ("loss/metric_loss", 2., 0), ("loss/total_loss", 2., 0), ("learning_rate/trunk", 0.1, 1),
-        ("loss/metric_loss", 0., 1), ("loss/total_loss", 0., 1),  # a skipped step
-        ("learning_rate/trunk", 0.1, 2), ("metric/recall@1", 0.75, 2), ("metric/nmi", 0.5, 2)]
-    assert counts == [3, 6]  # what the device holds is read once an epoch
-    assert {type(value) for _, value, _ in scalars} == {float}
-    assert log.writer.folder == "a folder" and log.writer.flushed == len(scalars)
 
 
 # ---- the diagnosis of the training batches
