@@ -28,9 +28,9 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 # The tests of each module; of those files that a suite has.
-TESTS = {"losses": ["test_losses.py"], "samplers": ["test_samplers.py"],
-         "evaluate": ["test_evaluate.py"], "trainers": ["test_trainers.py"],
-         "netlib": ["test_netlib.py"], "datasets": ["test_datasets.py", "test_images.py"]}
+TESTS = {"losses": ("test_losses.py",), "samplers": ("test_samplers.py",),
+         "evaluate": ("test_evaluate.py",), "trainers": ("test_trainers.py",),
+         "netlib": ("test_netlib.py",), "datasets": ("test_datasets.py", "test_images.py")}
 OPERATORS = {"+": "-", "-": "+", "*": "/", "/": "*", "//": "%", "%": "//", "**": "*", "&": "|",
              "|": "&", "<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==",
              "is": "is not", "is not": "is", "in": "not in", "not in": "in", "and": "or",
@@ -237,18 +237,17 @@ def copy_tree(tests, folder):
     shutil.copytree(tests, folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
 
 
-def run_tests(place, file, content, limit, *options):
-    """Runs a file's tests with other content -> (status, None over the limit; output; seconds)."""
+def run_tests(place, tests, file, content, limit, *options):
+    """Runs tests on other content of a file -> (status, None over the limit; output; seconds)."""
     folder = Path(tempfile.mkdtemp(dir=place))
     shutil.copytree(Path(place, "tree"), folder, dirs_exist_ok=True)
     (folder / file).write_bytes(content)
-    files = [f"tests/{name}" for name in TESTS[file.removesuffix(".py")]
-             if (folder / "tests" / name).exists()]
+    tests = [path for name in tests if (folder / (path := f"tests/{name}")).exists()] or tests
     started = time.perf_counter()
     with open(f"{folder}.txt", "w+", errors="replace") as output:
         process = subprocess.Popen(
             [sys.executable, "-c", PYTEST, "-q", "-p", "no:cacheprovider", "--tb=no", *options,
-             *files], cwd=folder, stdin=subprocess.DEVNULL, stdout=output,
+             *tests], cwd=folder, stdin=subprocess.DEVNULL, stdout=output,
             stderr=subprocess.STDOUT, start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": f"{folder}/tmp"})
         try:
@@ -284,21 +283,30 @@ def pool(workers):
                 time.sleep(0.1)
 
 
-def baseline(opt, place, each):
-    """Runs the modules' tests as they are -> ({file: time limit}, tests that pass), or exits."""
+def tests_of(file, opt):
+    """The names of the test files for a file of the source; "" is the folder."""
+    return ("",) if opt.whole else TESTS[file.removesuffix(".py")]
+
+
+def baseline(opt, place, each, files):
+    """Runs the tests as they are -> ({names of tests_of: time limit}, tests that pass), or exits.
+
+    files: of the source, those to be changed.
+    """
     limits, passed = {}, []
 
-    def run(module):
-        content = (ROOT / f"{module}.py").read_bytes()
-        return f"{module}.py", *run_tests(place, f"{module}.py", content, None,
-                                          *["-rpfE"] * opt.which)
+    def run(tests):
+        return tests, *run_tests(place, tests, files[0], (ROOT / files[0]).read_bytes(), None,
+                                 *["-rpfE"] * opt.which)
 
-    for file, status, text, seconds in each(run, opt.modules):
-        print(f"{file}: its tests take {seconds:.1f} s as they are", flush=True)
+    for tests, status, text, seconds in each(
+            run, dict.fromkeys(tests_of(file, opt) for file in files)):
+        names = " ".join(tests) or "all tests"
+        print(f"{names}: {seconds:.1f} s as they are", flush=True)
         if status != 0:
-            print(f"{file}: its tests fail as they are:\n{text[-3000:]}", file=sys.stderr)
+            print(f"{names}: they fail as they are:\n{text[-3000:]}", file=sys.stderr)
             sys.exit(2)
-        limits[file] = opt.limit * seconds + 30
+        limits[tests] = opt.limit * seconds + 30
         passed += re.findall("^PASSED (.+)$", text, re.MULTILINE)
     return limits, passed
 
@@ -307,11 +315,13 @@ def judge(opt, place, each, mutants, limits):
     """Runs the tests on each mutant, writes its row to --out -> the rows, with the outcome."""
     def run(mutant):
         row, content = mutant
-        status, text, seconds = run_tests(place, row["file"], content, limits[row["file"]],
+        tests = tests_of(row["file"], opt)
+        status, text, seconds = run_tests(place, tests, row["file"], content, limits[tests],
                                           *["-x"] * (not opt.which))
         failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", text, re.MULTILINE)
         return {**row, "outcome": {0: "survived", None: "time"}.get(status, "caught"),
-                "seconds": round(seconds, 1), "tests": "; ".join(failed)}
+                "seconds": round(seconds, 1),
+                "tests": "; ".join(failed or [f"status {status}"] * bool(status))}
 
     rows = []
     with open(opt.out, "w", newline="") as file:
@@ -368,6 +378,9 @@ def options(arguments):
     add("--modules", nargs="+", choices=TESTS, default=list(TESTS), metavar="NAME",
         help=f"which ones to change: {', '.join(TESTS)}. Default all")
     add("--every", type=int, default=1, metavar="N", help="only each N-th of the mutants")
+    add("--only", type=int, nargs="+", metavar="NUMBER", help="only the mutants of these numbers")
+    add("--whole", action="store_true",
+        help="run the whole suite, not the module's tests alone: for survivors, with --only")
     add("--tests", type=Path, default=ROOT / "tests", metavar="DIR",
         help="another folder of tests, to compare suites on the same mutants")
     add("--workers", type=int, default=os.cpu_count(), metavar="N",
@@ -386,10 +399,12 @@ def main(arguments=None):
     opt = options(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     mutants = [(row, content) for row, content in mutants_of(opt.number, opt.seed)
-               if row["number"] % opt.every == 0 and row["file"][:-3] in opt.modules]
+               if row["number"] % opt.every == 0 and row["file"][:-3] in opt.modules
+               and (opt.only is None or row["number"] in opt.only)]
     with pool(opt.workers) as (each, place):
         copy_tree(opt.tests, Path(place, "tree"))
-        limits, passed = baseline(opt, place, each)
+        files = list(dict.fromkeys(row["file"] for row, _ in mutants))
+        limits, passed = baseline(opt, place, each, files)
         rows = judge(opt, place, each, mutants, limits)
     for column in ("file", "kind"):
         table(rows, column)

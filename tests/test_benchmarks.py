@@ -24,7 +24,8 @@ def program(name):
     return module
 
 
-cpu_study, fuzz, throughput = map(program, ("cpu_study", "fuzz", "throughput"))
+cpu_study, fuzz, mutants, throughput = map(
+    program, ("cpu_study", "fuzz", "mutants", "throughput"))
 
 
 def rows_of(text):
@@ -138,6 +139,26 @@ def test_the_first_half_of_the_classes_trains(tmp_path):
 def test_the_study_says_what_is_wrong(file, flags, message):
     with pytest.raises(SystemExit, match=message):
         cpu_study.main(["--features", file, *flags])
+
+
+# ---- mutants.py
+
+
+def test_a_boundary_that_no_test_looks_at_survives(tmp_path, monkeypatch, capsys):
+    (tmp_path / "losses.py").write_text(
+        'def small(x: 2 > 1):\n    """1 < 2"""\n    return f"{x + 1}" if not x < 3 else ""\n')
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/test_losses.py").write_text(
+        "from losses import small\n\ndef test_small():\n    assert small(5) and not small(0)\n")
+    monkeypatch.setattr(mutants, "ROOT", tmp_path)
+    monkeypatch.setattr(mutants, "TESTS", {"losses": ("test_losses.py",)})
+    assert mutants.main(["--tests", str(tmp_path / "tests"), "--which"]) == 1
+    report = capsys.readouterr().out
+    assert "| all | 6 | 3 | 0 | 3 |" in report and "if not x <= 3" in report
+    for line in ("condition | 2 | 2", "sign, not | 1 | 1", "comparison | 1 | 0",
+                 "constant | 2 | 0"):
+        assert f"| {line} |" in report
+    assert report.endswith("mutants they catch:\n")  # the only test is not idle
 
 
 # ---- throughput.py
