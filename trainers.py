@@ -1003,7 +1003,7 @@ def trainer_select(opt, trunk, embedder, make_loss, train_set, batches, device):
         own["mining_funcs"] = {"tuple_miner": loss_funcs["metric_loss"].sampler}
     for part in (*models.values(), *loss_funcs.values()):
         part.to(device)
-    optimizers = {f"{name}_optimizer": torch.optim.Adam([group], weight_decay=opt.decay)
+    optimizers = {f"{name}_optimizer": torch.optim.Adam([dict(group)], weight_decay=opt.decay)
                   for name, group in groups.items()}
     trainer = TRAINERS[opt.trainer](
         models=models, optimizers=optimizers, batch_size=opt.bs, loss_funcs=loss_funcs,
