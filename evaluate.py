@@ -261,15 +261,23 @@ RANK_METRICS = tuple(name for name in METRICS if METRICS[name].kind in ("ranks",
 CLUSTER_METRICS = tuple(name for name in METRICS if METRICS[name].kind == "clusters")
 
 
+def metric_of(column):
+    """The row of METRICS of a log's column, such as "set 1 recall@4" or "d_ap"; None for others."""
+    column = column.rpartition(" ")[2]
+    return next((metric for name, metric in METRICS.items()
+                 if name in (column, column.partition("@")[0])
+                 or isinstance(metric.better, dict) and column in metric.better), None)
+
+
 def best_of(column):
     """min or max, whichever is the best of a log's column, such as "set 1 recall@4" or "rho"."""
-    column = column.rpartition(" ")[2]
-    for name, metric in METRICS.items():
-        if isinstance(metric.better, dict) and column in metric.better:
-            return metric.better[column]
-        if name in (column, column.partition("@")[0]):
-            return metric.better
-    return max
+    better = getattr(metric_of(column), "better", max)
+    return better[column.rpartition(" ")[2]] if isinstance(better, dict) else better
+
+
+def percent_of(column):
+    """What a log's column is multiplied by in tables: 100, but 1 where it is of embeddings."""
+    return 1 if getattr(metric_of(column), "kind", "") == "set" else 100
 
 
 def measured(kinds, metrics, inputs, **options):
