@@ -468,9 +468,11 @@ class Log:
             options = state["options"]
             given = {*self.opt.given, *options["given"]}
             free = {"n_epochs", "patience", *free_options(), *FOLLOW_DEVICE.difference(given)}
-            changed = [f"--{name} (was {one_line(options.get(name))}, is {value})"
-                       for name, value in vars(self.opt).items()
-                       if name not in free and options.get(name) != value]
+            # A flag that the code has got since has the default that it had then.
+            was = {name: options.get(name, None if name in given else value)
+                   for name, value in vars(self.opt).items() if name not in free}
+            changed = [f"--{name} (was {one_line(was[name])}, is {getattr(self.opt, name)})"
+                       for name in was if was[name] != getattr(self.opt, name)]
             if not changed and state["data"] == self.found.digest:
                 self.trainer.load_state_dict(state)
                 auxiliaries.restore_random_state(state["random_state"])
@@ -942,7 +944,8 @@ def verdict(recipe, results, departures=()):
     lines = [f"{'metric':12} {'measured':>15} {'published':>15} {'difference':>10}"]
     inside = {}
     for metric in dict.fromkeys((*recipe.published, *results[0].metrics())):
-        ours, spread = mean_and_std([100 * result.best(metric) for result in results])
+        ours, spread = mean_and_std([evaluate.percent_of(metric) * result.best(metric)
+                                      for result in results])
         line = f"{metric:12} {with_std(ours, spread if len(results) > 1 else None):>15}"
         if metric in recipe.published:
             mean, std = recipe.published[metric]
@@ -1023,7 +1026,8 @@ def table_of(dataset, groups, choose):
         recipe = recipes.get(names_of_recipes.pop()) if len(names_of_recipes) == 1 else None
         cells = {}
         for name in names:
-            values = [100 * choose(result, name) for result in results if name in result.rows[0]]
+            values = [evaluate.percent_of(name) * choose(result, name) for result in results
+                      if name in result.rows[0]]
             if not values:
                 continue
             mean, std = mean_and_std(values)
