@@ -1314,14 +1314,15 @@ def add_arguments(parser):
         readers = [name for name, own in flags.items() if flag in own]
         default = defaults_of(LOSSES[readers[0]])[flag]
         text = f"{', '.join(readers)}: {text}"
-        if default is False:
-            group.add_argument(f"--{flag}", action="store_true", help=text)
+        if isinstance(default, bool):
+            group.add_argument(f"--{flag}", default=default, help=text, action="store_true" if
+                               not default else argparse.BooleanOptionalAction)
             continue
         values = list(default) if isinstance(default, tuple) else [default]
         group.add_argument(f"--{flag}", type=type(values[0]), metavar=flag.split("_")[-1].upper(),
                            nargs="+" if isinstance(default, tuple) else None,
                            default=values if isinstance(default, tuple) else default,
-                           help=f"{text}. Default {' '.join(f'{v:g}' for v in values)}")
+                           help=f"{text}. Default {' '.join(map(str, values))}")
 
 
 def loss_select(opt, num_classes, **changes):
