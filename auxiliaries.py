@@ -49,6 +49,14 @@ class Parser(argparse.ArgumentParser):
         wide = functools.partial(argparse.HelpFormatter, max_help_position=26, width=100)
         super().__init__(*args, allow_abbrev=False, formatter_class=wide, **options)
 
+    def parse_given(self, argv):
+        """The options of a command line, and given: the names of those that stand in it."""
+        opt = self.parse_args(argv)
+        unset = argparse.Namespace(**dict.fromkeys(vars(opt)))  # no default fills in what is there
+        opt.given = [name for name, value in vars(self.parse_args(argv, unset)).items()
+                     if value is not None]
+        return opt
+
     def parse_known_args(self, args=None, namespace=None):
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:  # a subcommand's parser knows the nearest of its flags

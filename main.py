@@ -1,5 +1,4 @@
-"""Trains a network for retrieval of unseen classes, evaluates it after each epoch, saves and
-draws.
+"""Trains a network for retrieval of unseen classes; evaluates, saves and draws in each epoch.
 
 run() is a training from top to bottom: data, network, trainer, and the loop over the epochs. What
 each part does is in its own file; below run() stand the options, how they are filled in and
@@ -92,6 +91,9 @@ def print_header(opt, log, test_sets, trainer):
     print(auxiliaries.printable(f"data     {counts} ({found.layout})"))
     for remark in (*found.odd, *[found.subset] * bool(found.subset)):
         print(auxiliaries.printable(f"         note: {remark}"))
+    unused = [f"--{name}" for name in opt.given if name in own_and_foreign(opt)[1]]
+    if unused:
+        print(f"         note: {', '.join(unused)} act on other losses or trainers alone")
     for name, queries, gallery in test_sets:
         lone = datasets.queries_without_match(queries, gallery)
         print(f"test     {name or 'recall'} over {len(queries) - lone:,} queries ({lone:,} "
@@ -159,18 +161,15 @@ def parse_options(argv=None):
     name = parser.parse_args(argv).recipe
     recipe = results.find_recipe(name) if name is not None else None
     argv = [*(recipe.options if recipe else []), *argv]
-    opt = parser.parse_args(argv)
+    opt = parser.parse_given(argv)
     if opt.help:
         print_help(parser, opt)
         raise SystemExit
     del opt.help
     given = vars(opt).copy()
-    unset = argparse.Namespace(**dict.fromkeys(given))  # no default fills in what is there
-    opt.given = [name for name, value in vars(parser.parse_args(argv, unset)).items()
-                 if value is not None]
     fill_defaults(opt)
     check(opt)
-    opt.departures = departures(parser.parse_args(recipe.options), given, opt) if recipe else []
+    opt.departures = departures(parser.parse_given(recipe.options), given, opt) if recipe else []
     return opt
 
 
@@ -197,9 +196,11 @@ def fill_defaults(opt):
 
     loss_class, trainer_class = losses.LOSSES[opt.loss], trainers.TRAINERS[opt.trainer]
     cuda = opt.gpu >= 0 and torch.cuda.is_available()
-    fill(**datasets.DATASETS[opt.dataset].defaults)
-    fill(arch="resnet50")
-    fill(**netlib.network_of(opt.arch).defaults)
+    row = datasets.DATASETS[opt.dataset].defaults
+    fill(arch=row.get("arch", "resnet50"))
+    for name, value in {**netlib.network_of(opt.arch).defaults, **row}.items():
+        if name not in vars(opt).get("given", ()):  # before a flag's own default, too
+            setattr(opt, name, value)
     fill(amp=netlib.default_amp("cuda" if cuda else "cpu"), embed_dim=128, image_size=224,
          k_vals=[1, 2, 4, 8], n_epochs=70, tau=[30, 55], lr=1e-5, proxy_lr=1e-5,
          sampling=next(iter(loss_class.samplings), "none"),
@@ -235,10 +236,8 @@ def least_per_class(opt):
 def check(opt):
     """Raises ValueError where the final options contradict each other."""
     loss, trainer = losses.LOSSES[opt.loss], trainers.TRAINERS[opt.trainer]
-    usual = build_parser().get_default
     foreign = [(flag, name) for name, row in datasets.DATASETS.items() for flag in row.flags
-               if getattr(opt, flag) != usual(flag)
-               and flag not in datasets.DATASETS[opt.dataset].flags]
+               if flag in opt.given and flag not in datasets.DATASETS[opt.dataset].flags]
     least, processes = least_per_class(opt), auxiliaries.wanted_processes()
     relations = (
         (opt.weights and opt.not_pretrained and "not_pretrained" in opt.given,
