@@ -530,9 +530,10 @@ def find_root(source, names, usable):
     """
     dataset = names[0]
     row, given = DATASETS[dataset], f" --source_path {source}" * (source != "./Datasets")
-    expected = (f"accepted below it: {row.layout}. python datasets.py --dataset {dataset} "
-                f"--download{given} " + ("fetches it" if row.archive else
-                                         "says where it is to be had"))
+    expected = f"accepted below it: {row.layout}"
+    if row.archive or row.ask:
+        expected += (f". python datasets.py --dataset {dataset} --download{given} "
+                     + ("fetches it" if row.archive else "says where it is to be had"))
     if not os.path.isdir(source):
         raise FileNotFoundError(f"--source_path {source} is not a folder; {expected}")
     nested = itertools.starmap(os.path.join, itertools.product(names, names))

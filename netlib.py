@@ -333,6 +333,7 @@ def load_weights(backbone, state, heads, source, arch):
         own = backbone.state_dict()
         for name in list(state):
             value = state.pop(name)
+            name = name.removeprefix("module.").removeprefix("_orig_mod.")  # of wrapped networks
             if name in own or not name.startswith(tuple(f"{head}." for head in heads)):
                 # torchvision's files of densenet have the names of before 2017: norm.1 ...
                 state[re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.", r"\1", name)] = value
@@ -342,7 +343,8 @@ def load_weights(backbone, state, heads, source, arch):
                          + str(error).split("\n")[-1].strip()) from error
     if missing or foreign:
         raise ValueError(f"{source} is not of --arch {arch}: {len(missing)} tensors are missing and "
-                         f"{len(foreign)} are not of this network (as {[*missing, *foreign][0]})")
+                         f"{len(foreign)} are not of this network (as "
+                         f"{', '.join([*missing[:1], *foreign[:1]])})")
 
 
 def first_line(error):
