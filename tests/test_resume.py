@@ -671,21 +671,22 @@ class Places:
 def test_a_trainer_stopped_between_iterations_goes_on_as_if_it_were_not(length, stop):
     """In itself, and in a new one from its state; passes are of 5 iterations, epochs of length."""
     unbroken, first, second = Places(), Places(stop), Places()
-    trainer, broken, fresh = (make_trainer(iterations_per_epoch=length, **places.hooks())
-                              for places in (unbroken, first, second))
-    length = length or 5
+    trainer = make_trainer(iterations_per_epoch=length, **unbroken.hooks())  # seeds, too
     trainer.train(1, 3)
-    assert len(unbroken.noted) == 3 * length and unbroken.epochs == [1, 2, 3]
+    epoch = length or 5
+    assert len(unbroken.noted) == 3 * epoch and unbroken.epochs == [1, 2, 3]
 
+    broken = make_trainer(iterations_per_epoch=length, **first.hooks())
     broken.train(1, 3)
     assert len(first.noted) == stop
     buffer = io.BytesIO()
     torch.save((broken.state_dict(), auxiliaries.random_state()), buffer)
     buffer.seek(0)
     state, random_state = torch.load(buffer, weights_only=True)
-    assert (state["epoch"], state["iteration"]) == ((stop - 1) // length, (stop - 1) % length + 1)
+    assert (state["epoch"], state["iteration"]) == ((stop - 1) // epoch, (stop - 1) % epoch + 1)
     broken.train(broken.epochs_done + 1, 3)
 
+    fresh = make_trainer(iterations_per_epoch=length, **second.hooks())
     with torch.no_grad():
         fresh.models["trunk"].weight.zero_()
     fresh.load_state_dict(state)
@@ -701,13 +702,14 @@ def test_a_trainer_stopped_between_iterations_goes_on_as_if_it_were_not(length, 
 def test_a_trainer_goes_on_with_the_users_random_augmentations():
     """Batches that are read again to be passed over draw nothing from the generators."""
     stopped = Places(3)
-    whole, again = make_trainer(Noisy(1.)), make_trainer(Noisy(1.))
+    whole = make_trainer(Noisy(1.))
     whole.between_iterations_hook = stopped.between_iterations
     whole.train(1, 2)
     state, random_state = pickle.loads(pickle.dumps((whole.state_dict(),
                                                      auxiliaries.random_state())))
     whole.between_iterations_hook = lambda trainer: None
     whole.train(1, 2)
+    again = make_trainer(Noisy(1.))
     again.load_state_dict(state)
     auxiliaries.restore_random_state(random_state)
     again.train(1, 2)
