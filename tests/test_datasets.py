@@ -605,6 +605,8 @@ def test_listed_images_that_are_not_there_are_counted_and_named(source):
         error = use(dataset, source / tree)
         assert isinstance(error, FileNotFoundError) and "2 images" in str(error)
         assert any(Path(path).name in str(error) for path in gone)
+        shutil.rmtree((source / tree / gone[0]).parent)
+        assert "that are not in" in str(use(dataset, source / tree))
 
 
 def test_fewer_than_two_classes_in_a_split_are_refused(source):
@@ -767,11 +769,15 @@ def test_glyphs_are_the_same_each_time_and_look_like_no_other(glyphs):
     np.random.seed(8)
     again = datasets.read_glyphs("a folder that is not there")
     assert datasets.fingerprint(again.splits) == datasets.fingerprint(glyphs.splits)
+    ranges = set()
     steady = SimpleNamespace(normal=lambda mean, deviation, size: np.zeros(size),
-                             uniform=lambda low, high, size=(): np.full(size, (low + high) / 2))
+                             uniform=lambda low, high, size=(): ranges.add((low, high)) or
+                             np.full(size, (low + high) / 2))
     characters = [name for split in glyphs.splits.values() for name in split.class_names]
     drawn = {datasets.draw_glyphs(character, 1, steady).tobytes() for character in characters}
     assert len(drawn) == len(characters)
+    # Degrees, shear, scale, pixels, brightness.
+    assert ranges == {(-20, 20), (-0.25, 0.25), (0.7, 1.05), (-3, 3), (0.6, 1)}
 
 
 def test_glyphs_give_grey_items_without_random_crops(capsys):
@@ -811,7 +817,7 @@ def test_queries_without_a_match_are_counted():
     assert datasets.queries_without_match(queries, gallery) == 1
 
 
-@pytest.mark.parametrize("images", [np.arange(20), [str(i) for i in range(20)]],
+@pytest.mark.parametrize("images", [np.arange(20), [f"a/b/c/{i}" for i in range(20)]],
                          ids=["array", "paths"])
 def test_classes_held_out_of_training(images):
     labels = [i % 10 for i in range(20)]
@@ -822,13 +828,16 @@ def test_classes_held_out_of_training(images):
     for part in parts.values():
         assert sorted(part.class_names) == part.class_names
         assert [part.class_names[label] for label in part.labels] == [
-            split.class_names[labels[int(image)]] for image in part.images]
+            split.class_names[labels[int(str(image).split("/")[-1])]] for image in part.images]
     for share in (0.1, 0.9):
         with pytest.raises(ValueError, match=f"--val_split {share} of 10 training classes"):
             datasets.hold_out(split, share)
     digests = {datasets.fingerprint(part) for part in (
         {"train": split}, {"val": split}, parts, {"train": split._replace(labels=labels[::-1])})}
     assert len(digests) == 4
+    if isinstance(images, list):  # the same wherever they lie
+        moved = split._replace(images=[f"elsewhere/{path[4:]}" for path in images])
+        assert datasets.fingerprint({"train": moved}) in digests
 
 
 # ---- the dataset check
