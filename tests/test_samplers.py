@@ -1,8 +1,8 @@
 """Tuple samplers and batch samplers against their definitions, written as plain loops in float64.
 
 The oracle lists every pair (positive, negative) that a method may return for an anchor: a drawn
-tuple must be in that list, an anchor with a list must draw, and each entry must come up when the
-draw is repeated. The batch samplers are held to their promises on many unbalanced datasets.
+tuple must be in that list, an anchor with a list must draw, and how often each entry comes up is
+counted. The batch samplers are held to their promises on many unbalanced datasets.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import samplers
 from samplers import (ClassBalancedBatchSampler, ReplacementBatchSampler, Sampler,
@@ -29,30 +30,18 @@ VARIANTS = {
     "facenet-wide": {"method": "facenet", "margin": 2.0, "squared": True},
     "softhard": {"method": "softhard"},
     "distance": {"method": "distance"},
-    "distance-cutoff-1.4": {"method": "distance", "distance_cutoff": 1.4},
-    "distance-cutoff-0.9": {"method": "distance", "distance_cutoff": 0.9},
+    "distance-cutoff": {"method": "distance", "distance_cutoff": 0.9},
     "hard": {"method": "hard"},
     "rho": {"method": "rho"},
-    "rho-always-cutoff-1.4": {"method": "rho", "rho_probability": 1, "distance_cutoff": 1.4},
+    "rho-never": {"method": "rho", "rho_probability": 0},
+    "rho-always-cutoff": {"method": "rho", "rho_probability": 1, "distance_cutoff": 1.4},
 }
 variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
-# rho's anchors stand among its positives, so it takes one set only.
-variants_of_two_sets = pytest.mark.parametrize(
-    "variant", [given for given in VARIANTS.values() if given["method"] != "rho"],
-    ids=[name for name, given in VARIANTS.items() if given["method"] != "rho"])
 TAKE_ALL = ("hard", "all", "multisimilarity")  # methods that draw nothing
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors are tiny: waiting for a second thread would cost more than it brings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # ---- oracles
+
 
 def allowed(d, positives, negatives, method, margin=0.2, distance_cutoff=None,
             rho_probability=0.3, anchor=None):
@@ -67,7 +56,8 @@ def allowed(d, positives, negatives, method, margin=0.2, distance_cutoff=None,
         negatives = [n for n in negatives if d[n] < farthest] or negatives
     if method in ("distance", "rho") and distance_cutoff is not None:
         negatives = [n for n in negatives if d[n] < distance_cutoff] or negatives
-    pairs = {(anchor, p) for p in positives} if method == "rho" and negatives else set()
+    replaces = method == "rho" and rho_probability and negatives
+    pairs = {(anchor, p) for p in positives} if replaces else set()
     if method == "rho" and rho_probability == 1:
         return pairs
     for p in positives:
@@ -78,7 +68,17 @@ def allowed(d, positives, negatives, method, margin=0.2, distance_cutoff=None,
     return pairs
 
 
-def eligible_pairs(embeddings, labels, method, squared=False, **options):
+def places_of(labels, other_labels=None):
+    """[(anchor, positives, negatives)], indices into the others, the labels' own for None."""
+    columns = (labels if other_labels is None else other_labels).tolist()
+    return [(a, [i for i, other in enumerate(columns)
+                 if other == name and (other_labels is not None or i != a)],
+             [i for i, other in enumerate(columns) if other != name])
+            for a, name in enumerate(labels.tolist())]
+
+
+def eligible_pairs(embeddings, labels, others=None, other_labels=None, *, method, squared=False,
+                   **options):
     """For each anchor the set of (positive, negative) that the definition of the method allows.
 
     random    any positive, any negative
@@ -90,16 +90,31 @@ def eligible_pairs(embeddings, labels, method, squared=False, **options):
     rho       as distance, and the anchor with any positive as its negative, if it has a negative
     all       any positive, any negative
     """
-    rows, labels = embeddings.double().tolist(), labels.tolist()
+    columns = (embeddings if others is None else others).double().tolist()
     pairs = []
-    for a, row in enumerate(rows):
-        d = [sum((x - y) ** 2 for x, y in zip(row, other)) for other in rows]
-        if not squared:
-            d = [math.sqrt(value) for value in d]
-        positives = [i for i in range(len(rows)) if labels[i] == labels[a] and i != a]
-        negatives = [i for i in range(len(rows)) if labels[i] != labels[a]]
-        pairs.append(allowed(d, positives, negatives, method, anchor=a, **options))
+    for (a, *places), row in zip(places_of(labels, other_labels), embeddings.double().tolist()):
+        d = [sum((x - y) ** 2 for x, y in zip(row, other)) for other in columns]
+        d = d if squared else [math.sqrt(value) for value in d]
+        pairs.append(allowed(d, *places, method, anchor=a, **options))
     return pairs
+
+
+def hard_pairs(embeddings, labels, others=None, other_labels=None, epsilon=0.1):
+    """Positives with s_ap < max s_an + epsilon (eq. 8), negatives s_an > min s_ap - epsilon (7).
+
+    s: cosine similarity, 0 with a zero row -> the sets of (anchor, positive), (anchor, negative).
+    """
+    columns = (embeddings if others is None else others).double().tolist()
+    hard = set(), set()
+    for (a, positives, negatives), row in zip(places_of(labels, other_labels),
+                                              embeddings.double().tolist()):
+        s = [sum(x * y for x, y in zip(row, other))
+             / (math.hypot(*row) * math.hypot(*other) or 1) for other in columns]
+        if positives and negatives:
+            least, most = min(s[p] for p in positives), max(s[n] for n in negatives)
+            hard[0].update((a, p) for p in positives if s[p] < most + epsilon)
+            hard[1].update((a, n) for n in negatives if s[n] > least - epsilon)
+    return hard
 
 
 def listed(pairs):
@@ -146,21 +161,19 @@ def chi_square_ok(observed, probabilities, draws):
 # ---- batches of embeddings
 
 def unit_rows(count, dim, generator):
-    rows = torch.randn(count, dim, dtype=torch.float64, generator=generator)
-    return torch.nn.functional.normalize(rows, dim=1)
+    return F.normalize(torch.randn(count, dim, dtype=torch.float64, generator=generator), dim=1)
 
 
 def random_batches():
-    """Sixty unbalanced batches of unit rows: 2 to 14 images, 1 to 6 classes, any label numbers."""
+    """Thirty unbalanced batches of unit rows: 2 to 14 images, 1 to 6 classes of any numbers."""
     generator = torch.Generator().manual_seed(7)
     numbers = np.random.default_rng(7)
-    for _ in range(60):
+    for _ in range(30):
         count, dim = int(numbers.integers(2, 15)), int(numbers.choice([2, 3, 8, 128]))
         names = numbers.choice(1000, size=numbers.integers(1, 7), replace=False)
         labels = torch.from_numpy(numbers.choice(names, size=count))
         centre = unit_rows(1, dim, generator) * float(numbers.choice([0, 2]))  # spread, or bunched
-        rows = unit_rows(count, dim, generator) + centre
-        yield torch.nn.functional.normalize(rows, dim=1), labels
+        yield F.normalize(unit_rows(count, dim, generator) + centre, dim=1), labels
 
 
 def corner_batches():
@@ -186,7 +199,15 @@ def corner_batches():
     }
 
 
-corners = pytest.mark.parametrize("corner", corner_batches())
+def two_sets():
+    """Thirty pairs of unbalanced sets; some classes stand in one of them only."""
+    generator, numbers = torch.Generator().manual_seed(4), np.random.default_rng(4)
+    for _ in range(30):
+        count, others, dim = (int(numbers.integers(1, 9)), int(numbers.integers(1, 13)),
+                              int(numbers.choice([2, 3, 16])))
+        names = numbers.choice(1000, size=numbers.integers(1, 5), replace=False)
+        yield (unit_rows(count, dim, generator), torch.from_numpy(numbers.choice(names, count)),
+               unit_rows(others, dim, generator), torch.from_numpy(numbers.choice(names, others)))
 
 
 def check_triplets(triplets, pairs):
@@ -202,51 +223,61 @@ def check_triplets(triplets, pairs):
 # ---- triplets
 
 @variants
-def test_triplets_satisfy_the_definition_on_random_batches(variant):
-    torch.manual_seed(0)
-    sampler = Sampler(**variant)
-    for embeddings, labels in random_batches():
-        pairs = eligible_pairs(embeddings, labels, **variant)
-        for _ in range(4):
-            check_triplets(sampler.give(embeddings, labels), pairs)
+def test_triplets_satisfy_the_definition(variant):
+    """Random and degenerate batches; between two sets its own place is no self (rho takes one).
 
-
-@variants
-@corners
-def test_triplets_satisfy_the_definition_on_degenerate_batches(corner, variant):
-    torch.manual_seed(0)
-    embeddings, labels = corner_batches()[corner]
-    pairs = eligible_pairs(embeddings, labels, **variant)
-    for _ in range(10):
-        check_triplets(Sampler(**variant).give(embeddings, labels), pairs)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("corner", ["axes", "grid"])
-@variants
-def test_other_float_types_keep_exact_ties(variant, corner, dtype):
-    """Small integers are exact in every type, so equal distances must stay equal."""
-    torch.manual_seed(0)
-    embeddings, labels = corner_batches()[corner]
-    pairs = eligible_pairs(embeddings, labels, **variant)
-    for _ in range(10):
-        check_triplets(Sampler(**variant).give(embeddings.to(dtype), labels), pairs)
-
-
-@variants
-def test_every_eligible_triplet_can_be_drawn(variant):
-    """800 draws give the whole brute-force set; in three dimensions no triplet is very rare.
-
-    The classes have 3, 3, 1 and 2 images.
+    padded=True: row i is anchor i's triplet, or all -1; the others are those without these.
     """
     torch.manual_seed(0)
-    labels = torch.tensor([4, 1, 4, 0, 1, 2, 4, 1, 0])
-    embeddings = unit_rows(9, 3, torch.Generator().manual_seed(3))
-    pairs = eligible_pairs(embeddings, labels, **variant)
-    sampler, seen = Sampler(**variant), set()
-    for _ in range(800):
-        seen |= set(map(tuple, sampler.give(embeddings, labels).tolist()))
-    assert seen == listed(pairs)
+    sampler = Sampler(**variant)
+    for embeddings, labels in [*random_batches(), *corner_batches().values()]:
+        pairs = eligible_pairs(embeddings, labels, **variant)
+        for _ in range(3):
+            check_triplets(sampler.give(embeddings, labels), pairs)
+        torch.manual_seed(5)
+        padded = sampler.give(embeddings, labels, padded=True)
+        assert padded.dtype == torch.long and padded.shape == (len(labels), 3)
+        for anchor, row in enumerate(padded.tolist()):
+            assert row[0] == anchor if pairs[anchor] else row == [-1, -1, -1]
+        torch.manual_seed(5)
+        triplets = sampler.give(embeddings, labels).tolist()
+        assert triplets == [row for row in padded.tolist() if row[0] >= 0]
+    for sets in two_sets() if sampler.method != "rho" else ():
+        pairs = eligible_pairs(*sets, **variant)
+        for _ in range(3):
+            check_triplets(torch.stack(sampler(*sets), 1), pairs)
+
+
+@variants
+def test_other_float_types_keep_exact_ties(variant):
+    """Small integers are exact in every type, so equal distances must stay equal."""
+    torch.manual_seed(0)
+    for embeddings, labels in [corner_batches()[name] for name in ("axes", "grid")]:
+        pairs = eligible_pairs(embeddings, labels, **variant)
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            for _ in range(3):
+                check_triplets(Sampler(**variant).give(embeddings.to(dtype), labels), pairs)
+
+
+@pytest.mark.parametrize("name", ["random", "facenet-squared", "facenet-wide", "softhard",
+                                  "distance-cutoff", "rho-never", "rho-always-cutoff"])
+def test_every_eligible_triplet_can_be_drawn(name):
+    """The draws give the whole brute-force set; in three dimensions no triplet is very rare.
+
+    Classes of 3, 3, 1 and 2 images, and two sets, of which the one lacks a class.
+    """
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(3)
+    sets = (unit_rows(4, 3, generator), torch.tensor([4, 1, 0, 9]),
+            unit_rows(6, 3, generator), torch.tensor([4, 1, 4, 0, 1, 2]))
+    batch = (unit_rows(9, 3, torch.Generator().manual_seed(3)),
+             torch.tensor([4, 1, 4, 0, 1, 2, 4, 1, 0]))
+    sampler = Sampler(**VARIANTS[name])
+    for given in (batch, sets) if sampler.method != "rho" else (batch,):
+        seen = set()
+        for _ in range(300):
+            seen |= set(map(tuple, torch.stack(sampler(*given), 1).tolist()))
+        assert seen == listed(eligible_pairs(*given, **VARIANTS[name]))
 
 
 def test_semihard_and_facenet_band_by_hand():
@@ -266,84 +297,87 @@ def test_semihard_and_facenet_band_by_hand():
         assert drawn == expected
 
 
-def test_softhard_by_hand():
+def test_softhard_and_hard_by_hand():
     """Points on a line; anchor 0 at 0, positives at 1 and 3, negatives at 2, 2.5 and 4.
 
     The nearest negative is at 2, so only the positive at 3 is hard; the farthest positive is at 3,
-    so the negatives at 2 and 2.5 are hard.
+    so the negatives at 2 and 2.5 are hard. hard takes 3 and 2; 2.5 is nearer to 3 than 2.
     """
     torch.manual_seed(0)
     embeddings = torch.tensor([0, 1, 3, 2, 2.5, 4], dtype=torch.float64)[:, None]
     labels = torch.tensor([0, 0, 0, 1, 2, 3])
     drawn = {tuple(Sampler("softhard").give(embeddings, labels)[0].tolist()) for _ in range(60)}
     assert drawn == {(0, 2, 3), (0, 2, 4)}
-
-
-def test_hard_by_hand():
-    """The same points: the farthest positive is that at 3, the nearest negative that at 2."""
-    embeddings = torch.tensor([0, 1, 3, 2, 2.5, 4], dtype=torch.float64)[:, None]
-    labels = torch.tensor([0, 0, 0, 1, 2, 3])
     triplets = Sampler("hard").give(embeddings, labels)
-    assert triplets.tolist() == [[0, 2, 3], [1, 2, 3], [2, 0, 4]]  # 2.5 is nearer to 3 than 2
+    assert triplets.tolist() == [[0, 2, 3], [1, 2, 3], [2, 0, 4]]
 
 
-def test_cutoff_falls_back_to_a_random_negative():
-    """Anchor 0 has its only negatives beyond the cut-off: each of them comes up, about evenly."""
+@pytest.mark.parametrize("distances, cutoff", [((0.0, 0.1, 0.4), None), ((1.9, 1.95, 2), 1.0)])
+def test_distance_treats_near_negatives_alike_and_those_beyond_the_cutoff(distances, cutoff):
+    """Below the lower cut-off 0.5 all are at 0.5; where none is nearer than the other, any.
+
+    In 16 dimensions the unclipped weight of the one at 0.1 would be 4^14 that of the one at 0.4.
+    """
     torch.manual_seed(0)
-    angles = torch.tensor([0.0, 0.1, 2.8, 3.0, 3.14], dtype=torch.float64)
-    embeddings = torch.stack([angles.cos(), angles.sin()], 1)
-    labels = torch.tensor([0, 0, 1, 2, 3])
-    sampler = Sampler("distance", distance_cutoff=1.0)
-    drawn = Counter(int(sampler.give(embeddings, labels)[0, 2]) for _ in range(600))
-    assert chi_square_ok(drawn, {2: 1 / 3, 3: 1 / 3, 4: 1 / 3}, 600)
-
-
-@variants
-@corners
-def test_padded_marks_anchors_without_a_triplet(corner, variant):
-    """padded=True: row i is anchor i's triplet, or all -1; the others are those without it."""
-    embeddings, labels = corner_batches()[corner]
-    pairs = eligible_pairs(embeddings, labels, **variant)
-    torch.manual_seed(5)
-    padded = Sampler(**variant).give(embeddings, labels, padded=True)
-    assert padded.dtype == torch.long and padded.shape == (len(labels), 3)
-    for anchor, row in enumerate(padded.tolist()):
-        assert row[0] == anchor if pairs[anchor] else row == [-1, -1, -1]
-    torch.manual_seed(5)
-    triplets = Sampler(**variant).give(embeddings, labels)
-    assert triplets.tolist() == [row for row in padded.tolist() if row[0] >= 0]
+    angles = torch.tensor([0, 0, *(2 * math.asin(d / 2) for d in distances)]).double()
+    embeddings = F.pad(torch.stack([angles.cos(), angles.sin()], 1), (0, 14))
+    sampler, labels = Sampler("distance", distance_cutoff=cutoff), torch.tensor([0, 0, 1, 2, 3])
+    drawn = Counter(int(sampler.give(embeddings, labels)[0, 2]) for _ in range(300))
+    assert chi_square_ok(drawn, {2: 1 / 3, 3: 1 / 3, 4: 1 / 3}, 300)
 
 
 @pytest.mark.parametrize("method", samplers.METHODS)
-def test_seed_decides_the_draw_and_the_embeddings_stay(method):
-    """torch.manual_seed is all the state; embeddings that need a gradient are not changed."""
+def test_a_sampler_is_a_miner_and_a_module_without_state(method):
+    """torch.manual_seed is all the state; embeddings that need a gradient are not changed.
+
+    Called it gives the columns of give; arrays and lists are taken; other libraries' hooks can
+    save it.
+    """
     embeddings = unit_rows(24, 8, torch.Generator().manual_seed(0)).requires_grad_()
     before, labels = embeddings.detach().clone(), torch.arange(24) // 4
-    draws = []
-    for seed in (1, 1, 2):
+    sampler = Sampler(method, mining_epsilon=0.3)
+    assert not sampler.state_dict() and not list(sampler.parameters())
+    assert f"method={method!r}" in repr(sampler) and "mining_epsilon=0.3" in repr(sampler)
+    arrays = embeddings.detach().numpy().astype(np.float32), labels.numpy()
+    lists = embeddings.tolist(), labels.tolist()  # of float32
+
+    def draw(seed=1, given=(embeddings, labels), sampler=sampler):
         torch.manual_seed(seed)
-        draws.append(Sampler(method).give(embeddings, labels).tolist())
-    assert draws[0] == draws[1] and len(draws[0]) > 0
-    assert (draws[1] == draws[2]) == (method in TAKE_ALL)
+        return sampler.give(*given)
+
+    triplets = draw()
+    assert len(triplets) and not triplets.requires_grad
+    assert torch.equal(draw(given=arrays), draw(given=lists))
+    assert torch.equal(draw(sampler=pickle.loads(pickle.dumps(sampler))), triplets)
+    assert (draw(2).tolist() == triplets.tolist()) == (method in TAKE_ALL)
     assert torch.equal(embeddings, before) and embeddings.grad is None
+    if method != "npair":
+        torch.manual_seed(1)
+        columns = sampler(embeddings, labels)
+        assert isinstance(columns, tuple) and torch.equal(torch.stack(columns, 1), triplets)
+        assert [column.shape for column in sampler(embeddings, torch.arange(24))] == [(0,)] * 3
+        if method != "rho":
+            assert len(sampler(*lists, *arrays)) == len(sampler(*arrays, *lists)) == 3
 
 
 @variants
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_non_finite_embeddings_give_indices_of_the_batch(variant, bad):
+def test_non_finite_embeddings_give_indices_of_the_batch(variant):
     """A diverged network must reach the check for a non-finite loss, not an index error."""
     embeddings = unit_rows(8, 4, torch.Generator().manual_seed(0))
     labels = torch.arange(8) // 2
     for rows in (slice(0, 1), slice(None)):
-        broken = embeddings.clone()
-        broken[rows] = bad
-        triplets = Sampler(**variant).give(broken, labels, padded=True)
-        assert int(triplets.max()) < 8 and int(triplets.min()) >= -1
+        for bad in (math.nan, math.inf):
+            broken = embeddings.clone()
+            broken[rows] = bad
+            triplets = Sampler(**variant).give(broken, labels, padded=True)
+            assert int(triplets.max()) < 8 and int(triplets.min()) >= -1
+            # No triplet would be a loss of 0.
+            assert (Sampler("multisimilarity").give(broken, labels) == 0).any()
 
 
-# ---- all
+# ---- all and multisimilarity: lists
 
-def check_all(triplets, expected):
+def check_list(triplets, expected):
     """Just the expected set of triplets, each once, as LongTensor [T, 3]."""
     assert triplets.dtype == torch.long and triplets.shape == (len(expected), 3)
     assert set(map(tuple, triplets.tolist())) == expected
@@ -352,33 +386,62 @@ def check_all(triplets, expected):
 def test_all_is_every_triplet_of_the_loop():
     """Random and degenerate batches, padded or not, and two sets; some batches have none."""
     sampler, numbers = Sampler("all"), []
-    for embeddings, labels in [*random_batches(), *corner_batches().values()]:
-        expected = listed(eligible_pairs(embeddings, labels, "all"))
-        for padded in (False, True):
-            check_all(sampler.give(embeddings, labels, padded=padded), expected)
+    for given in [*random_batches(), *corner_batches().values(), *two_sets()]:
+        expected = listed(eligible_pairs(*given, method="all"))
+        check_list(torch.stack(sampler(*given), 1), expected)
+        if len(given) == 2:
+            check_list(sampler.give(*given, padded=True), expected)
         numbers.append(len(expected))
-    for sets in two_sets():
-        expected = listed(eligible_between(*sets, "all"))
-        check_all(torch.stack(sampler(*sets), 1), expected)
-        numbers.append(len(expected))
-    assert 0 in numbers and sum(number > 20 for number in numbers) > 30
+    assert 0 in numbers and sum(number > 20 for number in numbers) > 20
+    # As its docstring says: B (M - 1) (B - M).
+    assert len(sampler.give(torch.zeros(24, 2), torch.arange(24) // 4)) == 24 * 3 * 20
 
 
-def test_all_counts_as_its_docstring_says():
-    """B = 24 images, M = 4 a class: B (M - 1) (B - M) triplets."""
-    assert len(Sampler("all").give(torch.zeros(24, 2), torch.arange(24) // 4)) == 24 * 3 * 20
+@pytest.mark.parametrize("epsilon", [0.0, 0.1, 0.7, 2.5])
+def test_multisimilarity_takes_just_the_hard_pairs(epsilon):
+    """Those of the loop, rows of any length; an easiest pair may tie with its bound ("axes")."""
+    sampler, some = Sampler("multisimilarity", mining_epsilon=epsilon), 0
+    for embeddings, labels, *others in [*random_batches(), *corner_batches().values(),
+                                        *two_sets()]:
+        expected = hard_pairs(embeddings, labels, *others, epsilon=epsilon)
+        masks = sampler.hard_pairs(3 * embeddings.requires_grad_(), labels, *others)
+        for mask, pairs in zip(masks, expected):
+            assert mask.dtype == torch.bool and set(map(tuple, mask.nonzero().tolist())) == pairs
+        triplets = {(a, p, n) for a, p in expected[0] for b, n in expected[1] if a == b}
+        check_list(torch.stack(sampler(embeddings * 7, labels, *others), 1), triplets)
+        some += bool(triplets)
+    assert some > 20
+    embeddings, labels = corner_batches()["axes"]
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert (sampler.give(embeddings.to(dtype), labels).tolist()
+                == sampler.give(embeddings, labels).tolist())
+
+
+def test_multisimilarity_by_hand():
+    """Anchor 0 at 0 degrees, positives at 30 and 80, negatives at 20, 60 and 85; epsilon 0.1.
+
+    Cosines 0.866 and 0.174; 0.940, 0.5 and 0.087. Negatives above 0.174 - 0.1 = 0.074: all three.
+    Positives below 0.940 + 0.1: both. With epsilon 0 the last negative, 0.087, is easy.
+    """
+    angles = torch.tensor([0, 30, 80, 20, 60, 85], dtype=torch.float64).deg2rad()
+    embeddings = torch.stack([angles.cos(), angles.sin()], 1)
+    labels = torch.tensor([0, 0, 0, 1, 2, 3])
+    for epsilon, negatives in ((0.1, (3, 4, 5)), (0.0, (3, 4))):
+        triplets = Sampler("multisimilarity", mining_epsilon=epsilon).give(embeddings, labels)
+        own = {(p, n) for a, p, n in triplets.tolist() if a == 0}
+        assert own == {(p, n) for p in (1, 2) for n in negatives}
 
 
 def test_every_triplet_of_any_masks():
     """Masks of 0 to 9 rows and columns, some empty, pairs that are positive and negative too."""
     numbers = np.random.default_rng(9)
-    for _ in range(100):
+    for _ in range(60):
         shape = tuple(numbers.integers(0, 10, size=2))
         positive, negative = (numbers.random(shape) < numbers.choice([0, 0.2, 0.7, 1])
                               for _ in range(2))
-        check_all(Sampler.every_triplet(torch.from_numpy(positive), torch.from_numpy(negative)),
-                  {(a, p, n) for a in range(shape[0]) for p in range(shape[1])
-                   for n in range(shape[1]) if positive[a, p] and negative[a, n]})
+        check_list(Sampler.every_triplet(torch.from_numpy(positive), torch.from_numpy(negative)),
+                   {(a, p, n) for a in range(shape[0]) for p in range(shape[1])
+                    for n in range(shape[1]) if positive[a, p] and negative[a, n]})
 
 
 @pytest.mark.parametrize("method", ["all", "multisimilarity"])
@@ -399,212 +462,12 @@ def test_the_bound_is_met_before_the_list_is_made():
         Sampler("all").give(torch.zeros(4096, 2), torch.arange(4096) % 2)
 
 
-# ---- multi-similarity mining
-
-def hard_pairs(embeddings, labels, epsilon):
-    """The loop's masks: positives with s_ap < max s_an + epsilon, negatives s_an > min s_ap - ."""
-    rows, labels = embeddings.double().tolist(), labels.tolist()
-    positive, negative = ([[False] * len(rows) for _ in rows] for _ in range(2))
-    for a, row in enumerate(rows):
-        s = [sum(x * y for x, y in zip(row, other))
-             / (math.hypot(*row) * math.hypot(*other) or 1) for other in rows]
-        own = [i for i in range(len(rows)) if labels[i] == labels[a] and i != a]
-        others = [i for i in range(len(rows)) if labels[i] != labels[a]]
-        for p in own:
-            positive[a][p] = bool(others) and s[p] < max(s[n] for n in others) + epsilon
-        for n in others:
-            negative[a][n] = bool(own) and s[n] > min(s[p] for p in own) - epsilon
-    return positive, negative
-
-
-@pytest.mark.parametrize("epsilon", [0.1, 0.7, 2.5])
-def test_hard_pairs_are_those_of_the_loop(epsilon):
-    """Rows of length 3, with a gradient that the masks must not pick up."""
-    sampler = Sampler("multisimilarity", mining_epsilon=epsilon)
-    for embeddings, labels in [*random_batches(), *corner_batches().values()]:
-        masks = sampler.hard_pairs(3 * embeddings.requires_grad_(), labels)
-        for mask, expected in zip(masks, hard_pairs(embeddings, labels, epsilon)):
-            assert mask.dtype == torch.bool and mask.tolist() == expected
-
-
-def test_hard_pairs_are_strictly_harder():
-    """Cosines are 0, 1 or -1, so with epsilon 0 and 1 an easiest pair may tie with its bound."""
-    embeddings, labels = corner_batches()["axes"]
-    for epsilon in (0.0, 1.0, 2.0):
-        masks = Sampler("multisimilarity", mining_epsilon=epsilon).hard_pairs(embeddings, labels)
-        assert tuple(mask.tolist() for mask in masks) == hard_pairs(embeddings, labels, epsilon)
-
-
-def multisimilarity_triplets(embeddings, labels, epsilon, others=None, other_labels=None):
-    """All (a, p, n) with s_an > min s_ap - epsilon (eq. 7) and s_ap < max s_an + epsilon (eq. 8).
-
-    s: cosine similarity (0 with a zero row), min over the anchor's positives, max over its
-    negatives.
-    """
-    one_set = others is None
-    rows, labels = embeddings.double().tolist(), labels.tolist()
-    columns = rows if one_set else others.double().tolist()
-    names = labels if one_set else other_labels.tolist()
-    found = set()
-    for a, row in enumerate(rows):
-        s = [sum(x * y for x, y in zip(row, other))
-             / (math.hypot(*row) * math.hypot(*other) or 1) for other in columns]
-        positives = [i for i, name in enumerate(names) if name == labels[a] and
-                     (not one_set or i != a)]
-        negatives = [i for i, name in enumerate(names) if name != labels[a]]
-        if positives and negatives:
-            least, most = min(s[p] for p in positives), max(s[n] for n in negatives)
-            found |= {(a, p, n) for p in positives for n in negatives
-                      if s[n] > least - epsilon and s[p] < most + epsilon}
-    return found
-
-
-@pytest.mark.parametrize("epsilon", [0.0, 0.1, 0.5])
-@pytest.mark.parametrize("length", [1, 7])
-def test_multisimilarity_takes_just_the_hard_pairs(epsilon, length):
-    """Random batches of unit rows, and of longer ones: the similarity is that of the angle."""
-    sampler, some = Sampler("multisimilarity", mining_epsilon=epsilon), 0
-    for embeddings, labels in random_batches():
-        expected = multisimilarity_triplets(embeddings, labels, epsilon)
-        triplets = sampler.give(embeddings * length, labels)
-        assert triplets.dtype == torch.long and triplets.shape == (len(triplets), 3)
-        assert len(set(map(tuple, triplets.tolist()))) == len(triplets)
-        assert set(map(tuple, triplets.tolist())) == expected
-        assert torch.equal(sampler.give(embeddings * length, labels, padded=True), triplets)
-        some += bool(expected)
-    assert some > 20
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_multisimilarity_of_other_float_types(dtype):
-    """Rows whose cosines are 0, 1 or -1: no rounding decides."""
-    embeddings, labels = corner_batches()["axes"]
-    triplets = Sampler("multisimilarity").give(embeddings.to(dtype), labels)
-    assert set(map(tuple, triplets.tolist())) == multisimilarity_triplets(embeddings, labels, 0.1)
-
-
-@corners
-def test_multisimilarity_on_degenerate_batches(corner):
-    """Identical images and 2048 dimensions too; a batch without a triplet gives [0, 3]."""
-    embeddings, labels = corner_batches()[corner]
-    expected = multisimilarity_triplets(embeddings, labels, 0.1)
-    triplets = Sampler("multisimilarity").give(embeddings, labels)
-    assert triplets.shape == (len(expected), 3) and triplets.dtype == torch.long
-    assert set(map(tuple, triplets.tolist())) == expected
-
-
-def test_multisimilarity_by_hand():
-    """Anchor 0 at 0 degrees, positives at 30 and 80, negatives at 20, 60 and 85; epsilon 0.1.
-
-    Cosines 0.866 and 0.174; 0.940, 0.5 and 0.087. Negatives above 0.174 - 0.1 = 0.074: all three.
-    Positives below 0.940 + 0.1: both. With epsilon 0 the last negative, 0.087, is easy.
-    """
-    angles = torch.tensor([0, 30, 80, 20, 60, 85], dtype=torch.float64).deg2rad()
-    embeddings = torch.stack([angles.cos(), angles.sin()], 1)
-    labels = torch.tensor([0, 0, 0, 1, 2, 3])
-    for epsilon, negatives in ((0.1, (3, 4, 5)), (0.0, (3, 4))):
-        triplets = Sampler("multisimilarity", mining_epsilon=epsilon).give(embeddings, labels)
-        own = {(p, n) for a, p, n in triplets.tolist() if a == 0}
-        assert own == {(p, n) for p in (1, 2) for n in negatives}
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_multisimilarity_of_non_finite_embeddings_still_gives_triplets(bad):
-    """A diverged network must reach the check for a non-finite loss: no triplet is a loss of 0."""
-    embeddings = unit_rows(8, 4, torch.Generator().manual_seed(0))
-    labels = torch.arange(8) // 2
-    for rows in (slice(0, 1), slice(None)):
-        broken = embeddings.clone()
-        broken[rows] = bad
-        triplets = Sampler("multisimilarity").give(broken, labels)
-        assert (triplets == 0).any() and triplets.min() >= 0 and triplets.max() < 8
-
-
-# ---- as a miner, and between two sets
-
-@pytest.mark.parametrize("method", [m for m in samplers.METHODS if m != "npair"])
-def test_a_sampler_is_a_miner(method):
-    """Called with embeddings and labels it gives the columns of give: (a, p, n), any trainer's."""
-    embeddings = unit_rows(12, 6, torch.Generator().manual_seed(0)).requires_grad_()
-    labels, sampler = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 4]), Sampler(method)
-    torch.manual_seed(1)
-    triplets = sampler.give(embeddings, labels)
-    torch.manual_seed(1)
-    columns = sampler(embeddings, labels)
-    assert isinstance(columns, tuple) and len(columns) == 3
-    assert torch.equal(torch.stack(columns, 1), triplets)
-    assert all(column.dtype == torch.long and not column.requires_grad for column in columns)
-    nothing = sampler(embeddings, torch.arange(12))
-    assert [column.shape for column in nothing] == [(0,)] * 3
-
-
-def eligible_between(embeddings, labels, others, other_labels, method, squared=False, **options):
-    """eligible_pairs for anchors of one set and positives and negatives of another."""
-    rows, columns = embeddings.double().tolist(), others.double().tolist()
-    pairs = []
-    for row, name in zip(rows, labels.tolist()):
-        d = [math.dist(row, column) ** (2 if squared else 1) for column in columns]
-        positives = [i for i, other in enumerate(other_labels.tolist()) if other == name]
-        negatives = [i for i, other in enumerate(other_labels.tolist()) if other != name]
-        pairs.append(allowed(d, positives, negatives, method, **options))
-    return pairs
-
-
-def two_sets():
-    """Forty pairs of unbalanced sets; some classes stand in one of them only."""
-    generator, numbers = torch.Generator().manual_seed(4), np.random.default_rng(4)
-    for _ in range(40):
-        count, others, dim = (int(numbers.integers(1, 9)), int(numbers.integers(1, 13)),
-                              int(numbers.choice([2, 3, 16])))
-        names = numbers.choice(1000, size=numbers.integers(1, 5), replace=False)
-        yield (unit_rows(count, dim, generator), torch.from_numpy(numbers.choice(names, count)),
-               unit_rows(others, dim, generator), torch.from_numpy(numbers.choice(names, others)))
-
-
-@variants_of_two_sets
-def test_two_sets_satisfy_the_definition(variant):
-    """Anchors index the one set, positives and negatives the other: its own place is no self."""
-    torch.manual_seed(0)
-    sampler = Sampler(**variant)
-    for sets in two_sets():
-        pairs = eligible_between(*sets, **variant)
-        for _ in range(4):
-            check_triplets(torch.stack(sampler(*sets), 1), pairs)
-
-
-@variants_of_two_sets
-def test_every_eligible_triplet_between_two_sets_can_be_drawn(variant):
-    """600 draws give the whole brute-force set, the pair of equal places included."""
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(3)
-    sets = (unit_rows(4, 3, generator), torch.tensor([4, 1, 0, 9]),
-            unit_rows(6, 3, generator), torch.tensor([4, 1, 4, 0, 1, 2]))
-    pairs = eligible_between(*sets, **variant)
-    sampler, seen = Sampler(**variant), set()
-    for _ in range(600):
-        seen |= set(map(tuple, torch.stack(sampler(*sets), 1).tolist()))
-    assert seen == listed(pairs)
-    assert not any(a == 3 for a, _, _ in seen)  # whose class the other set does not have
-
-
-def test_two_sets_by_multisimilarity():
-    some = 0
-    for embeddings, labels, others, other_labels in two_sets():
-        triplets = torch.stack(Sampler("multisimilarity")(embeddings, labels, 3 * others,
-                                                          other_labels), 1)
-        expected = multisimilarity_triplets(embeddings, labels, 0.1, others, other_labels)
-        assert len(triplets) == len(expected)
-        assert set(map(tuple, triplets.tolist())) == expected
-        some += bool(expected)
-    assert some > 15
-
-
 # ---- how often
 
 def chances_by_positive(embeddings, labels, sampler):
     """For each anchor {positive: {(p, n): chance}} of its rows, p the anchor in rho's rows."""
     rows, chances = embeddings.tolist(), []
-    pairs = eligible_pairs(embeddings, labels, sampler.method, sampler.squared,
+    pairs = eligible_pairs(embeddings, labels, method=sampler.method, squared=sampler.squared,
                            margin=sampler.margin)
     for a, row in enumerate(rows):
         chances.append({p: {pair: 1 for pair in pairs[a] if pair[0] == p}
@@ -623,12 +486,12 @@ def chances_by_positive(embeddings, labels, sampler):
 @pytest.mark.parametrize("positives", ["one", "all"])
 @pytest.mark.parametrize("method", samplers.DRAW_NEGATIVES)
 def test_each_positive_draws_its_negative(method, positives):
-    """1,000 draws: one of the eligible positives, or each once; its negatives by chi-square.
+    """600 draws: one of the eligible positives, or each once; its negatives by chi-square.
 
     The negatives of two positives are independent. Classes of 4, 3, 2 and 1 images.
     """
     torch.manual_seed(0)
-    labels, draws = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 3]), 1000
+    labels, draws = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 3]), 600
     embeddings = unit_rows(10, 4, torch.Generator().manual_seed(6))
     sampler = Sampler(method, positives=positives)
     chances = chances_by_positive(embeddings, labels, sampler)
@@ -657,52 +520,29 @@ def test_each_positive_draws_its_negative(method, positives):
                              draws)
 
 
-@corners
-def test_all_positives_of_degenerate_batches(corner):
-    """Each allowed (anchor, positive) once, nothing else; give and a miner's call alike."""
+@pytest.mark.parametrize("method", samplers.DRAW_NEGATIVES)
+def test_all_positives(method):
+    """Each allowed (anchor, positive) once, nothing else; degenerate batches, and two sets."""
     torch.manual_seed(0)
-    embeddings, labels = corner_batches()[corner]
-    for method in samplers.DRAW_NEGATIVES:
-        pairs = eligible_pairs(embeddings, labels, method)
+    for given in [*corner_batches().values(), *(two_sets() if method != "rho" else ())]:
+        pairs = eligible_pairs(*given, method=method)
         expected = sorted({(a, p) for a, of_anchor in enumerate(pairs) for p, _ in of_anchor
-                           if p != a})
-        triplets = torch.stack(Sampler(method, positives="all")(embeddings, labels), 1).tolist()
-        assert sorted((a, n if p == a else p) for a, p, n in triplets) == expected
+                           if p != a or len(given) > 2})
+        triplets = torch.stack(Sampler(method, positives="all")(*given), 1).tolist()
+        assert sorted((a, n if p == a and method == "rho" else p)
+                      for a, p, n in triplets) == expected
         assert all((p, n) in pairs[a] for a, p, n in triplets)
 
 
-@pytest.mark.parametrize("positives", ["one", "all"])
-@pytest.mark.parametrize("method", samplers.DRAW_NEGATIVES)
-def test_no_draw_waits_for_the_device(method, positives):
-    """On torch's device meta, which has shapes only, whoever looks at a value fails."""
-    embeddings = torch.empty(12, 8, device="meta")
-    labels = torch.zeros(12, dtype=torch.long, device="meta")
-    triplets = Sampler(method, positives=positives).sample(embeddings, labels)
-    assert triplets.shape == ((12 if positives == "one" else 12 * 12), 3)
-    with pytest.raises(RuntimeError, match="meta"):
-        Sampler("all").sample(embeddings, labels)
-
-
-def test_all_positives_between_two_sets():
-    torch.manual_seed(0)
-    for embeddings, labels, others, names in two_sets():
-        anchors, positives, negatives = Sampler("random", positives="all")(embeddings, labels,
-                                                                           others, names)
-        expected = [(a, p) for a in range(len(labels)) for p in range(len(names))
-                    if names[p] == labels[a] and (names != labels[a]).any()]
-        assert sorted(zip(anchors.tolist(), positives.tolist())) == expected
-        assert (names[negatives] != labels[anchors]).all()
-
-
 def test_reference_random_draws_every_triplet_equally_often():
-    """800 draws of 9 rows: uniform over all triplets of the batch, by chi-square."""
+    """400 draws of 9 rows: uniform over all triplets of the batch, by chi-square."""
     torch.manual_seed(0)
-    labels, seen, draws = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 3]), Counter(), 800
+    labels, seen, draws = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 3]), Counter(), 400
     for _ in range(draws):
         triplets = Sampler("random", form="reference").give(torch.zeros(9, 2), labels)
         assert len(triplets) == 9
         seen.update(map(tuple, triplets.tolist()))
-    triplets = listed(eligible_pairs(torch.zeros(9, 2), labels, "random"))
+    triplets = listed(eligible_pairs(torch.zeros(9, 2), labels, method="random"))
     assert chi_square_ok(seen, {triplet: 1 / len(triplets) for triplet in triplets}, 9 * draws)
     for lone in (torch.zeros(4), torch.arange(4)):  # no negative, no positive
         assert Sampler("random", form="reference").give(torch.zeros(4, 2), lone).shape == (0, 3)
@@ -711,7 +551,7 @@ def test_reference_random_draws_every_triplet_equally_often():
 def test_reference_npair_makes_every_image_an_anchor():
     """A random positive each, by chi-square, and all images of other classes as negatives."""
     torch.manual_seed(0)
-    labels, seen, draws = torch.tensor([0, 0, 0, 1, 1, 2]), Counter(), 600
+    labels, seen, draws = torch.tensor([0, 0, 0, 1, 1, 2]), Counter(), 300
     for _ in range(draws):
         rows = Sampler("npair", form="reference").give(torch.zeros(6, 2), labels).tolist()
         assert [row[0] for row in rows] == [0, 1, 2, 3, 4]
@@ -723,14 +563,13 @@ def test_reference_npair_makes_every_image_an_anchor():
                          3 * draws)
 
 
-@pytest.mark.parametrize("dim,dtype", [(2, torch.float64), (3, torch.float32), (8, torch.float32),
-                                       (128, torch.float32), (2048, torch.float32),
+@pytest.mark.parametrize("dim,dtype", [(2, torch.float64), (128, torch.float32),
                                        (2048, torch.float16)])
 def test_distance_draws_with_the_inverse_density(dim, dtype):
-    """2,000 draws: negatives in the proportions of 1 / q(d), positives uniform, by chi-square."""
+    """600 draws: negatives in the proportions of 1 / q(d), positives uniform, by chi-square."""
     torch.manual_seed(0)
     embeddings = unit_rows(12, dim, torch.Generator().manual_seed(dim)).to(dtype)
-    labels, draws = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 4]), 2000
+    labels, draws = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 4]), 600
     negatives, positives = [Counter() for _ in labels], [Counter() for _ in labels]
     for _ in range(draws):
         for a, p, n in Sampler("distance").give(embeddings, labels).tolist():
@@ -746,55 +585,10 @@ def test_distance_draws_with_the_inverse_density(dim, dtype):
             assert chi_square_ok(positives[a], {p: 1 / len(same) for p in same}, draws)
 
 
-def test_distance_treats_near_negatives_alike():
-    """Negatives at 0, 0.1 and 0.4 are all at the lower cut-off 0.5, hence equally frequent.
-
-    In 16 dimensions the unclipped weight of the one at 0.1 would be 4^14 that of the one at 0.4.
-    """
-    torch.manual_seed(0)
-    angles = [0.0, 0.0] + [2 * math.asin(d / 2) for d in (0.0, 0.1, 0.4)]
-    embeddings = torch.zeros(5, 16, dtype=torch.float64)
-    for row, angle in enumerate(angles):
-        embeddings[row, 0], embeddings[row, 1] = math.cos(angle), math.sin(angle)
-    labels = torch.tensor([0, 0, 1, 2, 3])
-    drawn = Counter(int(Sampler("distance").give(embeddings, labels)[0, 2]) for _ in range(1500))
-    assert chi_square_ok(drawn, {2: 1 / 3, 3: 1 / 3, 4: 1 / 3}, 1500)
-
-
-def test_rho_replaces_its_share_by_rows_that_push_a_positive():
-    """1,000 draws: (1 - rho) / q(d) of (a, p, n), rho of (a, a, p), p uniform, by chi-square."""
-    labels, draws = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2]), 1000
-    embeddings = unit_rows(9, 4, torch.Generator().manual_seed(6))
-    rows, names = embeddings.tolist(), labels.tolist()
-    for share in (0, 0.3, 1):
-        torch.manual_seed(0)
-        seen = [Counter() for _ in labels]
-        for _ in range(draws):
-            triplets = Sampler("rho", rho_probability=share).give(embeddings, labels)
-            for a, p, n in triplets.tolist():
-                seen[a][p, n] += 1
-        for a, counts in enumerate(seen):
-            own = [p for p in range(9) if names[p] == names[a] and p != a]
-            chances = distance_probabilities(
-                {n: math.dist(rows[a], rows[n]) for n in range(9) if names[n] != names[a]}, 4)
-            expected = {(p, n): (1 - share) * chance / len(own) for p in own
-                        for n, chance in chances.items()} | {(a, p): share / len(own) for p in own}
-            expected = {pair: chance for pair, chance in expected.items() if chance}
-            if len(expected) > 1:
-                assert chi_square_ok(counts, expected, draws)
-            assert set(counts) <= set(expected)
-
-
-def test_rho_mines_in_one_set_only():
-    rows, labels = torch.zeros(4, 2), torch.arange(4) // 2
-    with pytest.raises(ValueError, match="rho takes anchors as positives"):
-        Sampler("rho")(rows, labels, rows, labels)
-
-
 def test_rho_decides_for_each_anchor_by_itself():
-    """1,500 draws: how many of a batch's 8 triplets are replaced is binomial, by chi-square."""
+    """600 draws: how many of a batch's 8 triplets are replaced is binomial, by chi-square."""
     torch.manual_seed(0)
-    labels, draws, share = torch.arange(8) // 4, 1500, 0.4
+    labels, draws, share = torch.arange(8) // 4, 600, 0.4
     embeddings = unit_rows(8, 4, torch.Generator().manual_seed(6))
     sampler, numbers = Sampler("rho", rho_probability=share), Counter()
     for _ in range(draws):
@@ -824,16 +618,21 @@ def check_npair(tuples, labels):
 
 
 def test_npair_satisfies_the_definition():
-    torch.manual_seed(0)
+    """Padded: as many rows as images, all -1 where the image is no anchor of its class."""
     for embeddings, labels in [*random_batches(), *corner_batches().values()]:
-        for _ in range(4):
-            check_npair(Sampler("npair").give(embeddings, labels), labels)
+        torch.manual_seed(0)
+        tuples = Sampler("npair").give(embeddings, labels)
+        check_npair(tuples, labels)
+        torch.manual_seed(0)
+        rows = Sampler("npair").give(embeddings, labels, padded=True).tolist()
+        assert [[i for i in row if i >= 0] for row in rows if row[0] >= 0] == tuples.tolist()
+        assert len(rows) == len(labels) and {i for r in rows if r[0] < 0 for i in r} <= {-1}
 
 
 def test_npair_draws_every_pair_of_a_class_equally_often():
-    """3,000 draws: each ordered pair of distinct images of a class, by chi-square."""
+    """1,000 draws: each ordered pair of distinct images of a class, by chi-square."""
     torch.manual_seed(0)
-    labels, draws = torch.tensor([0, 1, 0, 1, 0, 2, 1, 1, 3, 3]), 3000
+    labels, draws = torch.tensor([0, 1, 0, 1, 0, 2, 1, 1, 3, 3]), 1000
     seen = {0: Counter(), 1: Counter(), 3: Counter()}
     for _ in range(draws):
         for a, p, *_ in Sampler("npair").give(torch.zeros(10, 2), labels).tolist():
@@ -842,19 +641,6 @@ def test_npair_draws_every_pair_of_a_class_equally_often():
         images = [i for i in range(10) if labels[i] == name]
         pairs = [(a, p) for a in images for p in images if a != p]
         assert chi_square_ok(counts, {pair: 1 / len(pairs) for pair in pairs}, draws)
-
-
-def test_npair_padded_rows_hold_the_same_tuples():
-    """Padded: as many rows as images, all -1 where the image is no anchor of its class."""
-    labels = torch.tensor([0, 1, 0, 1, 2, 2, 3])
-    torch.manual_seed(5)
-    padded = Sampler("npair").give(torch.zeros(7, 2), labels, padded=True)
-    assert len(padded) == 7
-    torch.manual_seed(5)
-    tuples = Sampler("npair").give(torch.zeros(7, 2), labels)
-    rows = padded.tolist()
-    assert [[i for i in row if i >= 0] for row in rows if row[0] >= 0] == tuples.tolist()
-    assert [set(row) for row in rows if row[0] < 0] == [{-1}] * 4
 
 
 # ---- a user's own method, wrong options, flags
@@ -883,22 +669,12 @@ def test_own_method_may_return_a_list_of_tuples(monkeypatch):
     assert empty.dtype == torch.long and empty.shape == (0, 3)
 
 
-def test_overridden_method_of_a_subclass_is_the_one_used():
-    class Fixed(Sampler):
-        def random(self, embeddings, labels):
-            return [(0, 1, 2), (0, 1, 3)]
-
-    assert Fixed("random").give(torch.zeros(4, 2), torch.arange(4)).tolist() == [[0, 1, 2],
-                                                                                [0, 1, 3]]
-
-
 @pytest.mark.parametrize("options,flag", [
     ({"method": "hardest"}, "--sampling"), ({"method": "give"}, "--sampling"),
     ({"method": "semihard", "margin": -0.1}, "--margin"),
     ({"form": "code"}, "--form code: it takes paper or reference"),
     ({"method": "random", "positives": "all", "form": "reference"}, "--positives all"),
     ({"method": "distance", "distance_cutoff": 0.5}, "--distance_cutoff"),
-    ({"method": "distance", "distance_cutoff": -1.0}, "--distance_cutoff"),
     ({"method": "distance", "distance_cutoff": math.nan}, "--distance_cutoff"),
     *[({"method": "rho", "rho_probability": share}, f"--rho_probability {share}")
       for share in (-0.1, 1.1, math.nan)],
@@ -912,6 +688,14 @@ def test_wrong_sampler_options_name_the_flag(options, flag):
         Sampler(**options)
 
 
+def test_npair_and_rho_are_no_miners_of_all_kinds():
+    rows, labels = torch.randn(8, 3), torch.arange(8) % 4
+    with pytest.raises(ValueError, match="rho takes anchors as positives"):
+        Sampler("rho")(rows, labels, rows, labels)
+    with pytest.raises(ValueError, match="npair is no miner: NPairLoss and AngularLoss"):
+        Sampler("npair")(rows, labels)
+
+
 def flags():
     parser = argparse.ArgumentParser()
     samplers.add_arguments(parser)
@@ -923,6 +707,8 @@ def test_flags_and_constructors_share_their_defaults():
     batch = inspect.signature(ClassBalancedBatchSampler).parameters
     assert parser.get_default("bs") == batch["batch_size"].default == 112
     assert parser.parse_args(["--batch_size", "8"]).bs == 8
+    for method in samplers.METHODS:
+        assert parser.parse_args(["--sampling", method]).sampling == method
     defaults = {name: parameter.default for name, parameter
                 in inspect.signature(Sampler).parameters.items()
                 if name not in ("method", "squared", "lower_cutoff")}
@@ -935,46 +721,6 @@ def test_flags_and_constructors_share_their_defaults():
                  positives="all", form="reference")
     changed = vars(Sampler("distance", **given))
     assert {name: changed[name] for name in names} == given
-
-
-@pytest.mark.parametrize("method", samplers.METHODS)
-def test_every_method_is_a_choice_of_the_flag(method):
-    assert flags().parse_args(["--sampling", method]).sampling == method
-    assert callable(getattr(Sampler, method))
-
-
-@pytest.mark.parametrize("method", samplers.METHODS)
-def test_a_sampler_is_a_module_that_shows_its_method_and_keeps_no_state(method):
-    """So that other libraries' hooks can save it among their miners."""
-    sampler = Sampler(method, mining_epsilon=0.3)
-    assert not sampler.state_dict() and not list(sampler.parameters())
-    sampler.load_state_dict({})
-    assert f"method={method!r}" in repr(sampler) and "mining_epsilon=0.3" in repr(sampler)
-    rows, labels = torch.randn(8, 3), torch.arange(8) % 4
-    torch.manual_seed(0)
-    expected = sampler.give(rows, labels)
-    torch.manual_seed(0)
-    assert torch.equal(pickle.loads(pickle.dumps(sampler)).give(rows, labels), expected)
-
-
-def test_npair_as_a_miner_is_refused():
-    with pytest.raises(ValueError, match="npair is no miner: NPairLoss and AngularLoss"):
-        Sampler("npair")(torch.randn(8, 3), torch.arange(8) % 4)
-
-
-@pytest.mark.parametrize("kind", [list, np.array])
-@pytest.mark.parametrize("method", [m for m in samplers.METHODS if m != "npair"])
-def test_arrays_and_lists_are_taken(method, kind):
-    rows, labels = torch.randn(2, 8, 3), torch.arange(8) % 4
-    given = [kind(part.tolist()) for part in (rows[0], labels, rows[1], labels)]
-    if kind is np.array:
-        given[0], given[2] = given[0].astype(np.float32), given[2].astype(np.float32)
-    for number in (2,) if method == "rho" else (2, 4):
-        torch.manual_seed(0)
-        expected = Sampler(method)(*(rows[0], labels, rows[1], labels)[:number])
-        torch.manual_seed(0)
-        for part, same in zip(Sampler(method)(*given[:number]), expected, strict=True):
-            assert torch.equal(part, same)
 
 
 # ---- the two helpers
@@ -1041,9 +787,9 @@ def check_balanced_epoch(batches, labels, batch_size, samples_per_class):
 
 
 def random_datasets():
-    """200 datasets: (labels, batch_size, samples_per_class); some have one dominating class."""
+    """100 datasets: (labels, batch_size, samples_per_class); some have one dominating class."""
     numbers = np.random.default_rng(11)
-    for trial in range(200):
+    for trial in range(100):
         num_classes = int(numbers.integers(1, 25))
         sizes = numbers.integers(1, int(numbers.choice([3, 6, 40])), size=num_classes)
         if trial % 4 == 0:
@@ -1054,7 +800,7 @@ def random_datasets():
         yield labels.tolist(), classes * samples_per_class, samples_per_class
 
 
-def test_balanced_batches_keep_their_promises_on_200_random_datasets():
+def test_balanced_batches_keep_their_promises_on_100_random_datasets():
     """Lengths, classes and images of two epochs; the second epoch differs where it can."""
     for labels, batch_size, samples_per_class in random_datasets():
         sampler = ClassBalancedBatchSampler(labels, batch_size, samples_per_class, seed=3)
@@ -1066,27 +812,6 @@ def test_balanced_batches_keep_their_promises_on_200_random_datasets():
             check_balanced_epoch(epochs[-1], labels, batch_size, samples_per_class)
         if len(labels) >= 20 and len(set(labels)) > 1:
             assert epochs[0] != epochs[1]
-
-
-def test_balanced_batches_depend_on_labels_seed_and_epoch_alone():
-    """The same epoch again, after other epochs and under another global seed, is the same."""
-    labels = np.repeat(np.arange(12), np.arange(1, 13))
-    first = ClassBalancedBatchSampler(labels, 12, 3, seed=5)
-    first.set_epoch(4)
-    expected = list(first)
-    assert list(first) != expected  # a loop that never calls set_epoch goes on by itself
-    first.set_epoch(4)
-    assert list(first) == expected
-    first.set_epoch(5)
-    assert list(first) != expected
-    torch.manual_seed(99)
-    np.random.seed(99)
-    again = ClassBalancedBatchSampler(labels.tolist(), 12, 3, seed=5)
-    again.set_epoch(4)
-    assert list(again) == expected
-    other = ClassBalancedBatchSampler(labels, 12, 3, seed=6)
-    other.set_epoch(4)
-    assert list(other) != expected
 
 
 def test_balanced_epoch_draws_each_image_once_when_all_fits():
@@ -1119,15 +844,11 @@ def fair_draws(sizes, batch_size, samples_per_class):
 
 
 @pytest.mark.parametrize("sizes,batch_size,samples_per_class,epochs", [
-    ([10] * 12, 12, 4, 400),
-    ([1, 2, 3, 5, 7, 9, 11, 30, 40], 12, 4, 1500),
-    ([1, 1, 2, 3, 4, 4, 60, 61], 6, 2, 800),
-    ([3] * 30, 20, 2, 800),
-    ([7, 8, 9, 10, 11, 12], 40, 10, 3000),
-    ([500, 10, 10, 10], 8, 4, 60),
-    ([400, 30, 12, 6], 8, 4, 100),
-    ([300, 300, 20, 5], 12, 4, 100),
-    ([50, 2, 2, 2, 2], 10, 2, 1500),
+    ([1, 2, 3, 5, 7, 9, 11, 30, 40], 12, 4, 800),
+    ([3] * 30, 20, 2, 400),
+    ([7, 8, 9, 10, 11, 12], 40, 10, 1000),
+    ([300, 300, 20, 5], 12, 4, 60),
+    ([50, 2, 2, 2, 2], 10, 2, 800),
 ], ids=str)
 def test_images_are_drawn_equally_often(sizes, batch_size, samples_per_class, epochs):
     """Mean draws per image over many epochs against the fairest shares: 10 % and the noise."""
@@ -1142,13 +863,6 @@ def test_images_are_drawn_equally_often(sizes, batch_size, samples_per_class, ep
     off = np.abs(draws.mean(0) - fair) - 6 * noise - 0.1 * fair
     assert off.max() <= 0, {c: (draws.mean(0)[labels == c].mean(), fair[labels == c][0])
                             for c in range(len(sizes))}
-
-
-def test_small_classes_repeat_their_images_evenly():
-    """A class of 3 images in a share of 7 has one of them three times and two of them twice."""
-    labels = [0] * 3 + [1] * 20
-    for batch in ClassBalancedBatchSampler(labels, 14, 7):
-        assert sorted(Counter(i for i in batch if i < 3).values()) == [2, 2, 3]
 
 
 @pytest.mark.parametrize("batch_size,samples_per_class,flags_named", [
@@ -1181,7 +895,7 @@ def test_replacement_has_the_figures_of_the_published_runs(samples_per_class, sp
     labels, classes, twice = bird_like(), [], []
     sampler = ReplacementBatchSampler(labels, 112, samples_per_class, spacing=spacing)
     assert len(sampler) == 52
-    for _ in range(20):
+    for _ in range(10):
         for batch in sampler:
             groups = np.reshape(batch, (-1, samples_per_class))
             assert (labels[groups] == labels[groups[:, :1]]).all()
@@ -1195,12 +909,12 @@ def test_replacement_has_the_figures_of_the_published_runs(samples_per_class, sp
 
 @pytest.mark.parametrize("spacing", [0, 2])
 def test_replacement_draws_classes_and_images_alike(spacing):
-    """4,000 batches of 6 groups, classes of 1 to 30 images: counts, and a group's successor.
+    """2,000 batches of 6 groups, classes of 1 to 30 images: counts, and a group's successor.
 
     Chi-square: the first class of a batch, each class after each other (after itself as often as
     after another, or never), the ordered pairs of images of a group.
     """
-    sizes, batches = [1, 2, 3, 4, 30], 4000
+    sizes, batches = [1, 2, 3, 4, 30], 2000
     labels = np.repeat(np.arange(5), sizes)
     sampler = ReplacementBatchSampler(labels, 12, 2, seed=4, spacing=spacing)
     sampler.num_batches = batches
@@ -1308,18 +1022,16 @@ def test_batch_sampler_select_follows_the_options():
         assert drawn.spacing == spacing
 
 
-@every_batch_sampler
-def test_data_loader_gives_the_same_batches_with_any_number_of_workers(make):
+def test_data_loader_gives_the_same_batches_with_any_number_of_workers():
     """Two epochs with 0 and 2 workers under different global seeds: the sampler's batches."""
     dataset, seen = torch.utils.data.TensorDataset(torch.arange(40)), []
     for workers in (0, 2):
         torch.manual_seed(workers)
-        sampler = make()
+        sampler = ClassBalancedBatchSampler(np.arange(40) // 5, 8, 2)
         loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, num_workers=workers)
-        assert len(loader) == len(sampler) == 5
         for epoch in (0, 1):
             sampler.set_epoch(epoch)
             seen.append([images.tolist() for images, in loader])
             sampler.set_epoch(epoch)
-            assert seen[-1] == list(sampler)
+            assert seen[-1] == list(sampler) and len(loader) == 5
     assert seen[:2] == seen[2:] and seen[0] != seen[1]
