@@ -905,7 +905,8 @@ class Ranker:
         near.masked_fill_(own_class, torch.inf)
         if self.own is not None:
             keys.scatter_(1, self.own[rows, None] - low, torch.inf)
-        true = keys.sort(1)[0][:, :width]
+        # The least alone is found without a sort.
+        true = keys.sort(1)[0][:, :width] if width > 1 else keys.amin(1, keepdim=True)
         tolerance = self.tolerance[rows, None]
         limits = torch.cat([true - tolerance, true + tolerance], 1)
         limits = limits.masked_fill_(limits == torch.inf, -torch.inf)            # [B, 2 W]
@@ -1010,7 +1011,8 @@ def count_up_to(keys, limits):
                                                 limits.new_tensor(torch.inf)).numpy()
     if limits.shape[1] <= 2:
         for j, limit in enumerate(limits.unbind(1)):
-            counts[:, j] = torch.from_numpy((keys <= limit.unsqueeze(1).numpy()).sum(1))
+            bits = np.packbits(keys <= limit.unsqueeze(1).numpy(), axis=1)
+            counts[:, j] = torch.from_numpy(np.bitwise_count(bits).sum(1, dtype=np.int64))
         return counts
     step = max(1, 2 ** 18 // keys.shape[1])
     for first in range(0, len(keys), step):
