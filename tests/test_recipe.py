@@ -46,8 +46,7 @@ def recipe(title):
     """The README's recipe -> (its text, the class's code, the row)."""
     section = (ROOT / "README.md").read_text().split(title)[1]
     section = re.split(r"^##", section, maxsplit=1, flags=re.M)[0]
-    code, row = (re.sub(r"^   ", "", block, flags=re.M)  # the indent of a list's item
-                 for block in re.findall(r"```python\n(.*?)```", section, re.S))
+    code, row = re.findall(r"```python\n(.*?)```", section, re.S)
     return section, code, row
 
 
