@@ -645,12 +645,13 @@ class OnGPU(torch.Tensor):
     is_cuda = True
 
 
-@pytest.mark.parametrize("tensor, steps", [(torch.Tensor, 22), (OnGPU, 24)])
+@pytest.mark.parametrize("tensor, length, steps", [
+    (torch.Tensor, 4, 22), (OnGPU, 4, 24), (OnGPU, 50, 39)])
 @pytest.mark.parametrize("what, said", [("loss", "the loss is inf in"), (
     "gradient", "the gradient of metric_loss.scale is not finite in")])
 def test_what_is_not_finite_stops_the_training_and_is_named_by_its_iteration(what, said, tensor,
-                                                                             steps):
-    """Before the step on a CPU, before the hook can save anything on a GPU."""
+                                                                             length, steps):
+    """At once on a CPU; on a GPU after at most 20 steps, and before the hook of an epoch's end."""
     class Breaks(MeanSquare):
         def forward(self, embeddings, labels, indices_tuple=None):
             loss = super().forward(embeddings, labels)
@@ -662,12 +663,14 @@ def test_what_is_not_finite_stops_the_training_and_is_named_by_its_iteration(wha
     kept, epochs = [], []
     trainer = make_trainer(
         loss_funcs={"metric_loss": Breaks()}, models={"trunk": linear(), "embedder": linear(2, 2)},
+        iterations_per_epoch=length,
         end_of_iteration_hook=lambda trainer: kept.append(all_weights(trainer)),
         end_of_epoch_hook=lambda trainer: epochs.append(trainer.epoch))
-    with pytest.raises(NonFiniteLoss, match=f"{said} epoch 6, iteration 3; .*--lr") as error:
+    with pytest.raises(NonFiniteLoss, match=f"{said} .*--lr") as error:
         trainer.train(num_epochs=9)
-    assert (error.value.epoch, error.value.iteration) == (6, 2)
-    assert len(kept) == steps and epochs == [1, 2, 3, 4, 5]
+    assert (error.value.epoch, error.value.iteration) == (22 // length + 1, 22 % length)
+    assert f"epoch {22 // length + 1}, iteration {22 % length + 1}; " in str(error.value)
+    assert len(kept) == steps and epochs == list(range(1, 22 // length + 1))
     assert tensor is OnGPU or same(kept[-1], all_weights(trainer))
 
 
@@ -1413,6 +1416,15 @@ def test_a_trainer_goes_on_after_any_iteration(sampler):
         second.train(second.epoch + 1, 3)
         assert len(seen(first)) == number and seen(first) + seen(second) == seen(whole)
         assert same(all_weights(second), all_weights(whole)), number
+
+
+def test_the_scale_of_fp16_and_the_count_of_skipped_steps_come_back():
+    trainer, other = (make_trainer(grad_scaler=half_scaler(), mining_funcs={
+        "tuple_miner": now_and_then([], TRIPLET, (0,))}) for _ in range(2))
+    trainer.train()
+    trainer.grad_scaler.update(2.)
+    other.load_state_dict(trainer.state_dict())
+    assert other.skipped_steps == 1 and other.grad_scaler.get_scale() == 2
 
 
 def test_a_loss_without_a_state_is_left_out_of_it():
