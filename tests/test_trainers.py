@@ -636,6 +636,11 @@ def test_batches_and_losses_that_are_refused(changes, words):
         make_trainer(**changes).train()
 
 
+def test_a_trainer_that_does_not_say_its_losses():
+    with pytest.raises(NotImplementedError):
+        make_trainer(BaseTrainer).train()
+
+
 # ---- numbers that are not finite
 
 
@@ -1395,12 +1400,20 @@ class Skipping(Shuffled):
         return iter(list(super().__iter__())[BATCH * taken:])
 
 
+class Drawn(Epochs):
+    """Rows drawn from torch's global generator, as random crops are."""
+
+    def __getitem__(self, i):
+        return torch.rand(3), i
+
+
 @pytest.mark.parametrize("sampler", [lambda: None, Shuffled, Skipping])
 def test_a_trainer_goes_on_after_any_iteration(sampler):
     """Three iterations an epoch, four batches a pass: within both, and at the end of either."""
     def make():
         trunk = torch.nn.Sequential(linear(), torch.nn.Dropout(0.5))
-        return make_trainer(models={"trunk": trunk}, sampler=sampler(), iterations_per_epoch=3)
+        return make_trainer(models={"trunk": trunk}, sampler=sampler(), iterations_per_epoch=3,
+                            dataset=Drawn())
 
     whole = make()
     torch.manual_seed(3)
