@@ -1,8 +1,8 @@
 """The losses against their equations, written as loops over tuples and classes in float64.
 
 pytest tests/test_losses.py -k NAME runs what concerns one loss. A new one needs its equation in
-ORACLES, other flags in VARIANTS, a number worked by hand in BY_HAND and its flags' domains in
-DOMAINS; all else, the checks of check_loss.py with it, goes through losses.LOSSES.
+ORACLES, other flags in VARIANTS, a number worked by hand in BY_HAND and its flags' DOMAINS and
+DEFAULTS; all else, the checks of check_loss.py with it, goes through losses.LOSSES.
 """
 
 import argparse
@@ -1150,6 +1150,7 @@ def test_what_sets_a_loss_apart():
                 if getattr(loss, what) != usual}
 
     assert set(said("unit_norm", True)) == {"npair", "lifted", "angular"}
+    assert "distance" not in LOSSES["lifted"].samplings  # which is for unit-norm rows
     assert said("lr_factor", 1) == {
         "proxyanchor": 100, "proxynca++": 100, "softtriple": 100, "arcface": 50, "cosface": 50,
         "sphereface": 50, "normsoftmax": 50}
@@ -1159,6 +1160,30 @@ def test_what_sets_a_loss_apart():
         "marginloss": "beta_lr", "proxynca": "proxy_lr"}
     assert set(said("stops_gradients", False)) == {"circle"}
     assert set(said("rotation_invariant", True)) == {"snr"}
+
+
+# What the papers or the reference runs have; a changed one moves every result with it.
+DEFAULTS = {
+    "margin": 0.2, "beta": 1.2, "beta_constant": False, "nu": 0.0, "l2npair": 0.02,
+    "proxynca_positive_in_denominator": False, "arcface_scale": 64.0, "arcface_margin": 0.5,
+    "contrastive_margin": 1.0, "contrastive_linear": False, "lifted_margin": 1.0,
+    "lifted_l2": 0.005, "multisimilarity_alpha": 2.0, "multisimilarity_beta": 50.0,
+    "multisimilarity_lambda": 1.0, "circle_margin": 0.4, "circle_gamma": 80.0,
+    "ntxent_temperature": 0.1, "supcon_temperature": 0.1, "angular_alpha": 45.0,
+    "angular_weight": 2.0, "histogram_bins": 100, "fastap_bins": 10,
+    "smoothap_temperature": 0.01, "recallatk_k": (1, 2, 4, 8, 16), "recallatk_tau1": 1.0,
+    "recallatk_tau2": 0.01, "snr_margin": 0.2, "snr_lambda": 0.005, "quadruplet_margin1": 0.2,
+    "quadruplet_margin2": 0.2, "proxyanchor_alpha": 32.0, "proxyanchor_delta": 0.1,
+    "proxyncapp_temperature": 1 / 9, "normsoftmax_temperature": 0.05, "cosface_scale": 64.0,
+    "cosface_margin": 0.35, "sphereface_margin": 4, "sphereface_lambda": 5.0,
+    "sphereface_scale": 64.0, "softtriple_centers": 10, "softtriple_lambda": 20.0,
+    "softtriple_gamma": 0.1, "softtriple_delta": 0.01, "softtriple_tau": 0.2}
+
+
+def test_defaults():
+    found = {flag: value for loss in LOSSES.values()
+             for flag, value in losses.defaults_of(loss).items() if flag in FLAGS}
+    assert {flag: value for flag, value in found.items() if flag != "form"} == DEFAULTS
 
 
 @pytest.mark.parametrize("name, length", [
