@@ -1,8 +1,8 @@
-"""What a run leaves behind, written and read again.
+"""What a run writes, and what is read back from it.
 
 Log writes it: logs, checkpoints, pictures, the printed lines, of which Progress rewrites one.
-Result reads a run folder back, for verdicts on recipes (recipes.csv), tables of runs, and curves of
-several in one picture: python results.py table|compare|recipes. How files are written whole, and
+Result reads a run folder back, for verdicts on recipes (recipes.csv), tables of runs, and curves
+of several in one picture: python results.py table|compare|recipes. How files are written whole, and
 drawn: auxiliaries.py.
 """
 
@@ -173,9 +173,9 @@ def make_run_folder(save_path, dataset, savename=None, resume=False):
 
 
 def lock_folder(folder):
-    """Keeps other runs out of a run folder -> the lock file, which is open as long as it counts.
+    """Locks a run folder against other runs -> the lock file; closing it ends the lock.
 
-    The lock goes with the process, however it ends. Says so where there are no locks; on Windows
+    The lock ends with the process. Prints a note where the file system has no locks; on Windows
     nothing is locked. ValueError where another run has the lock.
     """
     file = open(os.path.join(folder, ".lock"), "a+")
@@ -207,14 +207,14 @@ def save_options(folder, options):
 
 
 class Log:
-    """A run's memory and its files: what is kept of an iteration and of an epoch.
+    """Collects what a run measures, and writes its files.
 
-    train_rows and val_rows are the rows of log_train_Base.csv and log_val_Base.csv; which epoch is
-    the best, and whether --patience is over, follows from them alone.
+    train_rows and val_rows are the rows of log_train_Base.csv and log_val_Base.csv; the best epoch
+    and early stopping (--patience) are computed from them.
     """
 
     STATE_KEYS = ("epoch", "iteration", "place", "options", "data", "random_state", "train_rows",
-                  "val_rows", "under_way", "versions")
+                  "val_rows", "unfinished", "versions")
 
     def __init__(self, opt, folder, found, device, signals):
         self.opt = opt
@@ -226,14 +226,14 @@ class Log:
         self.versions = auxiliaries.versions(device)
         self.progress = Progress(opt.n_epochs, opt.bs, epochs_per_pause=opt.eval_every)
         self.train_rows, self.val_rows = [], []
-        self.loss_sums, self.gradients = {}, []  # of the epoch that is under way
+        self.loss_sums, self.gradients = {}, []  # of the current epoch
         self.seconds = 0  # that its training took
         self.trainer = self.tensorboard = None
 
     # Where the run stands
 
     def resume(self, trainer):
-        """Takes over the run's last checkpoint, if there is one; writes down the options."""
+        """Loads the run's last checkpoint, if there is one, and writes the options."""
         self.trainer = trainer
         state = auxiliaries.from_first(lambda: auxiliaries.load_last_checkpoint(
             self.path("last.pth.tar"), (*trainer.STATE_GROUPS, *self.STATE_KEYS)))
@@ -276,7 +276,7 @@ class Log:
                 or epoch % self.opt.eval_every == 0 and "trunk" not in self.trainer.idle)
 
     def is_over(self):
-        """Whether --patience is over."""
+        """Whether training stops early (--patience)."""
         return auxiliaries.is_over(self.val_rows, self.metric, self.opt.eval_every,
                                    self.opt.patience)
 
@@ -323,7 +323,7 @@ class Log:
     # The end of an epoch
 
     def pause(self, epoch):
-        """An epoch's training is over: its clock stops, and a signal may end the run at once."""
+        """Called after an epoch's training: stops its clock; a signal now ends the run at once."""
         self.signals.at_once = True
         due = self.is_due(epoch)
         self.seconds = self.progress.pause(
@@ -449,7 +449,7 @@ class Log:
         return {**self.trainer.state_dict(), "options": vars(self.opt), "data": self.found.digest,
                 "random_state": auxiliaries.random_state(), "train_rows": self.train_rows,
                 "val_rows": self.val_rows, "versions": self.versions,
-                "under_way": {"loss_sums": self.loss_sums, "gradients": self.gradients,
+                "unfinished": {"loss_sums": self.loss_sums, "gradients": self.gradients,
                               "diagnoses": {suffix: diagnosis.sums
                                             for suffix, diagnosis in diagnoses}}}
 
@@ -460,7 +460,7 @@ class Log:
                                         keep_previous=True)
 
     def restore(self, state):
-        """Takes over a checkpoint's state.
+        """Loads a checkpoint's state.
 
         Raises ValueError where the options, the data or the code are not those of the checkpoint.
         """
@@ -477,7 +477,7 @@ class Log:
                 self.trainer.load_state_dict(state)
                 auxiliaries.restore_random_state(state["random_state"])
                 self.train_rows, self.val_rows = state["train_rows"], state["val_rows"]
-                self.restore_epoch(state["under_way"])
+                self.restore_epoch(state["unfinished"])
         except Exception as error:  # as many kinds as a checkpoint has parts
             raise ValueError(f"--resume: {self.path('last.pth.tar')} does not fit this code "
                              f"({type(error).__name__}: {one_line(error)}): was it "
@@ -492,14 +492,14 @@ class Log:
             print(f"note: the run was begun with {state['versions']}; it goes on with "
                   f"{self.versions}")
 
-    def restore_epoch(self, under_way):
-        """Takes back what was summed up of the epoch that is under way."""
+    def restore_epoch(self, unfinished):
+        """Restores the sums of the unfinished epoch."""
         def moved(sums):
             return {name: total.to(self.device) for name, total in sums.items()}
 
-        self.loss_sums = moved(under_way["loss_sums"])
-        self.gradients = [gradient.to(self.device) for gradient in under_way["gradients"]]
-        for suffix, sums in under_way["diagnoses"].items():
+        self.loss_sums = moved(unfinished["loss_sums"])
+        self.gradients = [gradient.to(self.device) for gradient in unfinished["gradients"]]
+        for suffix, sums in unfinished["diagnoses"].items():
             self.trainer.diagnoses[suffix].sums = moved(sums)
 
     def list_batch(self, error):
@@ -574,10 +574,9 @@ class Progress:
     """One line that is rewritten: epoch, iteration, loss, images per second, time left.
 
     Where the output is not a terminal it is a line of its own, once a minute, so logs stay short.
-    update and count may be called as often as one likes: they print, and update reads the loss
-    from the device, twice a second or once a minute at most. The rate is that of the training
-    since restart; the time left counts the pauses to come, such as evaluations, one in every
-    epochs_per_pause.
+    update and count may be called at every iteration: they print at most twice a second, or once a
+    minute, and only then is the loss read from the device. The rate is measured since restart; the
+    time left includes the evaluations to come, one in every epochs_per_pause epochs.
     """
 
     def __init__(self, num_epochs, images_per_iteration, stream=None, epochs_per_pause=1):
@@ -592,7 +591,7 @@ class Progress:
         self.restart()
 
     def restart(self):
-        """Training begins or goes on; what a pause before took is expected of later ones."""
+        """Training starts or continues; later pauses are expected to take as long as the last."""
         now = time.monotonic()
         if self.paused is not None:
             self.pause_seconds = now - self.paused
@@ -600,7 +599,7 @@ class Progress:
         self.done, self.paused = 0, None
 
     def pause(self, text, counts=True):
-        """Training stops for a while, the text is shown; returns the seconds since restart.
+        """Training pauses and the text is shown; returns the seconds since restart.
 
         counts: whether it is one of the pauses to come, rather than a shorter one.
         """
@@ -610,7 +609,7 @@ class Progress:
         return now - self.started
 
     def count(self, done, total):
-        """During a pause: so many of so many images are done."""
+        """During a pause: shows how many of the images are done."""
         now = time.monotonic()
         if now - self.printed >= self.interval:
             self.say(f"{self.text} {done:,} of {total:,}", now)
@@ -702,7 +701,8 @@ class TensorBoardLog:
 
 class Recipe(typing.NamedTuple):
     """A published result: its options, a list of strings; {metric: (mean, std or None)} in
-    percent; where it was published."""
+    percent; where it was published.
+    """
 
     options: list
     published: dict
@@ -755,7 +755,7 @@ def run_names(opt):
 
 
 def one_per_seed(opt):
-    """The options of each run of --seeds in turn, of the one run without them.
+    """Yields the options of each run of --seeds, or of the single run without it.
 
     With --resume a seed that has no folder yet begins. Before anything is trained:
     FileNotFoundError with --resume where none has a folder, ValueError without it where one has.
@@ -775,14 +775,14 @@ def one_per_seed(opt):
                          "--savename, or continue all seeds with --resume")
     for seed, name in names.items():
         print(f"seed {seed}", flush=True)
-        gc.collect()  # what of the run before knows itself, and with it a cache of images
+        gc.collect()  # of the last run's reference cycles, which may hold a cache of images
         yield argparse.Namespace(**{**vars(opt), "seed": seed, "savename": name,
                                     "resume": seed in there})
 
 
 @contextlib.contextmanager
 def advice_to_resume(opt):
-    """Adds to a KeyboardInterrupt how the runs go on, if one has a folder already."""
+    """Adds to a KeyboardInterrupt how to resume, if a run has a folder already."""
     try:
         yield
     except KeyboardInterrupt as stopped:
@@ -817,7 +817,7 @@ def print_plan(opt):
 
 
 def print_verdict(opt, folders):
-    """Prints, and writes beside the folders, what the runs of a recipe amount to."""
+    """Prints the verdict on a recipe's runs, and writes it beside their folders."""
     recipe = find_recipe(opt.recipe)
     runs = [read_result(folder) for folder in folders]
     subset = runs[0].options["subset"]
@@ -841,7 +841,7 @@ class Result(typing.NamedTuple):
     rows: list
 
     def state(self):
-        """finished, or what else: in words."""
+        """The word finished, or why the run is not, in words."""
         if not self.rows:
             return "failed or unfinished before anything was measured"
         last, wanted = int(self.rows[-1]["epoch"]), int(self.options["n_epochs"])
@@ -857,7 +857,7 @@ class Result(typing.NamedTuple):
         return f"unfinished after epoch {last} of {wanted}"
 
     def best(self, metric):
-        """The literature's value: the best over the epochs, of this metric alone."""
+        """The best value over the epochs, of each metric on its own, as the literature has it."""
         values = [row[metric] for row in self.rows[1:] or self.rows if metric in row]
         return evaluate.best_of(metric)(values, default=float("nan"))
 
@@ -909,7 +909,7 @@ def read_result(folder):
 def read_results(root):
     """All run folders below root, sorted -> (list of Result, what cannot be read, in words).
 
-    Folders that are not of a run are passed over. ValueError where there is none of a run.
+    Other folders are skipped. ValueError where there is none of a run.
     """
     if not os.path.isdir(root):
         raise FileNotFoundError(f"{root} is not a folder of results")
@@ -966,7 +966,7 @@ def verdict(recipe, results, departures=()):
 
 
 def grouped(results):
-    """Results -> {what their runs have in common: [the finished ones]}, and the others, in words.
+    """Finished runs by their options -> ({options: [Result]}, what is left out, in words).
 
     Runs that differ in the seed and free_options alone are of one group; those of a recipe, which
     stand beside its published values, are a group of their own. Of the runs of one seed in a group
@@ -1047,8 +1047,7 @@ def table_of(dataset, groups, choose):
 
 
 def dataset_of(result):
-    """What one table is of: a dataset, or a part of one; for --dataset folder each folder is one.
-    """
+    """What one table shows: a dataset, or a part of one; with --dataset folder, one folder."""
     options = result.options
     folder = f" {options.get('source_path')}" if options["dataset"] == "folder" else ""
     subset = options.get("subset")

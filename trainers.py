@@ -265,7 +265,9 @@ class BaseTrainer:
         return data[indices], labels[indices]
 
     def weighted(self, losses):
-        """{name: loss} -> the same, scalars times their weights; ValueError for what is none."""
+        """{name: loss} -> the same, scalars times their weights; ValueError for a loss that is no
+        scalar.
+        """
         for name, loss in losses.items():
             if not torch.is_tensor(loss) or loss.numel() != 1:
                 gave = list(loss.shape) if torch.is_tensor(loss) else type(loss).__name__
@@ -316,8 +318,8 @@ class BaseTrainer:
     def check_losses(self, total=None):
         """Raises NonFiniteLoss where the loss or a gradient of a step is not finite.
 
-        total: the step's loss, kept with its greatest gradients and looked at at once; on a GPU,
-        where a look makes the host wait, every 20 steps. None: looks at what is left.
+        total: the step's loss. It is kept with the greatest gradients and checked at once; on a
+        GPU, where a check makes the host wait, every 20 steps. None: checks what is left.
         """
         if total is not None:
             weights = [weight for weight in self.weights if weight.grad is not None]
@@ -340,7 +342,7 @@ class BaseTrainer:
                                     self.epoch, iteration)
 
     def check_weights(self):
-        """As check_losses, and of the weights, which it may take a last step to spoil."""
+        """As check_losses, and checks the weights, which the last step may have spoilt."""
         self.check_losses()
         wrong = [weight for weight in self.weights if not weight.isfinite().all()]
         if wrong:
@@ -354,7 +356,8 @@ class BaseTrainer:
         return names.get(weights[-1], "a weight of an optimizer")
 
     def step_schedulers(self, when, *value):
-        """Steps the schedulers whose key ends in `when`, those of networks at rest too."""
+        """Steps the schedulers whose key ends in `when`, also of networks that do not learn now.
+        """
         for name, scheduler in self.lr_schedulers.items():
             if name.endswith(when):
                 scheduler.step(*value)
@@ -369,7 +372,8 @@ class BaseTrainer:
 
     @property
     def loss_tracker(self):
-        """losses, 0 for those that rest, and loss_weights, for pytorch-metric-learning's hooks."""
+        """losses, 0 for those not computed, and loss_weights: for pytorch-metric-learning's hooks.
+        """
         weights = {**self.loss_weights, "total_loss": 1}
         return types.SimpleNamespace(losses={**dict.fromkeys(weights, 0), **self.losses},
                                      loss_weights=weights)
@@ -430,7 +434,7 @@ class BaseTrainer:
                 if hasattr(part, "state_dict")]
 
     def load_state_dict(self, state):
-        """Takes back what state_dict gave; after an error the trainer is in part the old one."""
+        """Loads what state_dict gave; after an error the trainer may be partly restored."""
         for group in self.STATE_GROUPS:
             parts = dict(self.stateful(group))
             if state[group].keys() != parts.keys():
@@ -485,7 +489,7 @@ class BaseTrainer:
                              f"dataset of {len(self.dataset)}, or from a sampler that gives less")
 
     def start_pass(self, place=None):
-        """Begins the next pass over the data, or goes on with one behind what was taken from it.
+        """Starts the next pass over the data, or continues one after the batches already taken.
 
         place: see state_dict. The seeds are what a plain DataLoader would draw from torch's global
         generator; drawing them here makes the numbers the same for any number of loading
@@ -665,7 +669,7 @@ class CascadedEmbeddings(BaseTrainer):
     ... (optional)}. A miner with set_idx_externally(tuples, labels) and reset_idx(), as
     pytorch-metric-learning's HDCMiner, is handed the tuples of the section before and so sees the
     harder ones of them: the paper's cascade. Any other miner decides for its section alone. A
-    section whose miner returns nothing rests for that step; the step is skipped where all do.
+    section whose miner returns nothing is left out of that step; if all are, the step is skipped.
     Departs from the paper: all sections share one trunk's features.
     """
 
@@ -1050,7 +1054,7 @@ class Validation:
 
     rows lists what was measured, {"epoch": ..., metric: ...}; all that this hook decides follows
     from them, so a Validation that goes on where another ended takes its rows. Epoch 0, the
-    untrained network if a caller measures it, is best only while alone.
+    untrained network if a caller measures it, is the best only if no other is measured.
     """
 
     def __init__(self, measure, metric=None, every=1, patience=None, checkpoint=None,
@@ -1106,7 +1110,7 @@ def in_turn(*hooks):
 
 
 class Diagnosis:
-    """What the training batches say of the embedding, averaged until it is asked for.
+    """Statistics of the embeddings of training batches, averaged until row() is called.
 
     loss: the metric loss, a module, that is called with embeddings [B, D] and labels [B]; each
     call in train mode counts. Nothing waits for the device before row().
@@ -1140,7 +1144,7 @@ class Diagnosis:
     def row(self):
         """The averages since the last call -> dict of floats; empty if there was no batch.
 
-        "active": share of the tuples that the loss had still to satisfy, of losses that say so.
+        "active": share of the tuples whose loss is not zero, of losses that count them.
         "d_ap", "d_an": mean Euclidean distance of the pairs of one class, and of two, in a batch.
         "std": root mean square distance of the embeddings from their batch's mean; for unit-norm
         embeddings 1 where they are spread all over the sphere, 0 where they are one point.

@@ -439,7 +439,7 @@ def test_two_damaged_checkpoints_or_nonsense_are_an_error(stopped, folder, tmp_p
     message = error_of(stopped, capsys)
     assert "pth.tar is damaged, or not one of this program" in message
     assert len(message.splitlines()) == 1 and not (tmp_path / "marker").exists()
-    for change in ({"options": {}}, {"under_way": {}}, {"random_state": {}}, {"models": []}):
+    for change in ({"options": {}}, {"unfinished": {}}, {"random_state": {}}, {"models": []}):
         torch.save({**state, **change}, folder / LAST)
         assert "--resume" in error_of(stopped, capsys), change
         assert_same({**state, **change}, load(folder / LAST))
