@@ -222,14 +222,6 @@ def test_losses_with_weights_under_other_trainers(small, loss, trainer):
     assert np.isfinite(rows(folder, "log_train_Base.csv")[0]["total_loss"])
 
 
-@pytest.mark.parametrize("trainer", [name for name, trainer in trainers.TRAINERS.items()
-                                     if trainer.views == 2])
-def test_trainers_of_two_views_run_on_glyphs(trainer, small):
-    folder = main.main([*small, "--dataset", "glyphs", "--trainer", trainer, "--bs", "80",
-                        "--image_size", "8", "--n_epochs", "0"])
-    assert len(rows(folder)) == 1
-
-
 @pytest.mark.parametrize("make,names,files", [
     (make_in_shop, [""], {"embeddings.npz", "gallery.npz"}),
     (make_vehicle_id, ["set 1 ", "set 2 ", "set 3 "],
@@ -293,13 +285,6 @@ def test_progress_line_on_a_terminal_only_and_ended_before_a_message(small, monk
     assert said.count("\n") == 1 and re.search(r"\repoch 0: evaluating *\r *$", shown)
 
 
-def test_a_clock_that_stands_still_ends_no_run(small, capsys, monkeypatch):
-    still = {**vars(results.time), "monotonic": lambda: 5.0}
-    monkeypatch.setattr(results, "time", types.SimpleNamespace(**still))
-    main.main(small)
-    assert re.search(r"^epoch 1/1 .*  0s$", capsys.readouterr().out, re.M)
-
-
 def header(options, capsys):
     """A run's header -> (its options, {name: value}, the other lines)."""
     capsys.readouterr()
@@ -327,16 +312,6 @@ def test_the_header_has_what_was_given_and_the_losss_and_trainers_own(small, cap
                                                                 "MetricLossOnly")
     assert not {*own, "g_lr", "proxy_lr"} - {"form"} & set(shown)
     assert not any("NMI" in line for line in lines)
-
-
-def test_a_part_of_a_published_dataset_is_named_in_header_and_table(small, tmp_path, capsys):
-    make_tree(tmp_path / "data" / "cub200" / "images")
-    options = [*small, "--dataset", "cub200", "--source_path", str(tmp_path / "data")]
-    part = ("the train split has 4 classes/24 images, not cub200's 100/5,864: published numbers "
-            "do not apply")
-    assert f"         note: {part}" in header(options, capsys)[1]
-    results.main(["table", str(tmp_path / "runs")])
-    assert capsys.readouterr().out.startswith(f"cub200, of which {part}: percent, ")
 
 
 # ---- evaluation now and then, patience, plateau, TensorBoard
@@ -581,6 +556,7 @@ def built(options):
         patch.setattr(results, "open_log", stop)
         with pytest.raises(Built):
             main.main(options)
+    torch.use_deterministic_algorithms(False)  # --deterministic is for the process
     return described(parts)
 
 
@@ -602,8 +578,8 @@ def trace(options, capsys):
         patch.setattr(results.Log, "resume", resuming)
         capsys.readouterr()
         folder = main.main(options)
-    printed = re.sub(r"^options .*$|\d+(s|m \d+s), \d+ images/s$", "", capsys.readouterr().out,
-                     flags=re.M)
+    printed = re.sub(r"^(options|network) .*\n|\d+(s|m \d+s), \d+ images/s$", "",
+                     capsys.readouterr().out, flags=re.M)  # which state options themselves
     folder = folder[0] if isinstance(folder, list) else folder
     files = sorted(os.listdir(folder)) + [rows(folder)] if folder else []
     return str((printed, saved, files))
@@ -767,14 +743,12 @@ def test_help_waits_for_nothing_but_torch():
 
 
 @pytest.mark.parametrize("options,words", [
-    (["--loss", "nosuch"], ["nosuch", "marginloss"]),
     (["--arch", "nosuch"], ["nosuch", "resnet50"]),
     (["--seed", "123456789012345678901234567890"], ["--seed 1234", "below 4294967296"]),
     (["--bs", "10", "--samples_per_class", "4"], ["--bs 10", "--samples_per_class 4"]),
     (["--bs", "0"], ["--bs 0"]),
     (["--bs", "4", "--samples_per_class", "4"], ["--bs 4", "no negatives"]),
     (["--bs", "40", "--samples_per_class", "4"], ["10 classes", "has 4", "--bs"]),
-    (["--loss", "proxynca", "--bs", "400"], ["--bs 400"]),
     (["--loss", "triplet", "--sampling", "npair"], ["--sampling npair", "semihard"]),
     (["--loss", "proxynca", "--sampling", "random"], ["--sampling random", "proxynca"]),
     (["--loss", "triplet", "--samples_per_class", "1"], ["--samples_per_class 1", "2 or more"]),
@@ -798,7 +772,7 @@ def test_help_waits_for_nothing_but_torch():
     (["--vehicle_protocol", "random_gallery"], ["--vehicle_protocol", "vehicle_id", "folder"]),
     (["--scheduler", "plateau", "--gamma", "1"], ["--gamma 1.0", "plateau"]),
     (["--amp", "fp16"], ["--amp fp16 needs a GPU"]),
-    (["--g_weights", "1", "1", "-1", "1"], ["--g_weights -1: it must be a finite number at least"]),
+    (["--g_weights", "1", "1", "-1", "1"], ["--g_weights -1: it must be a finite number"]),
     (["--trainer", "CascadedEmbeddings", "--embedding_sizes", "4", "3"],
      ["--embedding_sizes 4 3", "--embed_dim 8"]),
     (["--trainer", "DeepAdversarialMetricLearning", "--loss", "arcface", "--samples_per_class",
@@ -806,7 +780,6 @@ def test_help_waits_for_nothing_but_torch():
     (["--trainer", "DeepAdversarialMetricLearning", "--loss", "npair"], ["unit-norm", "npair"]),
     (["--trainer", "TwoStreamMetricLoss", "--loss", "contrastive"],
      ["--trainer TwoStream", "--loss contrastive", "marginloss, triplet, snr"]),
-    (["--trainer", "TwoStreamMetricLoss", "--samples_per_class", "1"], ["--samples_per_class 1"]),
     (["--trainer", "TwoStreamMetricLoss", "--sampling", "rho"], ["TwoStream", "--sampling rho"]),
     (["--trainer", "UnsupervisedEmbeddingsUsingAugmentations", "--loss", "proxynca"],
      ["--trainer Unsupervised", "--loss proxynca"]),

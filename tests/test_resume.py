@@ -626,97 +626,44 @@ def test_resuming_with_other_options_names_each(stopped, folder, capsys):
 class Noisy(torch.utils.data.Dataset):
     """Numbers; noise is drawn from torch's generator, as augmentations of many users are."""
 
-    def __init__(self, noise=0.):
-        self.noise = noise
+    def __init__(self):
         self.data = torch.arange(20 * 3, dtype=torch.float32).view(20, 3).sin()
 
     def __len__(self):
         return len(self.data)
 
     def __getitem__(self, i):
-        return self.data[i] + self.noise * torch.randn(3), i % 4
+        return self.data[i] + torch.randn(3), i % 4
 
 
-def make_trainer(dataset=None, **arguments):
+def make_trainer(**arguments):
     torch.manual_seed(3)
     trunk = torch.nn.Linear(3, 4)
-    optimizer = torch.optim.Adam(trunk.parameters(), 0.01)
-    arguments.setdefault("batch_size", 4)
     return trainers.MetricLossOnly(
-        models={"trunk": trunk}, optimizers={"trunk_optimizer": optimizer}, data_device="cpu",
+        models={"trunk": trunk}, batch_size=4, data_device="cpu", dataset=Noisy(),
+        optimizers={"trunk_optimizer": torch.optim.Adam(trunk.parameters(), 0.01)},
         loss_funcs={"metric_loss": lambda embeddings, labels, _=None: (
-            embeddings.sum(1) - labels).square().mean()},
-        dataset=dataset or Noisy(), lr_schedulers={
-            "trunk_scheduler_by_iteration": torch.optim.lr_scheduler.ExponentialLR(optimizer, .9)},
-        dataloader_num_workers=0, **arguments)
-
-
-class Places:
-    """Hooks that note where the trainer is, and stop it after so many iterations."""
-
-    def __init__(self, stop=None):
-        self.noted, self.epochs, self.stop = [], [], stop
-
-    def between_iterations(self, trainer):
-        self.noted.append((trainer.epoch, trainer.iteration, float(trainer.losses["total_loss"])))
-        return False if len(self.noted) == self.stop else None
-
-    def hooks(self):
-        return {"between_iterations_hook": self.between_iterations,
-                "end_of_epoch_hook": lambda trainer: self.epochs.append(trainer.epoch)}
-
-
-@pytest.mark.parametrize("length, stop", [(None, 1), (None, 5), (None, 7), (3, 3), (3, 7), (8, 5),
-                                          (8, 14), (8, 24)])
-def test_a_trainer_stopped_between_iterations_goes_on_as_if_it_were_not(length, stop):
-    """In itself, and in a new one from its state; passes are of 5 iterations, epochs of length."""
-    unbroken, first, second = Places(), Places(stop), Places()
-    trainer = make_trainer(iterations_per_epoch=length, **unbroken.hooks())  # seeds, too
-    trainer.train(1, 3)
-    epoch = length or 5
-    assert len(unbroken.noted) == 3 * epoch and unbroken.epochs == [1, 2, 3]
-
-    broken = make_trainer(iterations_per_epoch=length, **first.hooks())
-    broken.train(1, 3)
-    assert len(first.noted) == stop
-    buffer = io.BytesIO()
-    torch.save((broken.state_dict(), auxiliaries.random_state()), buffer)
-    buffer.seek(0)
-    state, random_state = torch.load(buffer, weights_only=True)
-    assert (state["epoch"], state["iteration"]) == ((stop - 1) // epoch, (stop - 1) % epoch + 1)
-    broken.train(broken.epochs_done + 1, 3)
-
-    fresh = make_trainer(iterations_per_epoch=length, **second.hooks())
-    with torch.no_grad():
-        fresh.models["trunk"].weight.zero_()
-    fresh.load_state_dict(state)
-    auxiliaries.restore_random_state(random_state)
-    fresh.train(fresh.epoch + 1, 3)
-    assert first.noted == unbroken.noted and first.epochs == unbroken.epochs
-    assert first.noted[:stop] + second.noted == unbroken.noted
-    assert second.epochs == unbroken.epochs[state["epoch"]:]
-    assert_same(trainer.state_dict(), broken.state_dict())
-    assert_same(trainer.state_dict(), fresh.state_dict())
+            embeddings.sum(1) - labels).square().mean()}, dataloader_num_workers=0, **arguments)
 
 
 def test_a_trainer_goes_on_with_the_users_random_augmentations():
-    """Batches that are read again to be passed over draw nothing from the generators."""
-    stopped = Places(3)
-    whole = make_trainer(Noisy(1.))
-    whole.between_iterations_hook = stopped.between_iterations
-    whole.train(1, 2)
-    state, random_state = pickle.loads(pickle.dumps((whole.state_dict(),
+    """In itself and in a new one; batches that are read again to be passed over draw nothing."""
+    calls = []
+    stopped = make_trainer(
+        between_iterations_hook=lambda trainer: calls.append(trainer) or len(calls) != 3)
+    stopped.train(1, 2)
+    assert (stopped.epoch, stopped.iteration) == (1, 2)
+    state, random_state = pickle.loads(pickle.dumps((stopped.state_dict(),
                                                      auxiliaries.random_state())))
-    whole.between_iterations_hook = lambda trainer: None
-    whole.train(1, 2)
-    again = make_trainer(Noisy(1.))
-    again.load_state_dict(state)
+    stopped.train(1, 2)
+    fresh = make_trainer()
+    fresh.load_state_dict(state)
     auxiliaries.restore_random_state(random_state)
-    again.train(1, 2)
-    unbroken = make_trainer(Noisy(1.))
+    fresh.train(1, 2)
+    unbroken = make_trainer()
     unbroken.train(1, 2)
-    assert_same(unbroken.state_dict()["models"], again.state_dict()["models"])
-    assert_same(again.state_dict(), whole.state_dict())
+    for trainer in (stopped, fresh):
+        assert_same(unbroken.state_dict(), trainer.state_dict())
 
 
 # ---- losses keep nothing beside their state
