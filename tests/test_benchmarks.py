@@ -24,8 +24,8 @@ def program(name):
     return module
 
 
-cpu_study, fuzz, mutants, throughput = map(
-    program, ("cpu_study", "fuzz", "mutants", "throughput"))
+cpu_study, fuzz, gpu, mutants, throughput = map(
+    program, ("cpu_study", "fuzz", "gpu", "mutants", "throughput"))
 
 
 def rows_of(text):
@@ -159,6 +159,24 @@ def test_a_boundary_that_no_test_looks_at_survives(tmp_path, monkeypatch, capsys
                  "constant | 2 | 0"):
         assert f"| {line} |" in report
     assert report.endswith("mutants they catch:\n")  # the only test is not idle
+
+
+# ---- gpu.py
+
+
+def test_what_a_gpu_is_tried_with_works_on_a_cpu(capsys):
+    assert gpu.benchmark(["--device", "cpu", "--only", "losses", "trainers", "overflow"]) == 0
+    rows = rows_of(capsys.readouterr().out)[1:]
+    assert len(rows) == sum(len(gpu.CHECKS[name][1]) for name in ("losses", "trainers")) + 1
+    assert {verdict for _, verdict, _, _ in rows} == {"pass"}
+
+
+def test_a_check_that_fails_is_a_row_with_its_traceback_and_the_rest_goes_on(monkeypatch, capsys):
+    monkeypatch.setitem(gpu.CHECKS, "amp", (lambda bench, amp: gpu.require(amp, "none"), [("",)]))
+    assert gpu.benchmark(["--device", "cpu", "--only", "amp", "overflow"]) == 1
+    printed = capsys.readouterr().out
+    assert "| FAIL | AssertionError: none |" in printed and "Traceback" in printed
+    assert "| overflow | pass |" in printed and printed.endswith("1 failed\n")
 
 
 # ---- throughput.py
