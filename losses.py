@@ -1271,6 +1271,7 @@ LOSSES = {
 }
 
 
+@functools.cache
 def defaults_of(named):
     """{name: default} of the parameters that a class's constructor names."""
     return {name: parameter.default
