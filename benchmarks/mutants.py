@@ -30,7 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # The tests of each module; of those files that a suite has.
 TESTS = {"losses": ("test_losses.py",), "samplers": ("test_samplers.py",),
          "evaluate": ("test_evaluate.py",), "trainers": ("test_trainers.py",),
-         "netlib": ("test_netlib.py",), "datasets": ("test_datasets.py", "test_images.py")}
+         "netlib": ("test_netlib.py",),
+         "datasets": ("test_datasets.py", "test_images.py", "test_download.py")}
 OPERATORS = {"+": "-", "-": "+", "*": "/", "/": "*", "//": "%", "%": "//", "**": "*", "&": "|",
              "|": "&", "<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==",
              "is": "is not", "is not": "is", "in": "not in", "not in": "in", "and": "or",
