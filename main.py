@@ -1,8 +1,8 @@
-"""Trains a network for retrieval of unseen classes; evaluates, saves and draws in each epoch.
+"""Trains a network for retrieval of unseen classes; evaluates, saves and draws after each epoch.
 
 run() is a training from top to bottom: data, network, trainer, and the loop over the epochs. What
-each part does is in its own file; below run() stand the options, how they are filled in and
-checked. Without arguments: ResNet50 on CUB200-2011, margin loss, distance sampling. python main.py
+each part does is in its own file; below run() are the parsing, the defaults and the checks of the
+options. Default run: ResNet50 on CUB200-2011, margin loss, distance sampling. python main.py
 --dataset glyphs needs no data and no GPU.
 """
 
@@ -35,23 +35,23 @@ def run(opt, signals):
     auxiliaries.seed_everything(opt.seed, opt.deterministic)
     loss_class, trainer_class = losses.LOSSES[opt.loss], trainers.TRAINERS[opt.trainer]
 
-    # Data: the training images, and the sets that are tested on; a batch is a list of indices.
+    # Data: the training images, and the sets that are tested on.
     train_set, test_sets, found = datasets.dataset_select(opt, device, trainer_class.views)
     opt.k_vals = evaluate.k_vals_select(opt, test_sets)
     batches = samplers.batch_sampler_select(train_set.labels, opt)
 
-    # Network: a trunk of features, an embedding layer. Loss: any of losses.py.
+    # Network: the trunk gives features, the embedder embeddings. make_loss builds the loss.
     trunk, embedder = netlib.network_select(opt, loss_class.unit_norm, opt.embedding_sizes)
     if auxiliaries.num_ranks() > 1 and opt.batchnorm == "trained":
         trunk = netlib.share_batchnorm(trunk, device)
-    # Without labels a class is a place in the batch.
+    # Without labels each image of the batch is a class of its own.
     num_classes = len(train_set.class_names) if trainer_class.uses_classes else opt.bs
     make_loss = functools.partial(losses.loss_select, opt, num_classes)
 
     # Trainer: how a batch becomes losses; an optimiser and a schedule for each part.
     trainer = trainers.trainer_select(opt, trunk, embedder, make_loss, train_set, batches, device)
 
-    # The run's folder and memory: csv, plots, checkpoints; with --resume what was there before.
+    # Log: csv files, plots, checkpoints; with --resume it restores the last state.
     with results.open_log(opt, found, device, signals) as log:
         trainer.end_of_iteration_hook = log.after_iteration       # progress line, --grad_measure
         trainer.between_iterations_hook = log.between_iterations  # --checkpoint_every, Ctrl-C
@@ -78,9 +78,9 @@ def run(opt, signals):
 
 
 def print_header(opt, log, test_sets, trainer):
-    """Prints the options that tell, the versions, the data and the number of weights."""
+    """Prints the telling_options, the versions, the data and the number of weights."""
     results.print_options(opt, telling_options(opt))
-    print("options  all others are in Parameter_Info.txt")
+    print("options  the others are in Parameter_Info.txt")
     print(f"versions {log.versions}")
     print(f"network  {opt.arch}, trunk in {opt.amp.replace('none', 'float32')}"
           + ", channels_last" * opt.channels_last + ", compiled" * opt.compile
@@ -93,11 +93,11 @@ def print_header(opt, log, test_sets, trainer):
         print(auxiliaries.printable(f"         note: {remark}"))
     unused = [f"--{name}" for name in opt.given if name in own_and_foreign(opt)[1]]
     if unused:
-        print(f"         note: {', '.join(unused)} act on other losses or trainers alone")
+        print(f"         note: {', '.join(unused)} have no effect with this --loss and --trainer")
     for name, queries, gallery in test_sets:
         lone = datasets.queries_without_match(queries, gallery)
         print(f"test     {name or 'recall'} over {len(queries) - lone:,} queries ({lone:,} "
-              "without a true match are left out)"
+              "are left out, which are alone in their class)"
               + f"; NMI with the {opt.nmi_average} mean" * ("nmi" in opt.metrics))
     weights = {name: sum(p.numel() for p in part.parameters()) for name, part in trainer.parts()}
     print("weights  " + ", ".join(f"{name} {count:,}" for name, count in weights.items()),
@@ -105,10 +105,10 @@ def print_header(opt, log, test_sets, trainer):
 
 
 def telling_options(opt):
-    """The names of the options that a header shows.
+    """The names of the options that the header shows.
 
-    They were given, or are the chosen loss's or trainer's own, or differ from the defaults without
-    being another loss's or trainer's.
+    Those that were given, that belong to the chosen loss, trainer or dataset, or that differ from
+    the defaults and do not belong to another loss, trainer or dataset.
     """
     fill_defaults(usual := build_parser().parse_args([]))
     own, foreign = own_and_foreign(opt)
@@ -129,7 +129,7 @@ def build_parser():
 
 
 def own_and_foreign(opt):
-    """The names of the options of the chosen loss, trainer and dataset, and of other ones alone."""
+    """The options of the chosen loss, trainer and dataset, and those that only others have."""
     flags = {**{("loss", name): losses.flags_of(name) for name in losses.LOSSES},
              **{("trainer", name): one.takes for name, one in trainers.TRAINERS.items()},
              **{("dataset", name): row.flags for name, row in datasets.DATASETS.items()}}
@@ -139,7 +139,7 @@ def own_and_foreign(opt):
 
 
 def print_help(parser, opt):
-    """Prints the flags of the chosen loss, trainer and dataset, or with --help all every one."""
+    """Prints the flags without those of other losses, trainers and datasets, or all of them."""
     hidden = own_and_foreign(opt)[1] if opt.help == "chosen" else ()
     for action in parser._actions:
         if action.dest in hidden:
@@ -153,7 +153,7 @@ def print_help(parser, opt):
 def parse_options(argv=None):
     """The final options: what the user gave, and the defaults that depend on it filled in once.
 
-    With --recipe, what it gives comes before. given lists the names of what is no default.
+    A recipe's options come first, so that the user's win. opt.given names the options of both.
     ValueError where values contradict each other or make no sense. --help ends the program.
     """
     parser = build_parser()
@@ -174,7 +174,7 @@ def parse_options(argv=None):
 
 
 def departures(plain, given, opt):
-    """The flags that make a run another than its recipe, as a list of texts.
+    """The flags by which a run departs from its recipe, as a list of texts.
 
     plain: the recipe's options as parsed; given: those and the user's, {name: value}; opt: the
     same, final. What follows from a flag, as --g_lr from --lr, is not listed.
@@ -188,7 +188,7 @@ def departures(plain, given, opt):
 
 
 def fill_defaults(opt):
-    """Fills in what the user left open: first rows of tables, then what follows from the rest."""
+    """Fills in what was not given, from the rows of dataset and network, then from the rest."""
     def fill(**defaults):
         for name, value in defaults.items():
             if getattr(opt, name) is None:
@@ -254,13 +254,13 @@ def check(opt):
          f"--loss {opt.loss} cannot use --sampling {opt.sampling}; it takes "
          f"{' or '.join(loss.samplings) or 'none: leave it out'}"),
         ("recall" not in opt.metrics,
-         f"--metrics {words(opt.metrics)}: recall is missing, which chooses the best epoch"),
+         f"--metrics {words(opt.metrics)}: add recall, which chooses the best epoch"),
         (opt.gamma == 1 and opt.scheduler == "plateau",
-         "--gamma 1.0: --scheduler plateau needs a factor below 1"),
+         "--gamma 1.0: --scheduler plateau needs a --gamma below 1"),
         (opt.amp == "fp16" and (opt.gpu < 0 or not torch.cuda.is_available()),
          "--amp fp16 needs a GPU; on a CPU --amp takes bf16 or none"),
         (opt.positives == "all" and opt.sampling not in samplers.DRAW_NEGATIVES,
-         f"--positives all with --sampling {opt.sampling}: it is for --sampling "
+         f"--positives all with --sampling {opt.sampling}: it works only with --sampling "
          f"{', '.join(samplers.DRAW_NEGATIVES)}"),
         (trainer.uses_classes and opt.samples_per_class < least,
          f"--trainer {opt.trainer} with --loss {opt.loss} cannot use --samples_per_class "
@@ -276,9 +276,9 @@ def check(opt):
     for wrong, sentence in (*relations_of_trainer(opt, loss, trainer), *relations):
         if wrong:
             raise ValueError(sentence)
-    losses.loss_select(opt, num_classes=2)  # its constructor knows the ranges of its flags
+    losses.loss_select(opt, num_classes=2)  # its constructor checks its flags
     if opt.tensorboard:
-        results.TensorBoardLog.event_writer()  # missing? say so before there is a folder
+        results.TensorBoardLog.event_writer()  # ValueError now if it is not installed
 
 
 def relations_of_trainer(opt, loss, trainer):
@@ -288,11 +288,11 @@ def relations_of_trainer(opt, loss, trainer):
     said = f"--trainer {opt.trainer}"
     return (
         (not trainer.uses_classes and loss.min_samples_per_class < 2,
-         f"{said} does not use classes, which --loss {opt.loss} needs; take a loss of pairs or "
+         f"{said} does not use classes, which --loss {opt.loss} needs; choose a loss of pairs or "
          "triplets"),
         (not trainer.uses_classes and opt.batch_draw != "distinct",
          f"{said} with --batch_draw {opt.batch_draw}: an image that comes twice in a batch would "
-         "be its own negative; leave it out"),
+         "be its own negative; leave out --batch_draw"),
         (not trainer.uses_classes and opt.samples_per_class != 1,
          f"{said} cannot use --samples_per_class {opt.samples_per_class}; it takes 1 only"),
         (trainer.of_triplets and opt.loss not in of_triplets,
