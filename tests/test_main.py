@@ -292,7 +292,7 @@ def header(options, capsys):
     lines = capsys.readouterr().out.split("\nuntrained")[0].splitlines()
     shown = [line for line in lines if line.startswith("options  ")]
     saved = (Path(folder) / "Parameter_Info.txt").read_text().splitlines()
-    assert shown.pop() == "options  all others are in Parameter_Info.txt"
+    assert shown.pop() == "options  the others are in Parameter_Info.txt"
     assert {line.split(": ")[0] for line in saved} >= {action.dest for action in FLAGS}
     return dict(line.removeprefix("options  ").split(": ") for line in shown), lines
 
