@@ -11,7 +11,6 @@ import math
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -19,7 +18,6 @@ import torch
 from PIL import Image
 from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 from sklearn.metrics.cluster import pair_confusion_matrix
-from threadpoolctl import threadpool_limits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import auxiliaries
@@ -110,15 +108,14 @@ def whole_number_problem(seed, kind, most=33):
 # ---- blocks, the nearest neighbours
 
 
-@pytest.mark.parametrize("elements", BLOCK_SIZES)
-def test_blocks_cover_every_row_once_and_stay_small(monkeypatch, elements):
-    monkeypatch.setattr(evaluate, "BLOCK_ELEMENTS", elements)
-    for rows, columns in ((1, 1), (5, 1), (7, 3), (13, 7), (64, 64), (3, 0)):
-        cut = evaluate.blocks(rows, columns)
-        assert [i for block in cut for i in range(rows)[block]] == list(range(rows))
-        for block in cut:
-            height = block.stop - block.start
-            assert height * columns <= elements or height == 1
+def test_blocks_cover_every_row_once_and_stay_small(monkeypatch):
+    for elements in BLOCK_SIZES:
+        monkeypatch.setattr(evaluate, "BLOCK_ELEMENTS", elements)
+        for rows, columns in ((1, 1), (5, 1), (7, 3), (13, 7), (64, 64), (3, 0)):
+            cut = evaluate.blocks(rows, columns)
+            assert [i for block in cut for i in range(rows)[block]] == list(range(rows))
+            heights = [block.stop - block.start for block in cut]
+            assert all(height * columns <= elements or height == 1 for height in heights)
 
 
 def test_knn_by_hand():
@@ -131,19 +128,23 @@ def test_knn_by_hand():
     assert evaluate.knn(rows, rows.clone())[1].flatten().tolist() == [0, 1, 2, 3]
     own = evaluate.knn(rows[1:3], rows.flip(0), 2, torch.tensor([2, 1]))
     assert own[0].tolist() == [[1, 2], [2, 3]] and own[1].tolist() == [[3, 1], [2, 3]]
+    for gallery, own, most in ((None, None, 3), (rows, torch.arange(4), 3), (rows, None, 4)):
+        assert evaluate.knn(rows, gallery, most, own)[0].shape == (4, most)
+        for k in (-1, 0, most + 1):
+            with pytest.raises(ValueError, match=rf"k = {k} .*--k_vals .*1 to {most}"):
+                evaluate.knn(rows, gallery, k, own)
 
 
 @pytest.mark.parametrize("elements", BLOCK_SIZES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_knn_equals_brute_force(monkeypatch, elements, kind):
+def test_knn_equals_brute_force(monkeypatch, elements):
     monkeypatch.setattr(evaluate, "BLOCK_ELEMENTS", elements)
     generator = torch.Generator().manual_seed(0)
-    for k, rows, others in ((1, unit_rows(2, 3), unit_rows(4, 3, 1)),
-                            (8, unit_rows(9, 3), torch.randn(9, 3, generator=generator)),
-                            (10, unit_rows(70, 64).double(), unit_rows(40, 64, 1).double()),
-                            (3, nearly_collapsed(90, 64), nearly_collapsed(90, 64)[5:]),
-                            (12, whole_numbers(30, 2, generator), whole_numbers(21, 2, generator)),
-                            (2, unit_rows(20, 16).repeat(3, 1), unit_rows(20, 16))):
+    pairs = ((1, unit_rows(2, 3), unit_rows(4, 3, 1)),
+             (10, unit_rows(70, 64).double(), unit_rows(40, 64, 1).double()),
+             (3, nearly_collapsed(90, 64), nearly_collapsed(90, 64)[5:]),
+             (12, whole_numbers(30, 2, generator), whole_numbers(21, 2, generator)),
+             (2, unit_rows(20, 16).repeat(3, 1), unit_rows(20, 16)))
+    for (k, rows, others), kind in itertools.product(pairs, KINDS):
         labels = torch.zeros(len(rows)).long(), torch.zeros(len(others)).long()
         given = {"alone": problem(rows), "gallery": problem(rows, labels[0], others),
                  "own": own_problem(rows, labels[0], others, labels[1])}[kind]
@@ -159,17 +160,6 @@ def test_knn_equals_brute_force(monkeypatch, elements, kind):
         np.testing.assert_allclose(np.take_along_axis(expected, indices.numpy(), 1), nearest,
                                    rtol=1e-5, atol=1e-7)
         assert all(len(set(row)) == k for row in indices.tolist())
-
-
-def test_knn_takes_k_up_to_the_number_of_neighbours():
-    rows, own = unit_rows(5, 2), torch.arange(5)
-    for gallery, own_or_none, most in ((None, None, 4), (rows[:3], None, 3), (rows, own, 4),
-                                       (rows, None, 5)):
-        assert evaluate.number_compared(rows, gallery, own_or_none) == most
-        assert evaluate.knn(rows, gallery, most, own_or_none)[0].shape == (5, most)
-        for k in (-1, 0, most + 1):
-            with pytest.raises(ValueError, match=rf"k = {k} .*--k_vals .*1 to {most}"):
-                evaluate.knn(rows, gallery, k, own_or_none)
 
 
 # ---- ranks
@@ -307,16 +297,12 @@ def test_own_by_hand():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ranks_equal_loops_on_eight_rows(kind):
-    for seed in range(20):
+def test_ranks_equal_the_oracles_with_ties_and_duplicates(kind):
+    for seed in range(20):  # about eight rows
         given = whole_number_problem(seed, kind, most=9)
         expected, other = (assert_exact(f"of seed {seed}", ranks_of, **given)
                            for ranks_of in (looped_ranks, sorted_ranks))
         assert all((expected[name] == other[name]).all() for name in expected)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_ranks_equal_the_oracle_with_ties_and_duplicates(kind):
     for seed in range(100):
         given = whole_number_problem(seed, kind)
         expected = means(assert_exact(f"of seed {seed}", **given), (1, 2, 4))
@@ -324,121 +310,110 @@ def test_ranks_equal_the_oracle_with_ties_and_duplicates(kind):
         assert list(found) == list(expected) and found == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("count, classes, dimensions", [
-    (300, 100, 8), (300, 5, 600), (500, 12, 128), (400, 200, 600), (800, 250, 128)])
-def test_ranks_equal_the_oracle_without_ties(count, classes, dimensions):
-    generator = torch.Generator().manual_seed(count)
-    rows, labels = unit_rows(count, dimensions), random_ints(classes, count, generator)
-    assert_exact(queries=rows, query_labels=labels)
-    queries = unit_rows(40, dimensions, 5), random_ints(classes, 40, generator)
-    assert_exact(**problem(*queries, rows, labels))
-    assert_exact(**own_problem(*queries, rows, labels))
-
-
 # A few limits are compared with every key, many are looked up in sorted rows.
-SIZES = [[2] * 100, [3] * 80, [9] * 20, [40] * 6, [300, 1, 1, 2], [1] * 20 + [2],
-         [60, 9, 8, 4, 3, 1], [400]]
+SIZES = [[2] * 100, [9] * 20, [40] * 6, [300, 1, 1, 2], [1] * 20 + [2], [60, 9, 8, 4, 3, 1], [400]]
 
 
-@pytest.mark.parametrize("sizes", SIZES, ids=[f"{len(sizes)} classes" for sizes in SIZES])
-def test_ranks_of_classes_of_any_size(sizes):
-    for dimensions, change in ((3, lambda rows: rows), (3, lambda rows: (2 * rows).round()),
-                               (32, lambda rows: rows.round() + 1e-7 * unit_rows(len(rows), 32))):
-        rows, labels = blobs(sizes, dimensions, 2.0)
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1))
-        assert_exact(queries=change(rows)[order], query_labels=labels[order])
+def without_ties():
+    for count, classes, dimensions in ((300, 5, 600), (400, 200, 600), (800, 250, 128)):
+        generator = torch.Generator().manual_seed(count)
+        yield unit_rows(count, dimensions), random_ints(classes, count, generator)
 
 
-@pytest.mark.parametrize("spread", [1e-1, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7])
-def test_ranks_of_tight_clusters(spread):
-    for dimensions in (8, 128, 600):
-        rows, labels = spots(240, dimensions, spread)
-        assert_exact(queries=rows, query_labels=labels)
-        assert_exact(**own_problem(rows[:30], labels[:30], rows[30:], labels[30:]))
+def classes_of_any_size():
+    for sizes in SIZES:
+        order = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(1))
+        rows, labels = blobs(sizes, 3, 2.0)
+        yield rows[order], labels[order]
+        yield (2 * rows).round()[order], labels[order]  # with ties
 
 
-@pytest.mark.parametrize("spread", [0, 1e-9, 1e-5, 1e-4])
-def test_ranks_of_collapsed_embeddings(spread):
-    for sizes in ([2] * 60, [5] * 24, [40] * 6):
-        labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-        rows = torch.cat([torch.ones(len(labels), 16), spread * unit_rows(len(labels), 16)], 1)
-        assert_exact(queries=rows.double(), query_labels=labels)
+def tight_clusters():
+    for spread, dimensions in itertools.product((1e-1, 1e-3, 1e-5, 1e-7), (8, 128, 600)):
+        yield spots(240, dimensions, spread)
+
+
+def collapsed():
+    for each, spread in itertools.product((2, 5, 40), (0, 1e-9, 1e-5, 1e-4)):
+        labels = torch.arange(120) // each
+        rows = torch.cat([torch.ones(120, 16), spread * unit_rows(120, 16)], 1).double()
+        yield rows, labels
         rows = torch.cat([rows, torch.full((1, 32), 9.0)])  # or they fill the whole range
-        assert_exact(queries=rows.double(), query_labels=torch.cat([labels, torch.tensor([99])]))
-
-
-def test_ranks_of_identical_rows_are_the_worst():
-    labels = torch.arange(70) % 2
+        yield rows, torch.cat([labels, torch.tensor([99])])
     for value in (0.0, 0.1, 1e20):
-        ranks = assert_exact(queries=torch.full((70, 24), value), query_labels=labels)
-        assert set(ranks["first_rank"]) == {36}
+        yield torch.full((70, 24), value), torch.arange(70) % 2
+
+
+def far_from_the_origin():
+    rows, labels = unit_rows(200, 16), torch.arange(200) % 30
+    for offset in (10, 1e3, 1e5):
+        yield rows + offset, labels
+    for outlier in (1e2, 1e4, 1e6, 1e8):
+        blurred = rows.clone()
+        blurred[-1] *= outlier
+        yield blurred, labels
+
+
+def other_types():
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        yield unit_rows(90, 16).to(dtype), torch.arange(90) % 14
+    for difference in (1e-9, 1e-12):  # in float32 rows 1 and 2 are equally far from row 0
+        yield torch.tensor([[0.], [1.], [-1 - difference]]).double(), torch.tensor([0, 0, 1])
+
+
+@pytest.mark.parametrize("rows_of", [without_ties, classes_of_any_size, tight_clusters, collapsed,
+                                     far_from_the_origin, other_types])
+def test_ranks_equal_the_oracle(rows_of):
+    for number, (rows, labels) in enumerate(rows_of()):
+        assert_exact(number, queries=rows, query_labels=labels)
+        if rows_of in (without_ties, tight_clusters):
+            assert_exact(number, **problem(rows[:30], labels[:30], rows[30:], labels[30:]))
+            assert_exact(number, **own_problem(rows[:30], labels[:30], rows[30:], labels[30:]))
 
 
 def test_many_true_matches_in_little_room():
     """With half of the gallery to each class a look at a row for each close call would not end."""
-    rows = unit_rows(1, 16) + 0.03 * torch.randn(8000, 16,
-                                                 generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    rows = unit_rows(1, 16) + 0.03 * torch.randn(8000, 16, generator=generator)
     labels, own = torch.arange(8000) % 2, torch.arange(0, 8000, 400)
     assert_exact(**problem(rows[::400], labels[::400], rows, labels, own))
 
 
-@pytest.mark.parametrize("scale", [1e-250, 1e-30, 1e-4, 1e6, 1e15, 1e30, 1e250])
-def test_ranks_do_not_depend_on_the_scale(scale):
+def test_ranks_do_not_depend_on_the_scale():
     rows, labels = unit_rows(300, 16), torch.arange(300) % 50
     expected = slow_scores(rows, labels)
-    assert_scores(evaluate.rank_scores(rows.double() * scale, labels), expected)
-    if 1e-30 <= scale <= 1e30:
-        assert_scores(evaluate.rank_scores(rows * scale, labels), expected)
+    for scale in (1e-250, 1e-30, 1e-4, 1e15, 1e30, 1e250):
+        assert_scores(evaluate.rank_scores(rows.double() * scale, labels), expected, scale)
+        if 1e-30 <= scale <= 1e30:
+            assert_scores(evaluate.rank_scores(rows * scale, labels), expected, scale)
 
 
-def test_ranks_of_other_types_are_those_of_their_values():
-    for dtype in (torch.float16, torch.bfloat16, torch.float64):
-        assert_exact(queries=unit_rows(90, 16).to(dtype), query_labels=torch.arange(90) % 14)
-    for difference in (1e-9, 1e-12):
-        # In float32 both gallery rows are 1 away, which would count against the query.
-        gallery = torch.tensor([[1.0], [-1.0 - difference]], dtype=torch.float64)
-        assert nearest_ranks(**problem(torch.zeros(1, 1).double(), torch.tensor([0]), gallery,
-                                       torch.tensor([0, 1]))).tolist() == [1]
-
-
-def test_ranks_far_from_the_origin_and_beside_a_far_row():
-    rows, labels = unit_rows(200, 16), torch.arange(200) % 30
-    for offset in (10, 1e3, 1e5):
-        assert_exact(offset, queries=rows + offset, query_labels=labels)
-    for outlier in (1e2, 1e4, 1e6, 1e8):
-        blurred = rows.clone()
-        blurred[-1] *= outlier
-        assert_exact(outlier, queries=blurred, query_labels=labels)
-
-
-@pytest.mark.parametrize("elements", BLOCK_SIZES)
 @pytest.mark.parametrize("same", [None, torch.eq])
-def test_queries_without_a_match_are_left_out(monkeypatch, elements, same):
-    monkeypatch.setattr(evaluate, "BLOCK_ELEMENTS", elements)
+def test_queries_without_a_match_are_left_out(monkeypatch, same):
     rows, labels = torch.arange(200.).unsqueeze(1), torch.arange(200)
     gallery = torch.tensor([[5.], [7.]]), torch.tensor([5, 7])  # queries 5 and 7 find their match
-    assert nearest_ranks(**problem(rows, labels, *gallery), same=same).tolist() == [
-        i in (5, 7) for i in range(200)]
-    assert evaluate.rank_metrics(rows, labels, *gallery, k_vals=(1,), same=same) == {
-        "recall@1": 1, "precision@1": 1, "mrr": 1, "r_precision": 1, "map@r": 1, "map": 1}
+    for elements in BLOCK_SIZES:
+        monkeypatch.setattr(evaluate, "BLOCK_ELEMENTS", elements)
+        assert nearest_ranks(**problem(rows, labels, *gallery), same=same).tolist() == [
+            i in (5, 7) for i in range(200)]
+        assert evaluate.rank_metrics(rows, labels, *gallery, k_vals=(1,), same=same) == {
+            "recall@1": 1, "precision@1": 1, "mrr": 1, "r_precision": 1, "map@r": 1, "map": 1}
 
 
 def test_ranks_by_a_comparison_of_ones_own():
     """Equality as a comparison gives what labels give; a rule on pairs of labels what loops do."""
     rows, labels = blobs([9, 7, 4, 1], 5, 1.0)
     for given in (problem(rows, labels), own_problem(rows[:8], labels[:8], rows[5:], labels[5:])):
-        expected = evaluate.rank_scores(**given)
-        found = evaluate.rank_scores(**given, same=lambda a, b: a == b)
-        assert_scores(found, {name: values.numpy() for name, values in expected.items()})
+        assert_scores(evaluate.rank_scores(**given, same=torch.eq), slow_scores(**given))
     levels = torch.stack([labels, labels % 2], 1)  # same super-class, another class
     same = lambda a, b: (a[..., 1] == b[..., 1]) & (a[..., 0] != b[..., 0])  # noqa: E731
     first = evaluate.rank_scores(rows, levels, same=same)["first_rank"].tolist()
     for i, near in enumerate(float64_distances(rows, rows).argsort(1)):
         hits = [rank for rank, j in enumerate(near[1:], start=1) if same(levels[i], levels[j])]
         assert first[i] == (hits[0] if hits else 0)
-    assert "recall@2" in evaluate.rank_metrics(rows, levels, k_vals=[2], same=same)
-    with pytest.raises(ValueError, match="bool tensor of shape"):
-        evaluate.rank_scores(rows, labels, same=lambda a, b: a)
+    for other in (lambda a, b: a == a, lambda a, b: (a == b).long()):
+        with pytest.raises(ValueError, match="bool tensor of shape"):
+            evaluate.rank_scores(rows, labels, same=other)
 
 
 # ---- what the ranks do not depend on
@@ -454,43 +429,36 @@ def assert_hard_ranks_exact(**options):
     assert_exact(**problem(rows[:90], labels[:90], rows[60:], labels[60:]), **options)
 
 
-@pytest.mark.parametrize("elements, memory, threads", [
-    (1, None, 1), (1000, None, 1), (60_000, None, 1), (2 ** 25, 1, 1), (2 ** 25, 50_000, 1),
-    (2 ** 25, None, 3)])
-def test_ranks_do_not_depend_on_blocks_memory_and_threads(monkeypatch, elements, memory, threads):
-    monkeypatch.setattr(evaluate, "BLOCK_ELEMENTS", elements)
-    torch.set_num_threads(threads)
-    try:
-        assert_hard_ranks_exact(memory=memory)
-        assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(1)
-
-
-def random_scores():
-    """All metrics of rows on which products in bfloat16 would show."""
-    rows, labels = unit_rows(600, 64), torch.arange(600) % 60
-    return evaluate.evaluate_embeddings(rows, labels, metrics=evaluate.METRICS)
-
-
 @contextlib.contextmanager
-def precision(name):
-    torch.set_float32_matmul_precision(name)
+def put_to(setter, value, usual):
+    setter(value)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision("highest")
+        setter(usual)
+
+
+def test_ranks_do_not_depend_on_blocks_memory_and_threads(monkeypatch):
+    for elements, memory, threads in ((1, None, 1), (1000, None, 1), (60_000, None, 1),
+                                      (2 ** 25, 1, 1), (2 ** 25, 50_000, 1), (2 ** 25, None, 3)):
+        monkeypatch.setattr(evaluate, "BLOCK_ELEMENTS", elements)
+        with put_to(torch.set_num_threads, threads, 1):
+            assert_hard_ranks_exact(memory=memory)
+            assert torch.get_num_threads() == threads
 
 
 @pytest.mark.parametrize("setting", [
-    lambda: precision("medium"), lambda: precision("high"),
-    lambda: torch.autocast("cpu", dtype=torch.bfloat16),
-    lambda: torch.autocast("cpu", dtype=torch.float16), torch.inference_mode, torch.enable_grad],
-    ids=["medium", "high", "bfloat16", "float16", "inference", "gradients"])
+    lambda: put_to(torch.set_float32_matmul_precision, "medium", "highest"),
+    lambda: torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode, torch.enable_grad],
+    ids=["medium", "bfloat16", "inference", "gradients"])
 def test_metrics_do_not_depend_on_what_torch_is_set_to(setting):
-    plain = random_scores()
+    def scores():  # of rows on which products in bfloat16 would show
+        return evaluate.evaluate_embeddings(unit_rows(600, 64), torch.arange(600) % 60,
+                                            metrics=evaluate.METRICS)
+
+    plain = scores()
     with setting():
-        assert random_scores() == plain
+        assert scores() == plain
         assert_hard_ranks_exact()
 
 
@@ -539,6 +507,7 @@ def test_a_metric_is_a_function_and_a_row(monkeypatch, kind, function, value):
     assert evaluate.best_of("set 1 own") is min and evaluate.best_of("unknown") is max
     assert [evaluate.best_of(column) for column in ("val map@r", "set 1 recall@30", "d_an",
                                                     "val rho", "d_ap")] == [max] * 3 + [min] * 2
+    assert [evaluate.percent_of(name) for name in ("val map@r", "d_ap", "loss")] == [100, 1, 100]
 
 
 def not_finite(value, rows=6):
@@ -550,32 +519,26 @@ def not_finite(value, rows=6):
 LABELS = torch.arange(6) % 2
 REFUSED = [
     ((not_finite(math.nan), LABELS), "2 of 6 query embeddings are not finite.* row 3"),
-    ((not_finite(math.inf), LABELS), "2 of 6 query embeddings are not finite.* row 3"),
     ((unit_rows(6, 4), LABELS, not_finite(-math.inf, 5), LABELS[:5]), "2 of 5 gallery .* row 3"),
     ((unit_rows(6, 4), LABELS[:5]), r"query embeddings of shape \[6, 4\] with 5 labels"),
-    ((unit_rows(6, 4), LABELS, unit_rows(5, 4), LABELS[:4]), r"gallery .*\[5, 4\] with 4 labels"),
     ((unit_rows(6, 4), LABELS, unit_rows(6, 3), LABELS), "query .* 4 dimensions, gallery .* 3"),
     ((torch.ones(6), LABELS), r"expected \[N, D\]"),
     ((torch.zeros(6, 0), LABELS), r"\[6, 0\]"),
     ((torch.ones(0, 4), LABELS[:0]), "N above 0"),
-    ((unit_rows(6, 4), LABELS, torch.ones(0, 4), LABELS[:0]), "gallery embeddings"),
     ((unit_rows(6, 4), torch.arange(6)), "no query has a true match"),
-    ((unit_rows(6, 4), LABELS, unit_rows(3, 4), LABELS[:3] + 2), "no query has a true match"),
     ((unit_rows(2, 4), LABELS[:2], unit_rows(3, 4), torch.arange(3), (1,), torch.arange(2)),
      "no query has a true match"),  # but itself
     ((unit_rows(6, 4), LABELS, unit_rows(6, 4), 1 - LABELS, (1,), torch.arange(6)),
      "their labels differ"),
     ((unit_rows(6, 4), LABELS, None, None, (1, 0)), "--k_vals 0: .*1 to 5"),
-    ((unit_rows(6, 4), LABELS, None, None, (6,)), "--k_vals 6: .*1 to 5"),
-    ((unit_rows(6, 4), LABELS, unit_rows(3, 4), LABELS[:3], (4,)), "--k_vals 4: .*1 to 3"),
-    ((unit_rows(6, 4), LABELS, unit_rows(6, 4), LABELS, (6,), torch.arange(6)), ".*1 to 5")]
+    ((unit_rows(6, 4), LABELS, None, None, (6,)), "--k_vals 6: .*1 to 5")]
 
 
-@pytest.mark.parametrize("arguments, message", REFUSED, ids=[message for _, message in REFUSED])
-def test_what_recall_refuses(arguments, message):
-    given = [*arguments, *(None, None, (1,))[len(arguments) - 2:]]
-    with pytest.raises(ValueError, match=message):
-        evaluate.recall_at_k(*given)
+def test_what_recall_refuses():
+    for arguments, message in REFUSED:
+        given = [*arguments, *(None, None, (1,))[len(arguments) - 2:]]
+        with pytest.raises(ValueError, match=message):
+            evaluate.recall_at_k(*given)
 
 
 
@@ -622,7 +585,7 @@ def test_kmeans_by_hand():
 @pytest.mark.parametrize("elements", [1, 64, 2 ** 25])
 def test_kmeans_equals_plain_lloyd(monkeypatch, elements):
     monkeypatch.setattr(evaluate, "BLOCK_ELEMENTS", elements)
-    for seed in range(100):
+    for seed in range(60):
         generator = torch.Generator().manual_seed(seed)
         count, dimensions = 20 + seed % 61, 1 + seed % 9
         clusters, iterations = 1 + seed % (count // 2), seed % 21
@@ -637,19 +600,13 @@ def test_kmeans_equals_plain_lloyd(monkeypatch, elements):
         assert assignments.dtype == torch.int64
 
 
-def test_kmeans_of_nearly_collapsed_embeddings():
+def test_kmeans_of_nearly_collapsed_embeddings_and_in_threads():
     rows = nearly_collapsed(200, 16)
     best = objective(rows, *map(torch.from_numpy, lloyd(rows, 5, 20, 0)))
     assert objective(rows, *evaluate.kmeans(rows, 5)) <= 1.02 * best
-
-
-def test_kmeans_in_threads_equals_plain_lloyd():
     rows = torch.randn(2200, 3, generator=torch.Generator().manual_seed(0)).double()
-    torch.set_num_threads(2)
-    try:
+    with put_to(torch.set_num_threads, 2, 1):
         assert evaluate.kmeans(rows, 500, 2)[0].tolist() == lloyd(rows, 500, 2, 0)[0].tolist()
-    finally:
-        torch.set_num_threads(1)
 
 
 def test_kmeans_with_ties_leaves_each_row_at_a_nearest_centroid():
@@ -679,13 +636,10 @@ def test_empty_clusters_are_seeded_anew():
     # Four points in 25 copies each: four starts among them usually coincide, which leaves clusters
     # empty; only with all four in use is the objective zero.
     rows = torch.tensor([[0., 0.], [0., 5.], [7., 0.], [20., 20.]]).repeat(25, 1)
-    distinct = []
     for seed in range(10):
         assignments, centroids = evaluate.kmeans(rows, 4, seed=seed)
         assert Counter(assignments.tolist()) == {cluster: 25 for cluster in range(4)}
         assert objective(rows, assignments, centroids) == 0
-        distinct.append(len(evaluate.kmeans(rows, 4, 0, seed)[1].unique(dim=0)))
-    assert min(distinct) < 4
     assignments, centroids = evaluate.kmeans(torch.ones(10, 3), 4)  # fewer rows than clusters
     assert centroids.isfinite().all() and objective(torch.ones(10, 3), assignments, centroids) == 0
 
@@ -704,16 +658,6 @@ def test_kmeans_makes_at_most_the_given_iterations_and_stops_at_a_fixed_point(mo
 
 
 # ---- clusters against classes
-
-
-def clusterings(first_seed, count):
-    """Pairs (assignments, labels) of few to many clusters and classes; every third pair agrees."""
-    for seed in range(first_seed, first_seed + count):
-        generator = torch.Generator().manual_seed(seed)
-        size, clusters, classes = (1 + random_ints(high, 1, generator).item()
-                                   for high in (60, 20, 20))
-        labels = random_ints(classes, size, generator)
-        yield (labels * 3 + 7 if seed % 3 == 0 else random_ints(clusters, size, generator)), labels
 
 
 def test_nmi_and_f1_by_hand():
@@ -735,20 +679,23 @@ def test_nmi_and_f1_by_hand():
 
 
 def test_cluster_metrics_equal_scikit_learn_and_stay_between_0_and_1():
-    for clusters, labels in clusterings(0, 200):
+    for seed in range(80):
+        generator = torch.Generator().manual_seed(seed)
+        size, clusters, classes = (1 + random_ints(high, 1, generator).item()
+                                   for high in (60, 20, 20))
+        labels = random_ints(classes, size, generator)
+        clusters = labels * 3 + 7 if seed % 3 == 0 else random_ints(clusters, size, generator)
         (_, fp), (fn, tp) = pair_confusion_matrix(labels.numpy(), clusters.numpy())
-        f1 = evaluate.f1(clusters, labels)
-        assert f1 == pytest.approx(2 * tp / max(1, 2 * tp + fp + fn), abs=1e-12)
-        assert type(f1) is float and 0 <= f1 <= 1
+        found = {"f1": evaluate.f1(clusters, labels), "ami": evaluate.ami(clusters, labels)}
+        expected = {"f1": 2 * tp / max(1, 2 * tp + fp + fn),
+                    "ami": adjusted_mutual_info_score(labels, clusters)}
         for average in evaluate.NMI_AVERAGES:
-            nmi = evaluate.nmi(clusters, labels, average)
-            assert type(nmi) is float and 0 <= nmi <= 1
-            assert nmi == pytest.approx(normalized_mutual_info_score(
-                labels, clusters, average_method=average), abs=1e-12)
-    for clusters, labels in clusterings(500, 60):
-        ami = evaluate.ami(clusters, labels)
-        assert type(ami) is float and ami == pytest.approx(
-            adjusted_mutual_info_score(labels, clusters), abs=1e-12)
+            found[average] = evaluate.nmi(clusters, labels, average)
+            expected[average] = normalized_mutual_info_score(labels, clusters,
+                                                             average_method=average)
+        assert found == pytest.approx(expected, abs=1e-12)
+        assert {type(value) for value in found.values()} == {float}
+        assert all(0 <= value <= 1 for name, value in found.items() if name != "ami")
 
 
 # ---- distances and spectral decay
@@ -791,11 +738,10 @@ def test_distances_by_hand():
 @pytest.mark.parametrize("elements", [1, 50, 2 ** 25])
 def test_distances_equal_loops(monkeypatch, elements):
     monkeypatch.setattr(evaluate, "BLOCK_ELEMENTS", elements)
-    for count, classes in ((2, 1), (2, 2), (41, 7), (60, 59), (50, 2), (90, 40)):
+    for count, classes in ((2, 1), (2, 2), (41, 7), (60, 59), (90, 40)):
         labels = random_ints(classes, count, torch.Generator().manual_seed(classes)) * 10
+        same, off = labels.numpy()[:, None] == labels.numpy(), ~np.eye(count, dtype=bool)
         for rows in (unit_rows(count, 16), nearly_collapsed(count, 16)):
-            same = labels.numpy()[:, None] == labels.numpy()
-            off = ~np.eye(count, dtype=bool)
             distances = float64_distances(rows, rows)
             expected = [distances[part].mean() if part.any() else np.nan
                         for part in (same & off, ~same)]
@@ -805,28 +751,23 @@ def test_distances_equal_loops(monkeypatch, elements):
 
 
 def test_mean_distances_of_more_rows_than_are_taken_in_float64():
-    """On a line, where the sum of all distances is known from the order of the rows."""
     generator = torch.Generator().manual_seed(0)
-    places = torch.randn(9000, generator=generator).double()
-    labels = torch.randint(1500, (9000,), generator=generator)
+    rows = 3 + torch.randn(9000, 4, generator=generator).double()
+    labels = random_ints(1500, 9000, generator)
     labels[:700] = 1500  # a large class, too
-
-    def twice_the_sum(values):
-        return 2 * float((values.sort()[0] * (2 * torch.arange(len(values)) - len(values) + 1)
-                          ).sum())
-
-    same, counts = sum(twice_the_sum(places[labels == label]) for label in labels.unique()), (
-        torch.bincount(labels))
-    pairs = int((counts * (counts - 1)).sum())
-    d_ap, d_an = distances_of_pairs(3 + places.unsqueeze(1) * unit_rows(1, 4), labels)
-    assert d_ap == pytest.approx(same / pairs, rel=1e-7)
-    assert d_an == pytest.approx((twice_the_sum(places) - same) / (9000 * 8999 - pairs), rel=1e-6)
+    within = across = pairs = 0
+    for some, own in zip(rows.split(500), labels.split(500)):
+        distances, same = torch.cdist(some, rows), own.unsqueeze(1) == labels
+        within, across = within + (distances * same).sum(), across + (distances * ~same).sum()
+        pairs += int(same.sum())
+    d_ap, d_an = distances_of_pairs(rows, labels)
+    assert d_ap == pytest.approx(float(within) / (pairs - 9000), rel=1e-6)
+    assert d_an == pytest.approx(float(across) / (9000 * 9000 - pairs), rel=1e-6)
 
 
-@pytest.mark.parametrize("exponent", [-100, -40, -13, 20, 63, 100])
-def test_the_other_metrics_follow_the_scale(exponent):
+def test_the_other_metrics_follow_the_scale():
     plain, labels = blobs([20, 15, 9], 8, 0.5)
-    for rows in (plain, plain.double()):
+    for exponent, rows in itertools.product((-100, -13, 20, 100), (plain, plain.double())):
         scaled = rows * 2.0 ** exponent
         assert torch.equal(evaluate.kmeans(scaled, 3)[0], evaluate.kmeans(rows, 3)[0])
         assert evaluate.distance_ratio(scaled, labels) == evaluate.distance_ratio(rows, labels)
@@ -835,28 +776,19 @@ def test_the_other_metrics_follow_the_scale(exponent):
         assert evaluate.spectral_decay(scaled) == pytest.approx(evaluate.spectral_decay(rows))
 
 
-def test_spectral_decay_by_hand():
+def test_spectral_decay():
     # Singular values 3 and 1, shares 3/4 and 1/4: -ln 2 - (ln 3/4 + ln 1/4) / 2 = 0.143841.
     rows = torch.tensor([[3., 0.], [0., 1.]])
     assert evaluate.spectral_decay(rows) == pytest.approx(0.143841, abs=1e-6)
-    assert evaluate.spectral_decay(-7 * rows[:, [1, 0]]) == pytest.approx(0.143841, abs=1e-6)
     rows = torch.linalg.qr(unit_rows(30, 30).double())[0].repeat(3, 1)  # orthonormal directions
     assert 0 <= evaluate.spectral_decay(rows) < 1e-12
-
-
-def test_spectral_decay_equals_numpy():
     for count, dimensions in ((1, 1), (5, 5), (40, 3), (300, 64), (33, 32)):
         rows = stretched(count, dimensions)
         values = np.linalg.svd(rows.double().numpy(), compute_uv=False)
         expected = -np.log(dimensions) - np.log(values / values.sum()).mean()
         assert evaluate.spectral_decay(rows) == pytest.approx(expected, rel=1e-9, abs=1e-12)
-
-
-def test_spectral_decay_of_too_few_directions_is_infinite():
-    for rows in (unit_rows(3, 5), torch.zeros(9, 4), torch.full((9, 4), 0.1),
-                 unit_rows(20, 4) * torch.tensor([1., 1., 0., 1.]),
-                 unit_rows(20, 4)[:, [0, 1, 2, 3, 3]],
-                 unit_rows(40, 2).double() @ unit_rows(2, 6).double()):
+    for rows in (unit_rows(3, 5), torch.zeros(9, 4), unit_rows(20, 4)[:, [0, 1, 2, 3, 3]],
+                 unit_rows(40, 2).double() @ unit_rows(2, 6).double()):  # too few directions
         assert evaluate.spectral_decay(rows.double()) == float("inf")
 
 
@@ -865,13 +797,15 @@ def test_spectral_decay_of_too_few_directions_is_infinite():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluate_embeddings_is_each_metric(kind):
-    given = {"alone": problem(*blobs([9, 30, 4, 14], 8, 0.7)),
-             "gallery": problem(*blobs([9, 5], 8, 0.7), *blobs([9, 30, 4, 14], 8, 0.7, 1)),
-             "own": own_problem(*blobs([9, 5], 8, 0.7), *blobs([9, 30, 4, 14], 8, 0.7, 1))}[kind]
+    one, two = blobs([9, 5], 8, 0.7), blobs([9, 30, 4, 14], 8, 0.7, 1)
+    given = {"alone": problem(*two), "gallery": problem(*one, *two),
+             "own": own_problem(*one, *two)}[kind]
     # All but the ranks are of queries and gallery together, each image once.
-    rows, labels = (torch.cat([given[part], given[f"gallery{rest}"]]) if kind == "gallery" else
-                    given[f"gallery{rest}" if kind == "own" else part]
-                    for part, rest in (("queries", ""), ("query_labels", "_labels")))
+    rows, labels = two
+    if kind == "gallery":
+        rows, labels = torch.cat([one[0], rows]), torch.cat([one[1], labels])
+    elif kind == "own":
+        rows, labels = given["gallery"], given["gallery_labels"]
     clusters, _ = evaluate.kmeans(rows, 4, seed=5)
     expected = {
         **evaluate.rank_metrics(**given), "nmi": evaluate.nmi(clusters, labels),
@@ -881,12 +815,12 @@ def test_evaluate_embeddings_is_each_metric(kind):
     found = evaluate.evaluate_embeddings(**given, seed=5, metrics=evaluate.METRICS)
     assert found == expected and {type(value) for value in found.values()} == {float}
     assert list(found) == list(expected)
-    keys = {"recall": ["recall@1", "recall@2", "recall@4", "recall@8"],
-            "distances": ["d_ap", "d_an"]}
+    recalls = ["recall@1", "recall@2", "recall@4", "recall@8"]
     for name in evaluate.METRICS:
         alone = evaluate.evaluate_embeddings(**given, seed=5, metrics=[name])
-        assert alone == {key: expected[key] for key in keys.get(name, [name])}
-    assert list(evaluate.evaluate_embeddings(**given)) == [*keys["recall"], "map@r", "nmi", "f1"]
+        keys = {"recall": recalls, "distances": ["d_ap", "d_an"]}.get(name, [name])
+        assert alone == {key: expected[key] for key in keys}
+    assert list(evaluate.evaluate_embeddings(**given)) == [*recalls, "map@r", "nmi", "f1"]
     assert evaluate.evaluate_embeddings(**given, seed=5, metrics=["nmi"], nmi_average="geometric"
                                         ) == {"nmi": evaluate.nmi(clusters, labels, "geometric")}
 
@@ -896,13 +830,12 @@ def test_arrays_and_lists_are_scored_as_tensors_are_and_labels_may_be_anything()
     options = dict(k_vals=[1, 3], metrics=evaluate.METRICS)
     for parts in (parts, parts[:2]):
         expected = evaluate.evaluate_embeddings(*parts, **options)
-        for kind in (torch.tensor, np.array, list):
-            for named in (int, lambda label: 2 ** 62 - label, lambda label: -5 * label,
-                          lambda label: f"class {label}")[:4 - (kind is torch.tensor)]:
-                given = [kind(part.tolist()) for part in parts]
-                given[1::2] = [kind([named(label) for label in part.tolist()])
-                               for part in parts[1::2]]
-                assert evaluate.evaluate_embeddings(*given, **options) == pytest.approx(expected)
+        for kind, named in ((torch.tensor, lambda label: -5 * label), (np.array, int), (list, int),
+                            (np.array, lambda label: 2 ** 62 - label),
+                            (list, lambda label: f"class {label}")):
+            given = [kind(part.tolist()) for part in parts]
+            given[1::2] = [kind([named(label) for label in part.tolist()]) for part in parts[1::2]]
+            assert evaluate.evaluate_embeddings(*given, **options) == pytest.approx(expected)
     rows = [[0, 1], [0, 2], [5, 5], [6, 5], [9, 0]]  # whole numbers
     assert evaluate.evaluate_embeddings(rows, list("aabbb"), k_vals=[1]) == (
         evaluate.evaluate_embeddings(torch.tensor(rows).float(), [0, 0, 1, 1, 1], k_vals=[1]))
@@ -953,15 +886,15 @@ def test_random_gallery_by_hand():
         evaluate.random_gallery(unit_rows(9, 2), torch.arange(9) % 3, (1, 4))
 
 
-@pytest.mark.parametrize("metrics", [evaluate.METRICS, ("nmi",), ("map", "recall")], ids=len)
-def test_metrics_by_random_gallery_are_its_ranks_and_the_clusters_of_all_rows(metrics):
+def test_metrics_by_random_gallery_are_its_ranks_and_the_clusters_of_all_rows():
     rows, labels = blobs([9, 3, 14, 5], 5, 0.8)
-    ranked = [name for name in metrics if name in evaluate.RANK_METRICS]
-    expected = evaluate.evaluate_embeddings(rows, labels, k_vals=(1, 2), seed=4, metrics=metrics)
-    if ranked:
-        expected |= evaluate.random_gallery(rows, labels, (1, 2), ranked, seed=4)
-    assert expected == evaluate.evaluate_embeddings(
-        rows, labels, k_vals=(1, 2), seed=4, metrics=metrics, vehicle_protocol="random_gallery")
+    for metrics in (evaluate.METRICS, ("nmi",)):
+        options = dict(k_vals=(1, 2), seed=4, metrics=metrics)
+        expected = evaluate.evaluate_embeddings(rows, labels, **options)
+        if "recall" in metrics:
+            expected |= evaluate.random_gallery(rows, labels, (1, 2), evaluate.RANK_METRICS, 4)
+        assert expected == evaluate.evaluate_embeddings(
+            rows, labels, **options, vehicle_protocol="random_gallery")
 
 
 # ---- embeddings of a network, evaluation sets
@@ -1023,55 +956,36 @@ def test_embed_is_the_forward_pass_in_order(workers):
 
 @pytest.mark.parametrize("protocol", evaluate.PROTOCOLS)
 def test_evaluate_sets_puts_the_names_first_and_embeds_each_dataset_once(protocol):
-    train, val = Numbered([i % 3 for i in range(9)], offset=100), Numbered([0, 0, 1, 1, 2, 2])
+    train, val, more = (Numbered([i % 3 for i in range(count)], list("abc"), offset)
+                        for count, offset in ((9, 100), (6, 0), (4, 200)))
     sets = [("train", train, None), ("val", val, [train, val]), ("", val, None),
-            ("apart", val, train)]
+            ("apart", val, train), ("first", val, [val, train]), ("alone", val, [val]),
+            ("three", val, [train, val, more]), ("others", val, [train, more])]
     network = Places()
     options = dict(k_vals=(1, 3), seed=1, metrics=WITH_RATIO, nmi_average="geometric",
                    memory=10_000, vehicle_protocol=protocol)
     # Sets may come from a generator.
     metrics, embedded = evaluate.evaluate_sets(network, (one for one in sets), "cpu",
                                                batch_size=4, **options)
-    assert network.seen == [*range(100, 109), *range(6)]
+    assert network.seen == [*range(100, 109), *range(6), *range(200, 204)]
     keys = ["recall@1", "recall@3", "map@r", "nmi", "f1", "dist_ratio"]
     assert list(metrics) == [f"{name} {key}".strip() for name, _, _ in sets for key in keys]
-    rows = {part: Places()(part.images()).float() for part in (train, val)}
-    labels = {part: torch.tensor(part.labels) for part in (train, val)}
-    both = torch.cat([rows[train], rows[val]]), torch.cat([labels[train], labels[val]])
-    for name, *parts in (("train", train), ("", val), ("apart", val, train),
-                         ("val", val, "both")):
-        arrays = [array for part in parts for array in (
-            both if part == "both" else (rows[part], labels[part]))]
-        own = torch.arange(9, 15) if name == "val" else None
-        expected = evaluate.evaluate_embeddings(*arrays, **options, own=own)
+    rows = {part: Places()(part.images()).float() for part in (train, val, more)}
+    for (name, queries, gallery), (query_rows, gallery_rows) in zip(sets, embedded):
+        given = [rows[queries], torch.tensor(queries.labels)]
+        assert torch.equal(query_rows, rows[queries]) and (gallery_rows is None) == (not gallery)
+        if gallery:
+            parts = gallery if isinstance(gallery, list) else [gallery]
+            given += [torch.cat([rows[part] for part in parts]),
+                      torch.tensor(sum((part.labels for part in parts), []))]
+            assert torch.equal(gallery_rows, given[2])
+        own = {"val": range(9, 15), "three": range(9, 15), "first": range(6), "alone": range(6)}
+        expected = evaluate.evaluate_embeddings(
+            *given, **options, own=torch.tensor(own[name]) if name in own else None)
         assert {key: metrics[f"{name} {key}".strip()] for key in keys} == expected
-    assert embedded[0][1] is None and torch.equal(embedded[2][0], rows[val])
-    assert torch.equal(embedded[1][1], both[0]) and torch.equal(embedded[3][1], rows[train])
-
-
-def test_a_gallery_of_several_datasets_is_brute_force_over_all_of_them():
-    generator = torch.Generator().manual_seed(0)
-    parts = {name: Numbered(random_ints(4, count, generator).tolist(), list("abcd"), offset)
-             for name, count, offset in (("train", 20, 100), ("val", 11, 0), ("more", 6, 200))}
-    for gallery in (("train", "val"), ("val", "train"), ("val",), ("train", "val", "more"),
-                    ("train", "more")):
-        metrics, _ = evaluate.evaluate_sets(Places(), [
-            ("val", parts["val"], [parts[name] for name in gallery])], "cpu", (1, 2, 4), 3)
-        others = torch.cat([Places()(parts[name].images()) for name in gallery])
-        labels = torch.tensor(sum((parts[name].labels for name in gallery), []))
-        own = None
-        if "val" in gallery:
-            start = sum(len(parts[name]) for name in gallery[:gallery.index("val")])
-            own = range(start, start + 11)
-        queries = Places()(parts["val"].images()), torch.tensor(parts["val"].labels)
-        expected = means(slow_scores(*queries, others, labels, own), (1, 2, 4))
-        assert {key: metrics[f"val {key}"] for key in expected if f"val {key}" in metrics} == (
-            pytest.approx({key: expected[key] for key in ("recall@1", "recall@2", "recall@4",
-                                                          "map@r")}, abs=1e-12))
-    # Another dataset of the same images is a gallery like any other: every query finds its copy.
-    copy = Numbered(parts["val"].labels, list("abcd"))
+    # Another dataset of the same images is a gallery like any other: each query finds its copy.
     metrics, _ = evaluate.evaluate_sets(lambda images: images.flatten(1), [
-        ("", parts["val"], [parts["train"], copy])], "cpu", (1,), metrics=["recall"])
+        ("", val, [train, Numbered(val.labels, list("abc"))])], "cpu", (1,), metrics=["recall"])
     assert metrics == {"recall@1": 1}
 
 
@@ -1089,13 +1003,11 @@ def test_what_a_run_asks_of_each_evaluation():
     opt.vehicle_protocol = "random_gallery"
     with pytest.raises(ValueError, match="--k_vals 4 8: .*1 to 3$"):
         evaluate.k_vals_select(opt, [("", small, None)])
-    found = {epoch: evaluate.scoring_select(opt, epoch, torch.device("cpu"))
-             for epoch in (2, 4, 7)}
-    assert [scoring["metrics"] for scoring in found.values()] == [
-        ["recall"], ["recall", "nmi"], ["recall", "nmi"]]
-    assert found[4] == {"k_vals": opt.k_vals, "num_workers": 3, "seed": 5, "batch_size": 7,
-                        "metrics": ["recall", "nmi"], "nmi_average": "geometric",
-                        "vehicle_protocol": "random_gallery", "memory": 2 ** 29}
+    for epoch, metrics in ((2, ["recall"]), (4, ["recall", "nmi"]), (7, ["recall", "nmi"])):
+        assert evaluate.scoring_select(opt, epoch, torch.device("cpu")) == {
+            "k_vals": opt.k_vals, "num_workers": 3, "seed": 5, "batch_size": 7,
+            "metrics": metrics, "nmi_average": "geometric",
+            "vehicle_protocol": "random_gallery", "memory": 2 ** 29}
     assert evaluate.memory_bytes(None, torch.device("cpu")) == 2 ** 30
 
 
@@ -1106,48 +1018,43 @@ def test_what_a_run_asks_of_each_evaluation():
 def drawn(monkeypatch):
     """The rows that draw_recoveries hands to the picture, as lists of (image number, role)."""
     captured = []
-    monkeypatch.setattr(auxiliaries, "save_image_grid", lambda path, rows, **_: captured.append(
-        [[(image.getpixel((0, 0))[0], role) for image, role in row] for row in rows]))
+
+    def save(path, rows, title):
+        assert (path, title) == ("there", "above")
+        captured.append([[(image.getpixel((0, 0))[0], role) for image, role in row]
+                         for row in rows])
+
+    monkeypatch.setattr(auxiliaries, "save_image_grid", save)
     return captured
 
 
 @pytest.mark.parametrize("with_gallery", [False, True])
 def test_recoveries_are_the_nearest_by_brute_force(drawn, with_gallery):
-    queries = Numbered([i % 4 for i in range(20)], ["cat", "dog", "emu", "fox"])
-    others, rows, other_rows = queries, unit_rows(20, 6), None
+    queries, rows = Numbered([i % 4 for i in range(20)], list("abcd")), unit_rows(20, 6)
+    others, other_rows = queries, rows
     if with_gallery:  # which numbers the classes in another order; its names decide
-        others = Numbered([i % 3 for i in range(15)], ["fox", "cat", "owl"], offset=100)
-        other_rows = unit_rows(15, 6, seed=1)
-    distances = float64_distances(rows, other_rows if with_gallery else rows)
+        others, other_rows = Numbered([i % 3 for i in range(15)], ["d", "a", "e"], 100), unit_rows(
+            15, 6, 1)
+    distances = float64_distances(rows, other_rows)
     if not with_gallery:
         np.fill_diagonal(distances, np.inf)
-    near = distances.argsort(1)
+    given = (queries, others, rows, other_rows) if with_gallery else (queries, None, rows, None)
     state = torch.get_rng_state()
-    for number, neighbours in ((10, 5), (3, 2), (100, 1), (2, 50)):
-        drawn.clear()
-        for seed in (0, 0, 1):
-            evaluate.draw_recoveries("unused", queries, others if with_gallery else None, rows,
-                                     other_rows, seed, number, neighbours)
-        grid = drawn[0]
-        assert grid == drawn[1] != drawn[2]
+    for number, neighbours in ((3, 2), (100, 1), (2, 50)):
+        grid, again, other = (
+            evaluate.draw_recoveries("there", *given, seed, number, neighbours, title="above")
+            or drawn.pop() for seed in (0, 0, 1))
+        assert grid == again != other
         assert len({row[0][0] for row in grid}) == len(grid) == min(number, 20)
         for (query, role), *hits in grid:
-            found = near[query][:min(neighbours, 15 if with_gallery else 19)]
+            found = distances[query].argsort()[:min(neighbours, 15 if with_gallery else 19)]
             name = queries.class_names[queries.labels[query]]
             assert role == "query" and hits == [
                 (others.offset + i, "hit" if others.class_names[others.labels[i]] == name
                  else "miss") for i in found]
     assert torch.equal(torch.get_rng_state(), state)
-    drawn.clear()
-    evaluate.draw_recoveries("unused", queries, None, torch.ones(20, 3), None)
+    evaluate.draw_recoveries("there", queries, None, torch.ones(20, 3), None, title="above")
     assert all(len({number for number, _ in row}) == 6 for row in drawn[0])  # never the query
-
-
-def test_recoveries_are_written_as_a_picture(tmp_path):
-    evaluate.draw_recoveries(tmp_path / "a.png", Numbered([i % 2 for i in range(8)]), None,
-                             unit_rows(8, 3), None, rows=4, title="of this")
-    with Image.open(tmp_path / "a.png") as picture:
-        assert picture.format == "PNG" and min(picture.size) > 4 * 8
 
 
 @pytest.fixture
@@ -1165,13 +1072,12 @@ def centred_pca(rows):
 
 
 def test_pca_shows_the_two_directions_of_greatest_spread(scattered):
-    for count, dimensions, dtype in ((5, 2, torch.float16), (40, 5, torch.float32),
-                                     (4, 9, torch.float64), (60, 128, torch.float32)):
+    for count, dimensions, dtype in ((5, 2, torch.float16), (4, 9, torch.float64),
+                                     (60, 128, torch.float32)):
         rows = stretched(count, dimensions).to(dtype)
         evaluate.draw_embeddings("unused", Numbered([i % 4 for i in range(count)]), rows,
                                  title=["above"])
         drawn, expected = scattered.pop(), centred_pca(rows)
-        assert drawn.points.shape == (count, 2)
         signs = np.sign((expected * drawn.points).sum(0))  # a direction has no sign
         np.testing.assert_allclose(drawn.points, signs * expected, atol=1e-8)
         assert drawn.names == [f"class {i % 4}" for i in range(count)]
@@ -1196,14 +1102,12 @@ def test_of_many_embeddings_a_sample_is_drawn_with_the_seed(scattered):
     states = torch.get_rng_state(), np.random.get_state()[1].tolist()
     # In one dimension, so the points say which rows were drawn; each is a class of its own.
     for count, most, title in ((30, {"most": 20}, "20 of 30"), (30, {"most": 30}, "30"),
-                               (30, {"most": 1}, "1 of 30"), (2600, {}, "2,000 of 2,600")):
-        scattered.clear()
+                               (2600, {}, "2,000 of 2,600")):
         for seed in (3, 3, 4):
             evaluate.draw_embeddings("unused", Numbered(range(count)),
                                      torch.arange(float(count)).unsqueeze(1), "pca", seed, **most)
-        drawn, again, other = scattered
-        kind = "PCA" if len(drawn.names) > 1 else "all in one place"
-        assert drawn.title == [f"{title} test embeddings, {kind}, coloured by class"]
+        drawn, again, other = scattered[-3:]
+        assert drawn.title == [f"{title} test embeddings, PCA, coloured by class"]
         assert drawn.names == again.names and (drawn.names == other.names) == (title == "30")
         numbers = np.array([int(name.split()[1]) for name in drawn.names])
         assert len(set(numbers)) == len(drawn.names) == int(title.split()[0].replace(",", ""))
@@ -1214,8 +1118,7 @@ def test_of_many_embeddings_a_sample_is_drawn_with_the_seed(scattered):
 
 
 FEW = [*(unit_rows(count, 3) for count in (1, 2, 4, 5)), torch.tensor([[1.], [2.]]),
-       torch.arange(9.).unsqueeze(1), torch.full((9, 4), 0.1), torch.zeros(7, 4),
-       torch.full((9, 4), 0.1).double(), torch.tensor([[0., 1.], [1., 0.]]).repeat(9, 1),
+       torch.full((9, 4), 0.1), torch.zeros(7, 4), torch.tensor([[0., 1.], [1., 0.]]).repeat(9, 1),
        torch.cat([torch.full((19, 3), 0.1), torch.zeros(1, 3)]),
        nearly_collapsed(20, 8, spread=1e-6), 1e-30 * unit_rows(30, 5)]
 
@@ -1235,17 +1138,6 @@ def test_few_or_equal_embeddings_are_drawn(scattered, method):
                                                          rel=1e-6)
         else:
             assert np.ptp(points[:, 0]) > 0
-
-
-def test_drawn_embeddings_are_written_as_a_picture(tmp_path):
-    rows, labels = blobs([4, 6, 2], 5, 0.1)
-    dataset = Numbered(labels.tolist(), ["cat & dog", "<emu>", "fox"])
-    evaluate.draw_embeddings(tmp_path / "a.svg", dataset, rows)
-    svg = "{http://www.w3.org/2000/svg}"
-    groups = {group.find(f"{svg}title").text: len(group.findall(f"{svg}circle"))
-              for group in ElementTree.parse(tmp_path / "a.svg").getroot().iter(f"{svg}g")
-              if group.find(f"{svg}title") is not None}
-    assert groups == {"cat & dog": 4, "<emu>": 6, "fox": 2}
 
 
 # ---- alone, on saved embeddings
@@ -1286,13 +1178,12 @@ def refused(capsys):
     return run
 
 
-@pytest.mark.parametrize("metrics", [evaluate.METRICS, ("nmi", "map")], ids=len)
-def test_a_saved_file_gives_the_same_numbers_to_the_last_digit(tmp_path, printed, metrics):
-    for seed in range(3):
-        # Sums over classes run in the order of the labels, so a file must keep that order.
-        rows, labels = unit_rows(300, 6, seed), random_ints(23, 300, torch.Generator())
-        evaluate.save_embeddings(tmp_path / "e.npz", rows, labels.tolist(), k_vals=[1, 3], seed=7)
-        assert [file.name for file in tmp_path.iterdir()] == ["e.npz"]
+def test_a_saved_file_gives_the_same_numbers_to_the_last_digit(tmp_path, printed):
+    # Sums over classes run in the order of the labels, so a file must keep that order.
+    rows, labels = unit_rows(300, 6), random_ints(23, 300, torch.Generator())
+    evaluate.save_embeddings(tmp_path / "e.npz", rows, labels.tolist(), k_vals=[1, 3], seed=7)
+    assert [file.name for file in tmp_path.iterdir()] == ["e.npz"]
+    for metrics in (evaluate.METRICS, ("map",)):
         lines, scores = printed(tmp_path / "e.npz", "--metrics", *metrics)
         expected = evaluate.evaluate_embeddings(rows, labels, k_vals=[1, 3], seed=7,
                                                 metrics=metrics)
@@ -1301,18 +1192,22 @@ def test_a_saved_file_gives_the_same_numbers_to_the_last_digit(tmp_path, printed
         assert "seed 7" in lines[0] and ("arithmetic" in lines[0]) == ("nmi" in metrics)
 
 
-def test_no_digit_of_a_file_is_lost(npz):
-    for dtype, kept in (("<f2", np.float32), ("<f4", np.float32), (">f4", np.float32),
-                        ("u1", np.float32), ("<f8", np.float64), (">f8", np.float64),
-                        ("<i4", np.float64), (np.longdouble, np.float64)):
+def test_no_digit_and_no_kind_of_label_of_a_file_is_lost(npz):
+    for dtype, kept in (("<f2", np.float32), (">f4", np.float32), ("u1", np.float32),
+                        (">f8", np.float64), ("<i4", np.float64), (np.longdouble, np.float64)):
         rows = (unit_rows(40, 4).double().numpy() * 100 / 3).astype(dtype)
-        path = npz(embeddings=rows, settings={"k_vals": [1, 2], "seed": 5})
-        found, labels, settings = evaluate.read_embeddings(path)
+        found, labels, settings = evaluate.read_embeddings(
+            npz(embeddings=rows, settings={"k_vals": [1, 2], "seed": 5}))
         assert found.dtype == kept and found.dtype.isnative
         assert (found == rows.astype(kept)).all() and labels.tolist() == [*range(5)] * 8
         assert settings == {"k_vals": [1, 2], "seed": 5}
-        assert evaluate.main([path]) == evaluate.evaluate_embeddings(
-            torch.from_numpy(found), torch.from_numpy(labels), k_vals=[1, 2], seed=5)
+    names, numbers = np.array(["cat", "dog", "emu", "a long name", "ö"]), np.arange(5)
+    for pair in ((names, names.astype("<U99")), (names[:4].astype("S"), names[:4]),
+                 (numbers, numbers.astype(str)), (numbers * 1.0, numbers), (numbers[:2] > 0,) * 2):
+        read = [evaluate.read_embeddings(npz(embeddings=np.eye(len(labels)), labels=labels))[1]
+                for labels in pair]
+        one, two = evaluate.number_labels(*read)
+        assert one.tolist() == two.tolist() and sorted(one.tolist()) == list(range(len(pair[0])))
 
 
 def test_options_come_before_what_the_file_says_and_that_before_defaults(npz, printed, refused):
@@ -1351,34 +1246,32 @@ def test_all_metrics_as_a_table_and_as_json(npz, printed, capsys, monkeypatch):
     assert found["rho"] is None and found["d_an"] is None and found["d_ap"] > 0
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_a_file_against_a_gallery(npz, printed, dtype):
+def test_a_file_against_a_gallery(npz, printed):
     rows = unit_rows(60, 6).numpy()
     rows[3, 2] = 0
-    gallery = rows[37:].astype(dtype)
-    gallery[5] = rows[3]
-    gallery[5, 2] = -0.0  # which is 0
-    path = npz("g.npz", embeddings=gallery, labels=np.arange(23) % 5)
-    lines, scores = printed(npz(embeddings=rows[:40], labels=np.arange(40) % 7), "--gallery", path,
-                            "--metrics", "all")
-    expected = evaluate.evaluate_embeddings(rows[:40].astype(dtype), np.arange(40) % 7, gallery,
-                                            np.arange(23) % 5, seed=1, metrics=evaluate.METRICS)
-    assert scores == pytest.approx(expected, rel=1e-6)
-    # Classes 5 and 6, ten of the 40 queries, are not in the gallery.
-    assert "40 queries of 7 classes, a gallery of 23; 10 without" in lines[0]
-    assert lines[1] == "note: 4 queries are rows of the gallery, at distance 0"
+    for dtype in (np.float32, np.float64):
+        gallery = rows[37:].astype(dtype)
+        gallery[5] = rows[3]
+        gallery[5, 2] = -0.0  # which is 0
+        path = npz("g.npz", embeddings=gallery, labels=np.arange(23) % 5)
+        lines, scores = printed(npz(embeddings=rows[:40], labels=np.arange(40) % 7), "--gallery",
+                                path, "--metrics", "all")
+        expected = evaluate.evaluate_embeddings(
+            rows[:40].astype(dtype), np.arange(40) % 7, gallery, np.arange(23) % 5, seed=1,
+            metrics=evaluate.METRICS)
+        assert scores == pytest.approx(expected, rel=1e-6)
+        # Classes 5 and 6, ten of the 40 queries, are not in the gallery.
+        assert "40 queries of 7 classes, a gallery of 23; 10 without" in lines[0]
+        assert lines[1] == "note: 4 queries are rows of the gallery, at distance 0"
 
 
-def test_what_is_odd_about_a_file_is_counted(npz, printed):
+def test_what_is_odd_about_a_file_is_said(npz, printed, refused, capsys):
     rows = unit_rows(40, 6).numpy()
     rows[[3, 17]] = 0
     lines, _ = printed(npz(embeddings=rows, labels=[0] * 20 + [1] * 15 + [2, 3, 4, 5, 6]))
     assert lines == ["40 queries of 7 classes, all_vs_all; 5 without a true match are left out; "
                      "seed 1, NMI with the arithmetic mean; 2 zero vectors"]
-
-
-def test_the_default_k_are_those_that_a_small_file_has(npz, printed, refused, capsys):
-    """They are trimmed, and that is said; the user's are an error. In Python as well."""
+    # Default k that are too many are left out, the user's are an error. In Python as well.
     arrays = dict(embeddings=np.eye(6), labels=np.arange(6) % 2)
     lines, scores = printed(npz(**arrays))
     assert [name for name in scores if "recall" in name] == ["recall@1", "recall@2", "recall@4"]
@@ -1386,45 +1279,28 @@ def test_the_default_k_are_those_that_a_small_file_has(npz, printed, refused, ca
     assert note in lines
     refused("--k_vals 8: .*1 to 5", npz(**arrays), "--k_vals", 1, 8)
     refused("--k_vals 8: .*1 to 5", npz(settings={"k_vals": [1, 8]}, **arrays))  # a run's
-    found = evaluate.evaluate_embeddings(*arrays.values(), metrics=["recall"])
-    assert list(found) == ["recall@1", "recall@2", "recall@4"]
+    assert "recall@8" not in evaluate.evaluate_embeddings(*arrays.values(), metrics=["recall"])
     assert capsys.readouterr().out.strip() == note
 
 
-def test_labels_of_any_type_mean_the_same_in_both_files(npz):
-    names, numbers = np.array(["cat", "dog", "emu", "a long name", "ö"]), np.arange(5)
-    for pair in ((names, names.astype("<U99")), (names[:4].astype("S"), names[:4]),
-                 (numbers, numbers.astype(str)), (numbers.astype("u1"), numbers),
-                 (numbers * 1.5, numbers * 1.5), (numbers * 1.0, numbers), (numbers[:2] > 0,) * 2):
-        read = [evaluate.read_embeddings(npz(embeddings=np.eye(len(labels)), labels=labels))[1]
-                for labels in pair]
-        one, two = evaluate.number_labels(*read)
-        assert one.tolist() == two.tolist() and sorted(one.tolist()) == list(range(len(pair[0])))
 
 
-def spoilt(value):
-    embeddings = unit_rows(40, 6).numpy().copy()
-    embeddings[[3, 7], 2] = value
-    return {"embeddings": embeddings}
+
+BAD = [({"embeddings": not_finite(np.nan, 40)}, "2 of 40 {} embeddings are not finite.* row 3"),
+       ({"labels": np.arange(39) % 5}, r"{}.*\[40, 6\] with 39 labels"),
+       ({"labels": np.zeros((40, 1))}, r"labels \[40, 1\]"),
+       ({"labels": np.arange(40) + 9}, "no query has a true match"),
+       ({"embeddings": np.zeros((40, 2, 3))}, r"embeddings \[40, 2, 3\]"),
+       ({"embeddings": np.full((40, 6), "1.0")}, "expected numbers"),
+       ({"embeddings": np.array([{}], object)}, "allow_pickle=False"),
+       ({"labels": np.array([{}], object)}, "allow_pickle=False"),
+       ({"settings": [1, 2]}, "cannot be read")]
 
 
-BAD = [
-    (spoilt(np.nan), "2 of 40 {} embeddings are not finite.* row 3"),
-    ({"labels": np.arange(39) % 5}, r"{}.*\[40, 6\] with 39 labels"),
-    ({"labels": np.zeros((40, 1))}, r"labels \[40, 1\]"),
-    ({"labels": np.arange(40) + 9}, "no query has a true match"),
-    ({"embeddings": np.eye(6)[:0], "labels": np.zeros(0)}, r"{} .*\[0, 6\]"),
-    ({"embeddings": np.zeros((40, 0))}, r"\[40, 0\]"),
-    ({"embeddings": np.zeros((40, 2, 3))}, r"embeddings \[40, 2, 3\]"),
-    ({"embeddings": np.full((40, 6), "1.0")}, "expected numbers"),
-    ({"embeddings": np.ones((40, 6), complex)}, "expected numbers"),
-    ({"settings": [1, 2]}, "cannot be read")]
-
-
-@pytest.mark.parametrize("arrays, message", BAD, ids=[message for _, message in BAD])
-def test_a_bad_file_is_refused_in_one_line(npz, refused, arrays, message):
-    refused(message.format("query"), npz(**arrays))
-    refused(message.format("gallery"), npz(), "--gallery", npz("g.npz", **arrays))
+def test_a_bad_file_is_refused_in_one_line(npz, refused):
+    for arrays, message in BAD:
+        refused(message.format("query"), npz(**arrays))
+        refused(message.format("gallery"), npz(), "--gallery", npz("g.npz", **arrays))
 
 
 def test_what_is_no_file_of_embeddings_is_refused(npz, refused, tmp_path):
@@ -1436,58 +1312,30 @@ def test_what_is_no_file_of_embeddings_is_refused(npz, refused, tmp_path):
     whole = bytearray(Path(path).read_bytes())
     flipped = whole.copy()
     flipped[300] ^= 255
-    for content in (b"", b"hello", b"PK\x03\x04", whole[:len(whole) // 2], flipped):
+    for content in (b"", b"hello", whole[:len(whole) // 2], flipped):
         Path(path).write_bytes(content)
         refused(r"e\.npz cannot be read as an npz file", path)
-    for arrays, missing in (({}, "embeddings"), ({"embeddings": np.eye(3)}, "labels")):
-        np.savez(path, **arrays)
-        refused(rf"e\.npz .*\[N, D\].*{missing} is not", path)
-    np.save(tmp_path / "e.npy", np.eye(3))
-    refused(r"e\.npy cannot be read as an npz file", tmp_path / "e.npy")
+    np.savez(path, embeddings=np.eye(3))
+    refused(r"e\.npz .*\[N, D\].*labels is not", path)
     refused(r"there is no file .*none\.npz", tmp_path / "none.npz")
     refused("[Dd]irectory|cannot be read", tmp_path)
     with pytest.raises(OSError, match="could not be written"):
         evaluate.save_embeddings(tmp_path / "none" / "e.npz", torch.eye(3), [0, 1, 2])
 
 
-class Harmful:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
-def test_pickled_objects_are_refused_and_not_executed(npz, refused, tmp_path):
-    for name in ("embeddings", "labels", "settings"):
-        path = npz(settings={"seed": 1})
-        arrays = dict(np.load(path))
-        np.savez(path, **arrays | {name: np.array([Harmful(tmp_path / "touched")], object)})
-        refused("[Oo]bject|pickle", path)
-        assert not (tmp_path / "touched").exists()
-    np.load(path, allow_pickle=True)["settings"]
-    assert (tmp_path / "touched").exists()  # it would have been
 
-
-def test_options_without_sense_are_refused(npz, capsys):
-    for options in (["--metrics", "recal"], ["--k_vals", "x"], ["--k_vals", "0"],
-                    ["--nmi_average", "mean"], ["--seed", "9" * 30], ["--eval_memory", "inf"],
-                    ["--eval_memory", "0"]):
+def test_options_without_sense_are_refused_and_the_help_says_the_defaults(npz, capsys):
+    for options in (["--metrics", "recal"], ["--k_vals", "0"], ["--nmi_average", "mean"],
+                    ["--seed", "9" * 30], ["--eval_memory", "0"], ["--help"]):
         with pytest.raises(SystemExit):
             evaluate.main([npz(), *options])
-        assert options[0] in capsys.readouterr().err.partition("error: ")[2]
-
-
-def test_the_help_says_the_defaults(capsys):
-    with pytest.raises(SystemExit):
-        evaluate.main(["--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "None" not in shown
+        shown = capsys.readouterr()
+        assert options == ["--help"] or options[0] in shown.err.partition("error: ")[2]
+    shown = " ".join(shown.out.split())
     for default in ("recall map@r nmi f1 (", "arithmetic (", "all_vs_all", "1 2 4 8", "the CPU"):
-        assert default in shown.partition("Default ")[2]
-    assert "as in the run that saved the file" in shown
+        assert default in shown.partition("Default ")[2] and "None" not in shown
 
 
 # ---- torch

@@ -1,10 +1,12 @@
 """Image files, items and their draws, transforms, the cache of decoded images."""
 
 import io
+import itertools
 import os
 import random
 import sys
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 
 import numpy as np
 import pytest
@@ -35,22 +37,25 @@ def split_of(*paths):
     return datasets.Split([str(path) for path in paths], [0] * len(paths), ["a"])
 
 
+def torchvision_crops(size):
+    """The training transform of PIL images as torchvision has always had it."""
+    from torchvision import transforms as T
+    return T.Compose([T.RandomResizedCrop(size), T.RandomHorizontalFlip(), T.PILToTensor()])
+
+
 def training_set(split, seed=3, epoch=0, views=1):
     dataset = images.ImageDataset(split, images.crop_transforms(16, views)[0], seed, views)
     dataset.set_epoch(epoch)
     return dataset
 
 
-def drawn(dataset, batches=None, workers=0):
-    """All views of some batches, or of all items one by one, in one tensor."""
-    items = (dataset[i] for i in range(len(dataset)))
-    if batches:
-        items = DataLoader(dataset, batch_sampler=batches, num_workers=workers)
-    return torch.cat([torch.stack(views).reshape(-1, 3, 16, 16) for *views, _ in items])
+def drawn(dataset):
+    """All views of all items, in one tensor."""
+    return torch.cat([torch.stack(dataset[i][:-1]) for i in range(len(dataset))])
 
 
 def test_test_images_are_resized_and_cropped_at_the_centre(tmp_path):
-    for size, side in ((224, 256), (227, 256), (28, 32), (112, 128)):
+    for size, side in ((224, 256), (227, 256), (28, 32)):
         pixels = noise(tmp_path / "a.png", (side, side))
         dataset = images.ImageDataset(split_of(tmp_path / "a.png"),
                                       images.crop_transforms(size)[1])
@@ -75,21 +80,20 @@ def test_a_split_may_be_an_array_of_images(shape):
     array = np.random.default_rng(0).integers(0, 256, (6, *shape), dtype=np.uint8)
     split = datasets.Split(array, [0, 0, 1, 1, 2, 2], ["a", "b", "c"])
     expected = torch.from_numpy(array if len(shape) == 3 else array[..., None].repeat(3, 3))
-    test = images.ImageDataset(split, images.crop_transforms(28)[1])
-    for image, pixels in zip((image for image, _ in test), expected):
+    train, test = images.crop_transforms(28)
+    for (image, _), pixels in zip(images.ImageDataset(split, test), expected):
         assert torch.equal(image, pixels[2:30, 2:30].permute(2, 0, 1))
-    train = images.ImageDataset(split, images.crop_transforms(28)[0], seed=0)
-    assert train[3][0].shape == (3, 28, 28) and train[3][1] == 1
+    image, label = images.ImageDataset(split, train, seed=0)[3]
+    assert image.shape == (3, 28, 28) and label == 1
 
 
 def test_test_items_are_the_same_each_time(photographs):
-    dataset = images.ImageDataset(photographs, images.crop_transforms(16)[1])
-    assert len(dataset) == 6 and [label for _, label in dataset] == photographs.labels
+    dataset = images.ImageDataset(photographs, images.crop_transforms(16)[1], views=2)
+    assert len(dataset) == 6 and [label for *_, label in dataset] == photographs.labels
     first = drawn(dataset)
+    assert torch.equal(first[::2], first[1::2])
     dataset.set_epoch(4)
     assert torch.equal(drawn(dataset), first)
-    two = images.ImageDataset(photographs, images.crop_transforms(16)[1], views=2)[3]
-    assert torch.equal(two[0], two[1]) and two[2] == 1
 
 
 @pytest.mark.parametrize("views", [1, 2])
@@ -110,20 +114,6 @@ def test_training_items_are_a_function_of_seed_epoch_and_index(photographs, view
             for seed in (0, 3, 2 ** 32 - 1) for epoch in (0, 1, 2)]
     assert len({pictures.numpy().tobytes() for pictures in seen}) == 9
     assert torch.equal(seen[3], first)
-
-
-def test_training_items_are_cropped_and_flipped_at_random(tmp_path):
-    pixels = np.zeros((32, 32, 3), dtype=np.uint8)
-    pixels[:, :, 0] = np.arange(32) * 8  # red grows to the right
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    dataset = training_set(split_of(tmp_path / "a.png"))
-    flipped, widths = 0, set()
-    for epoch in range(60):
-        dataset.set_epoch(epoch)
-        red = dataset[0][0][0].double()
-        flipped += bool(red[:, 0].mean() > red[:, -1].mean())
-        widths.add(round(float(abs(red[:, 0].mean() - red[:, -1].mean())) / 8))
-    assert 15 <= flipped <= 45 and len(widths) >= 6
 
 
 def test_other_random_numbers_are_left_alone(photographs):
@@ -149,27 +139,26 @@ def test_repeats_within_a_batch_differ(photographs, views):
 
 @pytest.mark.parametrize("views", [1, 2])
 def test_loading_processes_change_nothing(photographs, views):
-    batches = [[0, 1, 1], [5, 4, 0], [2, 2, 2], [3]]
+    batches, seen = [[0, 1, 1], [5, 4, 0], [2, 2, 2], [3]], []
     dataset = training_set(photographs, views=views)
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=2, persistent_workers=True)
-    seen = []
+    loaders = [DataLoader(dataset, batch_sampler=batches, num_workers=workers,
+                          persistent_workers=workers > 0) for workers in (0, 2)]
     for epoch in (0, 1, 0):
         dataset.set_epoch(epoch)
-        seen.append(torch.cat([view for *pictures, _ in loader for view in pictures]))
-        expected = [view for *pictures, _ in DataLoader(dataset, batch_sampler=batches)
-                    for view in pictures]
-        assert torch.equal(seen[-1], torch.cat(expected))
+        here, there = (torch.cat([view for *pictures, _ in loader for view in pictures])
+                       for loader in loaders)
+        assert torch.equal(here, there)
+        seen.append(here)
     assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[0], seen[1])
 
 
 def test_views_that_main_asks_for(source):
     folder_train_test(source)
-    for opt, sizes in ((options("folder", source), (2, 3)),
-                       (options("glyphs", "nowhere", image_size=32), (2, 3))):
+    for opt in (options("folder", source), options("glyphs", "nowhere", image_size=32)):
         queries = []
-        for views, size in zip((1, 2), sizes):
+        for views in (1, 2):
             train, sets, _ = datasets.dataset_select(opt, views=views)
-            assert len(train[0]) == size and len(sets[0].queries[0]) == 2
+            assert len(train[0]) == views + 1 and len(sets[0].queries[0]) == 2
             queries.append(sets[0].queries[1][0])
         assert torch.equal(*queries)
     for i in (0, 41, 500):  # two views of a glyph differ a little
@@ -197,7 +186,6 @@ FORMATS = {  # name: ((image, suffix, how to save it), the colour that its pixel
     "grey jpeg": ((Image.new("L", (20, 20), 90), ".jpg", {}), (90, 90, 90)),
     "grey with alpha": ((Image.new("LA", (20, 20), (90, 255)), ".png", {}), (90, 90, 90)),
     "black and white": ((Image.new("1", (20, 20), 1), ".png", {}), (255, 255, 255)),
-    "palette": (palette(), (10, 200, 30)),
     "palette with transparency": (palette(transparency=b"\x80" * 256), (10, 200, 30)),
     "gif": (palette(".gif"), (10, 200, 30)),
     "alpha": ((Image.new("RGBA", (20, 20), (10, 200, 30, 255)), ".png", {}), (10, 200, 30)),
@@ -212,7 +200,6 @@ FORMATS = {  # name: ((image, suffix, how to save it), the colour that its pixel
     "32 bits": (grey(2 ** 29, ".tif", np.int32, 2 ** 30), (128, 128, 128)),
     "floats to 1": (grey(0.5, ".tif", np.float32, 1), (128, 128, 128)),
     "floats to 255": (grey(200, ".tif", np.float32), (200, 200, 200)),
-    "floats of 16 bits": (grey(32768, ".tif", np.float32, 65535), (128, 128, 128)),
     "a portable grey map": (grey(0x8000, ".pgm", np.int32, 0xFFFF), (128, 128, 128)),
 }
 
@@ -233,8 +220,7 @@ def test_images_of_every_mode_become_rgb(tmp_path):
 
 def test_values_that_have_no_black_are_refused(tmp_path):
     path = f"{tmp_path}/image.tif"
-    for value, dtype in ((-1, np.float32), (np.nan, np.float32), (np.inf, np.float32),
-                         (-5, np.int32)):
+    for value, dtype in ((-1, np.float32), (np.nan, np.float32), (np.inf, np.float32)):
         grey(0, path, dtype, value)[0].save(path)
         with pytest.raises(ValueError, match=f"image.tif.*its values run from.*{value:g}"):
             images.read_image(path)
@@ -242,22 +228,31 @@ def test_values_that_have_no_black_are_refused(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Image size")
 def test_images_are_read_up_to_the_size_that_pil_refuses(tmp_path, monkeypatch):
+    path = tmp_path / "a.jpg"
+    Image.new("RGB", (14, 14)).save(path)
+    content = path.read_bytes()
+    start, before = content.index(b"\xff\xc0") + 5, getrusage(RUSAGE_SELF).ru_maxrss
+    path.write_bytes(content[:start] + (40_000).to_bytes(2, "big") * 2 + content[start + 4:])
+    for read in (images.read_image, images.read_pixels):
+        with pytest.raises(ValueError, match="a.jpg.*decompression bomb"):
+            read(str(path))
+    assert getrusage(RUSAGE_SELF).ru_maxrss < before + 2 ** 16  # KiB
+    path.write_bytes(content)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # PIL warns there, and refuses at twice
-    for side in (14, 15):
-        Image.new("RGB", (side, side)).save(tmp_path / f"{side}.png")
-    assert images.read_image(str(tmp_path / "14.png")).size == (14, 14)
-    assert images.read_pixels(str(tmp_path / "14.png")).shape == (3, 14, 14)
-    with pytest.raises(ValueError, match="15.png.*decompression bomb"):
-        images.read_image(str(tmp_path / "15.png"))
+    assert images.read_image(str(path)).size == (14, 14)
 
 
 @pytest.mark.parametrize("read", [images.read_image, images.read_pixels])
 def test_a_broken_or_missing_image_is_named(read, tmp_path):
+    path = tmp_path / "bird.jpg"
     for kind in ("truncated", "text", "empty", "header only", "png header only"):
-        break_image(tmp_path / "bird.jpg", kind)
+        break_image(path, kind)
         with pytest.raises(ValueError, match="bird.jpg: not an image, or a broken one") as caught:
-            read(str(tmp_path / "bird.jpg"))
+            read(str(path))
         assert "\n" not in str(caught.value)
+    Image.new("RGB", (9, 9)).save(path, "EPS")  # for which PIL would run a program
+    with pytest.raises(ValueError, match="bird.jpg: not an image.*cannot identify"):
+        read(str(path))
     with pytest.raises(FileNotFoundError, match="none.jpg"):
         read(str(tmp_path / "none.jpg"))
 
@@ -284,8 +279,7 @@ def test_both_decoders_read_the_same_pixels(tmp_path, monkeypatch):
     turned[0x112] = 6
     path = f"{tmp_path}/é.jpg"
     for mode in ("RGB", "L", "CMYK"):
-        for saving in ({}, dict(progressive=True), dict(subsampling=0),
-                       dict(quality=5, subsampling=2), dict(exif=turned)):
+        for saving in ({}, dict(progressive=True), dict(quality=5, subsampling=2, exif=turned)):
             photograph(mode).save(path, **saving)
             pixels = images.read_pixels(path)
             assert pixels.dtype == torch.uint8 and pixels.shape == (3, 43, 61)
@@ -294,13 +288,15 @@ def test_both_decoders_read_the_same_pixels(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise RuntimeError("torchvision was built without libjpeg")
 
+    photograph().save(path)
+    pixels = images.read_pixels(path)
     monkeypatch.setattr("torchvision.io.decode_jpeg", refuse)
     assert torch.equal(images.read_pixels(path), pixels)
     monkeypatch.delattr("torchvision.io.decode_jpeg")
     assert torch.equal(images.read_pixels(path), pixels)
 
 
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ".gif", ".bmp", ".tif", ".webp"])
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".gif", ".tif"])
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_bytes_are_the_same_to_both_decoders(suffix, tmp_path):
     def outcome(read):
@@ -317,9 +313,7 @@ def test_damaged_bytes_are_the_same_to_both_decoders(suffix, tmp_path):
         content = bytearray(whole)
         for _ in range(generator.choice((0, 1, 5, 20))):
             content[generator.randrange(len(content))] = generator.randrange(256)
-        size = generator.choice((len(content), len(content) - 2,
-                                 generator.randrange(len(content))))
-        Path(path).write_bytes(content[:size])
+        Path(path).write_bytes(content[:generator.choice((None, -2, generator.randrange(999)))])
         by_pil = outcome(images.read_image)
         other = outcome(lambda path: images.read_pixels(path).permute(1, 2, 0))
         assert type(by_pil) is type(other) and np.array_equal(by_pil, other)
@@ -327,22 +321,20 @@ def test_damaged_bytes_are_the_same_to_both_decoders(suffix, tmp_path):
     assert kinds == {str, np.ndarray}
 
 
-@pytest.mark.parametrize("size", [(61, 43), (300, 200), (9, 200), (1, 1)])
-def test_training_crops_are_those_of_torchvision_on_pil(size, tmp_path):
+def test_training_crops_are_those_of_torchvision_on_pil(tmp_path):
     """The crops and flips that a seed has always drawn; the fast way is off by rounding alone."""
-    from torchvision import transforms as T
-    photograph(size=size).save(tmp_path / "a.jpg")
-    oracle = T.Compose([T.RandomResizedCrop(32), T.RandomHorizontalFlip(), T.PILToTensor()])
-    transform = images.crop_transforms(32)[0]
-    sets = [images.ImageDataset(split_of(tmp_path / "a.jpg"), *given) for given in (
-        (oracle, 5), (transform, 5), (transform, 5, 1, (0, 1), images.read_pixels))]
-    for epoch in range(20):
-        for part in sets:
-            part.set_epoch(epoch)
-        expected, same, fast = (part[0][0] for part in sets)
-        assert torch.equal(expected, same)
-        assert fast.dtype == torch.uint8 and fast.shape == expected.shape
-        assert (fast.int() - expected.int()).abs().max() <= 2
+    oracle, transform = torchvision_crops(32), images.crop_transforms(32)[0]
+    for size in ((61, 43), (9, 200), (1, 1)):
+        photograph(size=size).save(tmp_path / "a.jpg")
+        sets = [images.ImageDataset(split_of(tmp_path / "a.jpg"), *given) for given in (
+            (oracle, 5), (transform, 5), (transform, 5, 1, (0, 1), images.read_pixels))]
+        for epoch in range(20):
+            for part in sets:
+                part.set_epoch(epoch)
+            expected, same, fast = (part[0][0] for part in sets)
+            assert torch.equal(expected, same)
+            assert fast.dtype == torch.uint8 and fast.shape == expected.shape
+            assert (fast.int() - expected.int()).abs().max() <= 2
 
 
 # ---- the cache
@@ -353,11 +345,10 @@ SHAPES = [(40, 30), (1, 30), (30, 1), (5, 4), (3, 80), (16, 16), (90, 20), (200,
 @pytest.fixture
 def gallery(source):
     """A folder dataset of images of many shapes, JPEGs and PNGs; four classes."""
-    for label in range(4):
-        for i, size in enumerate(SHAPES):
-            path = source / f"class_{label}/{i}{'.png' if i % 2 else '.jpg'}"
-            path.parent.mkdir(exist_ok=True)
-            photograph(size=size, seed=10 * label + i).save(path)
+    for label, (i, size) in itertools.product(range(4), enumerate(SHAPES)):
+        path = source / f"class_{label}/{i}{'.png' if i % 2 else '.jpg'}"
+        path.parent.mkdir(exist_ok=True)
+        photograph(size=size, seed=10 * label + i).save(path)
     return source
 
 
@@ -389,24 +380,20 @@ def test_cached_test_pictures_are_bit_for_bit_those_without(kind, gallery, tmp_p
         pictures, labels = batches_of(test, [[0, 1, 2, 3, 4], list(range(5, 16)), [3]])
         order = [*range(16), 3]
         assert torch.equal(pictures, torch.stack([plain[i][0] for i in order]))
-        assert labels.tolist() == [plain.labels[i] for i in order] and labels.dtype == torch.int64
+        assert labels.tolist() == [plain.labels[i] for i in order]
         assert len(test) == 16 and test.class_names == plain.class_names
-        assert test.load(0).mode == "RGB"
         assert min(test.load(0).size) == images.shorter_side(image_size)
     evaluate.draw_recoveries(tmp_path / "a.png", test, None, torch.randn(16, 3), None)
-    assert (tmp_path / "a.png").stat().st_size > 0
 
 
 def test_cached_training_crops_are_those_of_the_stored_images(gallery, tmp_path):
-    from torchvision import transforms as T
     train = cached(gallery, "ram")[0]
     for i in range(len(train)):
         train.load(i).save(tmp_path / f"{i:02d}.png")
-    transform = T.Compose([T.RandomResizedCrop(16), T.RandomHorizontalFlip(), T.PILToTensor()])
-    stored = datasets.Split(sorted(map(str, tmp_path.glob("*.png"))), train.labels,
-                            train.class_names)
-    oracle, batch = images.ImageDataset(stored, transform, train.seed), [3, 0, 5, 5, 7, 15, 5, 11]
-    for epoch in (0, 1, 6):
+    stored = split_of(*sorted(tmp_path.glob("*.png")))._replace(labels=train.labels)
+    oracle = images.ImageDataset(stored, torchvision_crops(16), train.seed)
+    batch = [3, 0, 5, 5, 7, 15, 5, 11]
+    for epoch in (0, 1):
         train.set_epoch(epoch)
         oracle.set_epoch(epoch)
         pictures, labels = batches_of(train, [batch])
@@ -417,55 +404,39 @@ def test_cached_training_crops_are_those_of_the_stored_images(gallery, tmp_path)
 
 
 def test_cached_numbers_are_those_of_any_cache_and_any_number_of_processes(gallery):
-    batches = [[0, 9, 9, 4], [5, 7, 2, 15], [2]]
-    seen = []
-    for kind in ("ram", "device"):
+    batches, seen = [[0, 9, 9, 4], [5, 7, 2, 15], [2]], []
+    for kind, workers in (("ram", 0), ("ram", 2), ("device", 0)):
         train = cached(gallery, kind)[0]
-        for epoch in (2, 0):
-            train.set_epoch(epoch)
-        seen += [batches_of(train, batches, workers)[0]
-                 for workers in ((0,) if kind == "device" else (0, 2))]
-    assert all(torch.equal(pictures, seen[0]) for pictures in seen)
-    train.set_epoch(1)
-    assert not torch.equal(batches_of(train, batches)[0], seen[0])
+        seen.append(batches_of(train, batches, workers)[0])
+        assert torch.equal(seen[-1], seen[0])
     first, second, _ = cached(gallery, "ram", views=2)[0][0]
     assert first.shape == second.shape == (3, 16, 16) and not torch.equal(first, second)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_cache_on_a_gpu(gallery):
-    expected = batches_of(cached(gallery, "ram")[0], [[0, 1, 2, 3]])[0]
-    train = cached(gallery, "device", device="cuda")[0]
-    pictures, _ = batches_of(train, [[0, 1, 2, 3]])
-    assert train.on_device and pictures.is_cuda
-    assert (pictures.cpu().int() - expected.int()).abs().max() <= 2
-
-
-@pytest.mark.parametrize("kind", ["ram", "device"])
-def test_a_broken_image_is_named_before_training(kind, gallery):
+def test_a_broken_image_is_named_before_training(gallery):
     path = gallery / "class_3/6.jpg"
     whole = path.read_bytes()
     for content in (whole[:len(whole) // 2], b"text"):  # the header of the first is whole
         path.write_bytes(content)
         with pytest.raises(ValueError, match="6.jpg: not an image, or a broken one"):
-            cached(gallery, kind)
+            cached(gallery, "ram")
 
 
 @pytest.mark.parametrize("kind", ["ram", "device"])
-@pytest.mark.parametrize("processes", [1, 3])  # of a machine, which need room for all their caches
-def test_a_cache_without_room_is_refused_before_decoding(kind, processes, gallery, capsys,
-                                                         monkeypatch):
-    needed = processes * sum(part.stored.pixels.nbytes for part in cached(gallery, "ram"))
-    capsys.readouterr()
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    with monkeypatch.context() as patch:
-        patch.setattr(images, "read_image", None)
-        patch.setattr(images, "free_bytes", lambda *args: int(needed / 0.9) - 1)
-        with pytest.raises(ValueError, match=f"--cache {kind} needs .* MiB"):
-            cached(gallery, kind)
-    assert f"cache    {kind}: 32 images to decode, shorter side 18: " in capsys.readouterr().out
-    monkeypatch.setattr(images, "free_bytes", lambda *args: int(needed / 0.9) + 2)
-    cached(gallery, kind)
+def test_a_cache_without_room_is_refused_before_decoding(kind, gallery, capsys, monkeypatch):
+    needed = sum(part.stored.pixels.nbytes for part in cached(gallery, "ram"))
+    for processes in (1, 3):  # of a machine, which need room for all their caches
+        capsys.readouterr()
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        room = int(processes * needed / 0.9)
+        with monkeypatch.context() as patch:
+            patch.setattr(images, "read_image", None)
+            patch.setattr(images, "free_bytes", lambda *args: room - 1)
+            with pytest.raises(ValueError, match=f"--cache {kind} needs .* MiB"):
+                cached(gallery, kind)
+        assert f"cache    {kind}: 32 images to decode, shorter side 18" in capsys.readouterr().out
+        monkeypatch.setattr(images, "free_bytes", lambda *args: room + 2)
+        cached(gallery, kind)
 
 
 def test_free_bytes(monkeypatch):
