@@ -650,9 +650,9 @@ def with_weights(loss, rows):
     return loss.double().eval()
 
 
-def one_image(name, loss, weights, expected, row=ONE, own=0, within=1e-9):
-    """A loss with these class weights, of one image of class own."""
-    return hand(name, with_weights(loss, weights), expected, None, torch.tensor([own]), row,
+def one_image(name, loss, weights, expected, row=ONE, within=1e-9):
+    """A loss with these class weights, of one image of class 0."""
+    return hand(name, with_weights(loss, weights), expected, None, torch.tensor([0]), row,
                 within=within)
 
 
@@ -682,12 +682,10 @@ SNR_ROWS = [[1, -1, 0, 0], [1, 0, -1, 0], [-1, 1, 0, 0], [1, -1, .4, 0]]
 BY_HAND = [
     # max(0, 2 - 4 + .2) = 0 and max(0, 2 - .8 + .2) = 1.4.
     hand("triplet", TripletLoss(margin=0.2), 0.7, TWO, active=1 / 2),
-    # Positives sqrt 2 - 1.2 + .2 twice; negatives 1.2 - 2 + .2 < 0, and 1.2 - sqrt .8 + .2.
-    hand("marginloss", MarginLoss(2, margin=0.2), (2 * (sqrt(2) - 1) + 1.4 - sqrt(.8)) / 3, TWO,
+    # Positives sqrt 2 - 1.2 + .2 twice; negatives 1.2 - 2 + .2 < 0, and 1.2 - sqrt .8 + .2; nu
+    # (1.2 + 1.2) / 3.
+    hand("marginloss", MarginLoss(2, nu=0.5), (2 * (sqrt(2) - 1) + 1.4 - sqrt(.8) + 1.2) / 3, TWO,
          active=3 / 4, within=1e-7),
-    # And nu (1.2 + 1.2) / 3.
-    hand("marginloss with nu", MarginLoss(2, nu=0.5),
-         (2 * (sqrt(2) - 1) + 1.4 - sqrt(.8) + 1.2) / 3, TWO, active=3 / 4, within=1e-7),
     # d_aa = 0 and .7 leave .2 above beta .5: of no image, so not active. .5 - sqrt .8 + .7.
     hand("marginloss of a rho row", MarginLoss(2, 0.7, beta=0.5), (.2 + 1.2 - sqrt(.8)) / 2,
          [(0, 0, 1)], active=1 / 2, within=1e-7),
@@ -696,10 +694,8 @@ BY_HAND = [
     hand("npair", NPairLoss(0.02), (log(1 + exp(-2)) + log(1 + exp(-1))) / 2 + .02 * 3.5,
          [(0, 1, 3), (2, 3, 1)], torch.tensor([0, 0, 1, 1]), [[1, 0], [2, 0], [0, 1], [0, 1]]),
     # x becomes (3, 0), the proxies (3, 0), its own, (-3, 0) and (0, 3): d = 0, 36 and 18. Without
-    # its own -log(1 / (e^-36 + e^-18)), a negative loss; with it log(1 + e^-18 + e^-36).
+    # its own -log(1 / (e^-36 + e^-18)), a negative loss.
     one_image("proxynca", ProxyNCALoss(3, 2), [[2, 0], [-1, 0], [0, 7]], -18 + exp(-18), [[5, 0]]),
-    one_image("proxynca with own", ProxyNCALoss(3, 2, True), [[2, 0], [-1, 0], [0, 7]], exp(-18),
-              [[5, 0]], within=1e-12),
     # s 2, m pi / 6: 60 degrees from its own weight and 30 from the other: 2 cos 90, 2 cos 30.
     one_image("arcface", ArcFaceLoss(2, 2, 2.0, math.pi / 6), AXES, log(1 + exp(sqrt(3))),
               [[.5, sqrt(.75)]]),
@@ -740,8 +736,6 @@ BY_HAND = [
     # Nodes -1, 0, 1. Positives 0 and -.6: h+ = (.6, 1 + .4, 0) / 2, cumulated (.3, 1, 1).
     # Negatives .6, -1, .8, 0: h- = (1, .4 + .2 + 1, .6 + .8) / 4.
     hand("histogram", HistogramLoss(2), .25 * .3 + .4 + .35),
-    # Nodes -1 and 1: h+ = (.65, .35), h- = (.45, .55), the means of (1 - s) / 2 and (1 + s) / 2.
-    hand("histogram of one interval", HistogramLoss(1), .45 * .65 + .55),
     # Nodes 0, 2, 4; each query has one positive; H includes it. Query 0: h+ = (0, 1, 0), H = (.6,
     # 2, 3); 1: h+ = (0, .4, .6), H = (1.4, 2.4, 3); 2: h+ = (0, 1, 0), H = (.8, 3, 3); 3: h+ =
     # (0, .4, .6), H = (0, 1.4, 3).
@@ -1125,7 +1119,7 @@ def test_facenet_uses_the_margin_and_the_distance_of_the_loss():
         assert (loss.sampler.margin, loss.sampler.squared) == (margin, squared)
 
 
-def test_repr_and_checkpoint():
+def test_repr_and_checkpoint_of_marginloss():
     loss = MarginLoss(3, beta=0.5, beta_constant=True, sampling="rho", rho_probability=0.15)
     loss(torch.randn(4, DIM), torch.tensor([0, 0, 1, 1]))
     for part in ("num_classes=3", "margin=0.2", "'rho'", "rho_probability=0.15"):

@@ -499,21 +499,6 @@ def test_reference_random_draws_every_triplet_equally_often():
         assert Sampler("random", form="reference").give(torch.zeros(4, 2), lone).shape == (0, 3)
 
 
-def test_reference_npair_makes_every_image_an_anchor():
-    """A random positive each, by chi-square, and all images of other classes as negatives."""
-    torch.manual_seed(0)
-    labels, seen, draws = torch.tensor([0, 0, 0, 1, 1, 2]), Counter(), 300
-    for _ in range(draws):
-        rows = Sampler("npair", form="reference").give(torch.zeros(6, 2), labels).tolist()
-        assert [row[0] for row in rows] == [0, 1, 2, 3, 4]
-        for a, p, *negatives in rows:
-            assert a != p and labels[a] == labels[p]
-            assert sorted(set(negatives) - {-1}) == [n for n in range(6) if labels[n] != labels[a]]
-            seen.update([(a, p)] if a < 3 else [])
-    assert chi_square_ok(seen, {(a, p): 1 / 6 for a in range(3) for p in range(3) if a != p},
-                         3 * draws)
-
-
 def test_rho_decides_for_each_anchor_by_itself():
     """600 draws: how many of a batch's 8 triplets are replaced is binomial, by chi-square."""
     torch.manual_seed(0)
@@ -552,18 +537,26 @@ def test_npair_satisfies_the_definition():
         assert {i for row in padded if row[0] < 0 for i in row} <= {-1}
 
 
-def test_npair_draws_every_pair_of_a_class_equally_often():
-    """1,000 draws: each ordered pair of distinct images of a class, by chi-square."""
+@pytest.mark.parametrize("form, draws", [("paper", 1000), ("reference", 300)])
+def test_npair_draws_every_pair_of_a_class_equally_often(form, draws):
+    """Each ordered pair of distinct images, by chi-square.
+
+    The reference makes every image an anchor, all images of other classes its negatives.
+    """
     torch.manual_seed(0)
-    labels, draws = torch.tensor([0, 1, 0, 1, 0, 2, 1, 1, 3, 3]), 1000
-    seen = {0: Counter(), 1: Counter(), 3: Counter()}
+    names, seen = [0, 1, 0, 1, 0, 2, 1, 1, 3, 3], [Counter(), Counter(), Counter(), Counter()]
     for _ in range(draws):
-        for a, p, *_ in Sampler("npair").give(torch.zeros(10, 2), labels).tolist():
-            seen[int(labels[a])][a, p] += 1
-    for name, counts in seen.items():
-        images = [i for i in range(10) if labels[i] == name]
+        rows = Sampler("npair", form=form).give(torch.zeros(10, 2), torch.tensor(names)).tolist()
+        assert form == "paper" or [row[0] for row in rows] == [0, 1, 2, 3, 4, 6, 7, 8, 9]
+        for a, p, *negatives in rows:
+            seen[names[a]][a, p] += 1
+            assert form == "paper" or sorted(set(negatives) - {-1}) == [
+                n for n in range(10) if names[n] != names[a]]
+    for name in (0, 1, 3):
+        images = [i for i in range(10) if names[i] == name]
         pairs = [(a, p) for a in images for p in images if a != p]
-        assert chi_square_ok(counts, {pair: 1 / len(pairs) for pair in pairs}, draws)
+        assert chi_square_ok(seen[name], {pair: 1 / len(pairs) for pair in pairs},
+                             draws * (1 if form == "paper" else len(images)))
 
 
 # ---- a user's own method, wrong options, flags
