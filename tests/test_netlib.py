@@ -11,6 +11,7 @@ import torch
 import torchvision.models as models
 
 import netlib
+from conftest import Malicious
 
 
 def select(arch="convnet", embed_dim=16, not_pretrained=True, weights=None, unit_norm=True,
@@ -54,9 +55,9 @@ def check_embeddings(trunk, embedder, side):
 # ---- what is built
 
 
-@pytest.mark.parametrize("arch, side", [("convnet", 8), ("convnet", 21), ("resnet18", 32)])
-def test_images_become_embeddings(arch, side):
-    check_embeddings(*select(arch, embed_dim=7), side)
+def test_images_become_embeddings():
+    for arch, side in (("convnet", 8), ("convnet", 21), ("resnet18", 32)):
+        check_embeddings(*select(arch, embed_dim=7), side)
 
 
 def test_the_convnet_halves_the_picture_three_times_and_averages():
@@ -90,16 +91,16 @@ def test_embeddings_have_length_one_as_a_whole_by_section_or_not_at_all():
                                    part / part.norm(dim=1, keepdim=True))
 
 
-@pytest.mark.parametrize("arch", ["alexnet", "convnext_tiny", "shufflenet_v2_x0_5", "swin_t",
-                                  "vit_b_16"])
-def test_networks_of_every_family_lose_their_classifier(arch):
-    with torch.device("meta"):  # shapes only
-        trunk, embedder = select(arch, image_size=224)
-        features = trunk.eval()(torch.zeros(2, 3, 224, 224))
-        assert features.shape == (2, trunk.num_features) and trunk.num_features != 1000
-        assert embedder(features).shape == (2, 16)
-        gone = models.get_model(arch).state_dict().keys() - trunk.backbone.state_dict().keys()
-        assert {name.partition(".")[0] for name in gone} <= set(netlib.network_of(arch).heads)
+def test_networks_of_every_family_lose_their_classifier():
+    for arch in ("alexnet", "convnext_tiny", "shufflenet_v2_x0_5", "swin_t", "vit_b_16"):
+        with torch.device("meta"):  # shapes only
+            trunk, embedder = select(arch, image_size=224)
+            features = trunk.eval()(torch.zeros(2, 3, 224, 224))
+            assert features.shape == (2, trunk.num_features) and trunk.num_features != 1000
+            assert embedder(features).shape == (2, 16)
+            whole = models.get_model(arch).state_dict()
+        gone = {name.partition(".")[0] for name in whole.keys() - trunk.backbone.state_dict()}
+        assert gone <= set(netlib.network_of(arch).heads)
 
 
 def test_bytes_are_normalised_as_torchvision_does():
@@ -111,25 +112,25 @@ def test_bytes_are_normalised_as_torchvision_does():
     assert torch.equal(trunk(normalised), normalised)  # float images are normalised already
 
 
-@pytest.mark.parametrize("amp, channels_last", [("bf16", False), ("none", True)])
-def test_half_precision_and_memory_format_are_those_of_the_backbone(amp, channels_last):
-    trunk, _ = select(amp=amp, channels_last=channels_last)
-    seen = []
-    trunk.backbone.layers[0].register_forward_hook(lambda layer, given, out: seen.append(
-        (out.dtype, given[0].is_contiguous(memory_format=torch.channels_last))))
-    assert trunk(byte_images()).dtype == torch.float32
-    assert seen == [(torch.bfloat16 if amp == "bf16" else torch.float32, channels_last)]
-    weight = trunk.backbone.layers[4].weight
-    assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+def test_half_precision_and_memory_format_are_those_of_the_backbone():
+    for amp, dtype, channels_last in (("bf16", torch.bfloat16, False),
+                                      ("none", torch.float32, True)):
+        trunk, _ = select(amp=amp, channels_last=channels_last)
+        seen = []
+        trunk.backbone.layers[0].register_forward_hook(lambda layer, given, out: seen.append(
+            (out.dtype, given[0].is_contiguous(memory_format=torch.channels_last))))
+        assert trunk(byte_images()).dtype == torch.float32
+        assert seen == [(dtype, channels_last)]
+        weight = trunk.backbone.layers[4].weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
 
 
-@pytest.mark.parametrize("flags, device, expected", [
-    ("fma amx_bf16 avx", "cpu", "bf16"), ("fma avx", "cpu", "none"), ("amx_bf16", "cuda", "none")])
-def test_the_default_is_bf16_on_a_cpu_with_units_for_it(flags, device, expected, monkeypatch,
-                                                        tmp_path):
-    (tmp_path / "cpuinfo").write_text(f"flags: {flags}\n")
+def test_the_default_is_bf16_on_a_cpu_with_units_for_it(monkeypatch, tmp_path):
     monkeypatch.setattr(netlib.pathlib, "Path", lambda path: tmp_path / path.rpartition("/")[2])
-    assert netlib.default_amp(device) == expected
+    for flags, device, expected in (("fma amx_bf16 avx", "cpu", "bf16"), ("fma avx", "cpu", "none"),
+                                    ("amx_bf16", "cuda", "none")):
+        (tmp_path / "cpuinfo").write_text(f"flags: {flags}\n")
+        assert netlib.default_amp(device) == expected
 
 
 class Lite(torch.nn.Module):
@@ -156,34 +157,32 @@ def test_a_network_of_ones_own_is_a_row(tmp_path, monkeypatch):
     torch.testing.assert_close(trunk(white), trunk.backbone(seen))
 
 
-@pytest.mark.parametrize("options, words", [
-    (dict(arch="resnet51"), "--arch resnet51.*convnet.*resnet50"),
-    (dict(arch="raft_small"), "--arch raft_small"),  # of torchvision, but no classifier
-    (dict(arch="squeezenet1_0"), "squeezenet1_0 does not end in a linear classifier"),
-    (dict(embed_dim=0), "--embed_dim 0"), (dict(image_size=4), "--image_size 4"),
-    (dict(arch="flat", image_size=8), r"--arch flat turns an image into \[1, 5, 6, 6\]")])
-def test_a_network_that_cannot_be_built_is_refused(options, words, monkeypatch):
+def test_a_network_that_cannot_be_built_is_refused(monkeypatch):
     monkeypatch.setitem(netlib.NETWORKS, "flat", netlib.Network(lambda: torch.nn.Conv2d(3, 5, 3)))
-    with pytest.raises(ValueError, match=words):
-        select(**options)
+    for options, words in (
+            (dict(arch="resnet51"), "--arch resnet51.*convnet.*resnet50"),
+            (dict(arch="raft_small"), "--arch raft_small"),  # of torchvision, but no classifier
+            (dict(arch="squeezenet1_0"), "squeezenet1_0 does not end in a linear classifier"),
+            (dict(embed_dim=0), "--embed_dim 0"), (dict(image_size=4), "--image_size 4"),
+            (dict(arch="flat", image_size=8), r"--arch flat .* image into \[1, 5, 6, 6\]")):
+        with pytest.raises(ValueError, match=words):
+            select(**options)
 
 
 # ---- --weights
 
 CONVNET = remembered(netlib.ConvNet())
-FILES = {  # what a file may hold beside the plain state dict
-    "state_dict": {"state_dict": CONVNET, "epoch": 3},
-    "a checkpoint of this program": {
-        "models": {"trunk": {f"backbone.{name}": value for name, value in CONVNET.items()}}},
-    "without counters": {name: value for name, value in CONVNET.items() if "tracked" not in name},
-    "in double precision": {name: value.double() for name, value in CONVNET.items()}}
 
 
-@pytest.mark.parametrize("content", FILES)
-def test_a_file_fills_the_trunk(content, tmp_path):
-    torch.save(FILES[content], tmp_path / "a.pth")
-    trunk, _ = select(weights=tmp_path / "a.pth", not_pretrained=False)
-    assert same(CONVNET, trunk) and {p.dtype for p in trunk.parameters()} == {torch.float32}
+def test_a_file_fills_the_trunk(tmp_path):
+    for content in (
+            {"state_dict": CONVNET, "epoch": 3},
+            {"models": {"trunk": {f"backbone.{name}": value for name, value in CONVNET.items()}}},
+            {name: value for name, value in CONVNET.items() if "tracked" not in name},
+            {f"module.{name}": value.double() for name, value in CONVNET.items()}):
+        torch.save(content, tmp_path / "a.pth")
+        trunk, _ = select(weights=tmp_path / "a.pth", not_pretrained=False)
+        assert same(CONVNET, trunk) and {p.dtype for p in trunk.parameters()} == {torch.float32}
 
 
 def test_a_mnasnet_file_fills_the_trunk_if_it_has_a_version(tmp_path):
@@ -195,49 +194,27 @@ def test_a_mnasnet_file_fills_the_trunk_if_it_has_a_version(tmp_path):
         select("mnasnet0_5", weights=tmp_path / "b.pth")
 
 
-OLDER_NAMES = {  # networks whose files at torchvision name some layers as they were once called
-    "vit_b_16": (lambda: models.VisionTransformer(32, 16, num_layers=2, num_heads=2, hidden_dim=8,
-                                                  mlp_dim=16),
-                 [(r"\.mlp\.0\.", ".mlp.linear_1."), (r"\.mlp\.3\.", ".mlp.linear_2.")]),
-    "densenet121": (lambda: models.DenseNet(4, (1, 2), num_init_features=8),
-                    [(r"(denselayer\d\.(norm|conv))(\d)", r"\1.\3")]),
-}
-
-
-@pytest.mark.parametrize("arch", OLDER_NAMES)
-def test_a_file_with_the_older_names_of_torchvision_fills_the_trunk(arch, tmp_path, monkeypatch):
-    make, renamings = OLDER_NAMES[arch]
-    state = {name: value for name, value in make().state_dict().items()
-             if not name.endswith("num_batches_tracked")}
-    old = dict(state)
-    for pattern, replacement in renamings:
-        old = {re.sub(pattern, replacement, name): value for name, value in old.items()}
-    assert len(set(state) - set(old)) > 3
+def test_a_file_with_the_older_names_of_densenet_fills_the_trunk(tmp_path, monkeypatch):
+    small = models.DenseNet(4, (1, 2), num_init_features=8)
+    state = remembered(small)
+    old = {re.sub(r"(denselayer\d\.(norm|conv))(\d)", r"\1.\3", name): value
+           for name, value in state.items() if "tracked" not in name}
+    assert len(old.keys() - state) > 3
     torch.save(old, tmp_path / "a.pth")
-    monkeypatch.setattr(models, "get_model", lambda name, **options: make())  # a smaller one
-    assert same(state, select(arch, weights=tmp_path / "a.pth", image_size=32)[0])
+    monkeypatch.setattr(models, "get_model", lambda name, **options: small)
+    assert same(state, select("densenet121", weights=tmp_path / "a.pth", image_size=32)[0])
 
 
-@pytest.mark.parametrize("changes, reason", [
-    ({"more.weight": torch.zeros(2)}, "0 tensors are missing and 1 are not of this network"),
-    ({"layers.0.weight": None}, "1 tensors are missing and 0 .*layers.0.weight"),
-    ({"layers.0.weight": torch.zeros(2)}, "shape"), ({0: torch.zeros(2)}, "")])
-def test_a_file_of_another_network_is_refused(changes, reason, tmp_path):
-    state = {name: value for name, value in {**CONVNET, **changes}.items() if value is not None}
-    torch.save(state, tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=f"^--weights .*a.pth is not of --arch convnet.*{reason}"
-                                         "[^\n]*$"):
-        select(weights=tmp_path / "a.pth")
-
-
-class Malicious:
-    """An object whose unpickling makes a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
+def test_a_file_of_another_network_is_refused(tmp_path):
+    for changes, reason in (
+            ({"more.weight": torch.zeros(2)}, "0 tensors are missing and 1 are not of"),
+            ({"layers.0.weight": None}, "1 tensors are missing and 0 .*layers.0.weight"),
+            ({"layers.0.weight": torch.zeros(2)}, "shape"), ({0: torch.zeros(2)}, "")):
+        state = {name: value for name, value in {**CONVNET, **changes}.items() if value is not None}
+        torch.save(state, tmp_path / "a.pth")
+        with pytest.raises(ValueError, match="^--weights .*a.pth is not of --arch convnet.*"
+                                             f"{reason}[^\n]*$"):
+            select(weights=tmp_path / "a.pth")
 
 
 def test_code_in_a_file_does_not_run(tmp_path):
@@ -251,20 +228,17 @@ def test_code_in_a_file_does_not_run(tmp_path):
     assert proof.exists()  # a reader that trusts the file would have run it
 
 
-@pytest.mark.parametrize("content", [[torch.zeros(2)], {"epoch": 3}, {}, torch.nn.Linear(2, 3)])
-def test_a_file_of_something_else_is_refused(content, tmp_path):
-    torch.save(content, tmp_path / "a.pth")
-    with pytest.raises(ValueError, match="^--weights .*a.pth[^\n]*$"):
-        select(weights=tmp_path / "a.pth")
-
-
-def test_a_damaged_file_and_one_that_is_not_there_are_refused(tmp_path):
-    torch.save(CONVNET, tmp_path / "a.pth")
-    whole = (tmp_path / "a.pth").read_bytes()
-    for content in (whole[:-1], b"", b"no weights\n"):
-        (tmp_path / "a.pth").write_bytes(content)
+def test_damaged_and_foreign_files_and_one_that_is_not_there_are_refused(tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save(CONVNET, path)
+    contents = [path.read_bytes()[:-1], b"", b"no weights\n"]
+    for content in ([torch.zeros(2)], {"epoch": 3}, {}, torch.nn.Linear(2, 3)):
+        torch.save(content, path)
+        contents.append(path.read_bytes())
+    for content in contents:
+        path.write_bytes(content)
         with pytest.raises(ValueError, match="^--weights .*a.pth[^\n]*$"):
-            select(weights=tmp_path / "a.pth")
+            select(weights=path)
     with pytest.raises(FileNotFoundError, match="--weights .*gone.pth"):
         select(weights=tmp_path / "gone.pth")
 
@@ -293,21 +267,19 @@ def test_pretrained_weights_are_downloaded_once(cache, tmp_path, monkeypatch):
     assert same(state, select("resnet18", not_pretrained=False)[0])
 
 
-def test_random_weights_need_no_network(monkeypatch):
-    monkeypatch.setattr(torch.hub, "urlopen", lambda *a, **k: pytest.fail("it wants a download"))
-    select("resnet18")
-
-
-def test_without_a_network_the_ways_out_are_named(cache, monkeypatch):
+def test_without_a_network_weights_are_random_or_the_ways_out_are_named(cache, monkeypatch):
     def refuse(*arguments, **keywords):
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr(torch.hub, "urlopen", refuse)
+    select("resnet18")
     with pytest.raises(ValueError, match="no route to host") as caught:
         select("resnet18", not_pretrained=False)
     for way in ("--weights", "--not_pretrained", str(cache), "https://download.pytorch.org"):
         assert way in str(caught.value)
     assert os.listdir(cache) == []
+    with pytest.raises(ValueError, match="vit_h_14.*--weights.*--not_pretrained"):
+        netlib.fetch_weights("vit_h_14")  # which has no weights of this kind
 
 
 def test_a_download_of_something_else_is_refused(cache, tmp_path, monkeypatch):
@@ -331,8 +303,3 @@ def test_googlenet_takes_pretrained_weights_without_its_auxiliary_heads(cache):
     check_embeddings(trunk, embedder, side=32)
     assert trunk.backbone.transform_input and trunk.backbone.aux1 is None
     assert not [name for name in trunk.backbone.state_dict() if name.startswith(("aux", "fc"))]
-
-
-def test_a_network_without_these_weights_says_so():
-    with pytest.raises(ValueError, match="vit_h_14.*--weights.*--not_pretrained"):
-        netlib.fetch_weights("vit_h_14")
