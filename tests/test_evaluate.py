@@ -510,22 +510,13 @@ def test_a_metric_is_a_function_and_a_row(monkeypatch, kind, function, value):
     assert [evaluate.percent_of(name) for name in ("val map@r", "d_ap", "loss")] == [100, 1, 100]
 
 
-def not_finite(value, rows=6):
-    part = unit_rows(rows, 4)
-    part[3, 2] = part[4, 0] = value
-    return part
-
-
 LABELS = torch.arange(6) % 2
 REFUSED = [
-    ((not_finite(math.nan), LABELS), "2 of 6 query embeddings are not finite.* row 3"),
-    ((unit_rows(6, 4), LABELS, not_finite(-math.inf, 5), LABELS[:5]), "2 of 5 gallery .* row 3"),
-    ((unit_rows(6, 4), LABELS[:5]), r"query embeddings of shape \[6, 4\] with 5 labels"),
-    ((unit_rows(6, 4), LABELS, unit_rows(6, 3), LABELS), "query .* 4 dimensions, gallery .* 3"),
     ((torch.ones(6), LABELS), r"expected \[N, D\]"),
     ((torch.zeros(6, 0), LABELS), r"\[6, 0\]"),
     ((torch.ones(0, 4), LABELS[:0]), "N above 0"),
-    ((unit_rows(6, 4), torch.arange(6)), "no query has a true match"),
+    ((unit_rows(6, 4), LABELS, unit_rows(6, 4), LABELS[:5]), r"gallery .*\[6, 4\] with 5 labels"),
+    ((unit_rows(6, 4), LABELS, unit_rows(6, 3), LABELS), "query .* 4 dimensions, gallery .* 3"),
     ((unit_rows(2, 4), LABELS[:2], unit_rows(3, 4), torch.arange(3), (1,), torch.arange(2)),
      "no query has a true match"),  # but itself
     ((unit_rows(6, 4), LABELS, unit_rows(6, 4), 1 - LABELS, (1,), torch.arange(6)),
@@ -541,8 +532,6 @@ def test_what_recall_refuses():
             evaluate.recall_at_k(*given)
 
 
-
-
 # ---- k-means
 
 
@@ -555,31 +544,16 @@ def lloyd(embeddings, clusters, iterations, seed):
     rows = embeddings.double().numpy()
     generator = torch.Generator().manual_seed(seed)
     centroids = rows[torch.randperm(len(rows), generator=generator)[:clusters].numpy()].copy()
-
-    def nearest():
+    assignments = None
+    for iteration in range(iterations + 1):
         sq_distances = ((rows[:, None] - centroids[None]) ** 2).sum(-1)
-        return sq_distances.argmin(1), sq_distances.min(1)
-
-    assignments, sq_distances = nearest()
-    for _ in range(iterations):
-        farthest = iter(np.argsort(-sq_distances))
+        before, assignments = assignments, sq_distances.argmin(1)
+        if iteration == iterations or before is not None and (assignments == before).all():
+            return assignments, centroids
+        farthest = iter(np.argsort(-sq_distances.min(1)))
         for cluster in range(clusters):
             members = rows[assignments == cluster]
             centroids[cluster] = members.mean(0) if len(members) else rows[next(farthest)]
-        before = assignments
-        assignments, sq_distances = nearest()
-        if (assignments == before).all():
-            break
-    return assignments, centroids
-
-
-def test_kmeans_by_hand():
-    # Wherever two centroids start among 0, 1, 9, 10, the clusters end as {0, 1} and {9, 10}.
-    for seed in range(8):
-        assignments, centroids = evaluate.kmeans(torch.tensor([[0.], [1.], [9.], [10.]]), 2,
-                                                 seed=seed)
-        assert sorted(centroids.flatten().tolist()) == [0.5, 9.5]
-        assert centroids[assignments].flatten().tolist() == [0.5, 0.5, 9.5, 9.5]
 
 
 @pytest.mark.parametrize("elements", [1, 64, 2 ** 25])
@@ -619,6 +593,12 @@ def test_kmeans_with_ties_leaves_each_row_at_a_nearest_centroid():
 
 
 def test_kmeans_starts_at_distinct_rows_and_is_a_function_of_the_seed_alone():
+    # Wherever two centroids start among 0, 1, 9, 10, the clusters end as {0, 1} and {9, 10}.
+    for seed in range(8):
+        line = torch.tensor([[0.], [1.], [9.], [10.]])
+        assignments, centroids = evaluate.kmeans(line, 2, seed=seed)
+        assert sorted(centroids.flatten().tolist()) == [0.5, 9.5]
+        assert centroids[assignments].flatten().tolist() == [0.5, 0.5, 9.5, 9.5]
     rows, state = unit_rows(80, 4), torch.get_rng_state()
     starts = [evaluate.kmeans(rows, 10, iterations=0, seed=seed)[1] for seed in (3, 3, 4)]
     assert torch.equal(torch.get_rng_state(), state)  # nothing is drawn globally
@@ -1279,10 +1259,10 @@ def test_what_is_odd_about_a_file_is_said(npz, printed, refused, capsys):
     assert capsys.readouterr().out.strip() == note
 
 
-
-
-
-BAD = [({"embeddings": not_finite(np.nan, 40)}, "2 of 40 {} embeddings are not finite.* row 3"),
+NOT_FINITE = unit_rows(40, 6)
+NOT_FINITE[3, 2] = math.nan
+NOT_FINITE[7, 0] = -math.inf
+BAD = [({"embeddings": NOT_FINITE}, "2 of 40 {} embeddings are not finite.* row 3"),
        ({"labels": np.arange(39) % 5}, r"{}.*\[40, 6\] with 39 labels"),
        ({"labels": np.zeros((40, 1))}, r"labels \[40, 1\]"),
        ({"labels": np.arange(40) + 9}, "no query has a true match"),
@@ -1317,9 +1297,6 @@ def test_what_is_no_file_of_embeddings_is_refused(npz, refused, tmp_path):
     refused("[Dd]irectory|cannot be read", tmp_path)
     with pytest.raises(OSError, match="could not be written"):
         evaluate.save_embeddings(tmp_path / "none" / "e.npz", torch.eye(3), [0, 1, 2])
-
-
-
 
 
 def test_options_without_sense_are_refused_and_the_help_says_the_defaults(npz, capsys):
