@@ -557,6 +557,8 @@ def test_npair_draws_every_pair_of_a_class_equally_often(form, draws):
         pairs = [(a, p) for a in images for p in images if a != p]
         assert chi_square_ok(seen[name], {pair: 1 / len(pairs) for pair in pairs},
                              draws * (1 if form == "paper" else len(images)))
+    lone = Sampler("npair", form=form).give(torch.zeros(4, 2), torch.zeros(4))  # no negatives
+    assert len(lone) == 0
 
 
 # ---- a user's own method, wrong options, flags
