@@ -126,7 +126,8 @@ def test_half_precision_and_memory_format_are_those_of_the_backbone():
 
 
 def test_the_default_is_bf16_on_a_cpu_with_units_for_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(netlib.pathlib, "Path", lambda path: tmp_path / path.rpartition("/")[2])
+    monkeypatch.setattr(netlib, "pathlib", SimpleNamespace(
+        Path=lambda path: tmp_path / path.rpartition("/")[2]))
     for flags, device, expected in (("fma amx_bf16 avx", "cpu", "bf16"), ("fma avx", "cpu", "none"),
                                     ("amx_bf16", "cuda", "none")):
         (tmp_path / "cpuinfo").write_text(f"flags: {flags}\n")

@@ -3,7 +3,6 @@
 What a test expects is worked out here from the runs' csv files, or from files made by hand.
 """
 
-import contextlib
 import csv
 import io
 import os
@@ -24,7 +23,7 @@ import images
 import main
 import results
 import trainers
-from conftest import (ROOT, error_of, make_in_shop, make_tree, make_vehicle_id, options_of, rows,
+from conftest import (ROOT, error_of, make_in_shop, make_tree, make_vehicle_id, rows,
                       state)
 
 NAMES = list(results.read_recipes())

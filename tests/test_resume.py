@@ -620,52 +620,6 @@ def test_resuming_with_other_options_names_each(stopped, folder, capsys):
     assert "n_epochs" not in message and (folder / LAST).read_bytes() == before
 
 
-# ---- trainers, without a run
-
-
-class Noisy(torch.utils.data.Dataset):
-    """Numbers; noise is drawn from torch's generator, as augmentations of many users are."""
-
-    def __init__(self):
-        self.data = torch.arange(20 * 3, dtype=torch.float32).view(20, 3).sin()
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, i):
-        return self.data[i] + torch.randn(3), i % 4
-
-
-def make_trainer(**arguments):
-    torch.manual_seed(3)
-    trunk = torch.nn.Linear(3, 4)
-    return trainers.MetricLossOnly(
-        models={"trunk": trunk}, batch_size=4, data_device="cpu", dataset=Noisy(),
-        optimizers={"trunk_optimizer": torch.optim.Adam(trunk.parameters(), 0.01)},
-        loss_funcs={"metric_loss": lambda embeddings, labels, _=None: (
-            embeddings.sum(1) - labels).square().mean()}, dataloader_num_workers=0, **arguments)
-
-
-def test_a_trainer_goes_on_with_the_users_random_augmentations():
-    """In itself and in a new one; batches that are read again to be passed over draw nothing."""
-    calls = []
-    stopped = make_trainer(
-        between_iterations_hook=lambda trainer: calls.append(trainer) or len(calls) != 3)
-    stopped.train(1, 2)
-    assert (stopped.epoch, stopped.iteration) == (1, 2)
-    state, random_state = pickle.loads(pickle.dumps((stopped.state_dict(),
-                                                     auxiliaries.random_state())))
-    stopped.train(1, 2)
-    fresh = make_trainer()
-    fresh.load_state_dict(state)
-    auxiliaries.restore_random_state(random_state)
-    fresh.train(1, 2)
-    unbroken = make_trainer()
-    unbroken.train(1, 2)
-    for trainer in (stopped, fresh):
-        assert_same(unbroken.state_dict(), trainer.state_dict())
-
-
 # ---- losses keep nothing beside their state
 
 

@@ -31,7 +31,7 @@ from losses import TripletLoss
 from trainers import (TRAINERS, BaseTrainer, CascadedEmbeddings, DeepAdversarialMetricLearning,
                       Diagnosis, MetricLossOnly, NonFiniteLoss, TrainWithClassifier,
                       TwoStreamMetricLoss, UnsupervisedEmbeddingsUsingAugmentations, Validation,
-                      in_turn, schedulers_select, trainer_select)
+                      collate_views, in_turn, schedulers_select, trainer_select)
 
 ROWS, BATCH, BATCHES = 16, 4, 4
 IN_ORDER = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
@@ -828,6 +828,7 @@ def test_options_make_a_trainer_of_which_every_part_learns_at_its_rate(name):
         assert (group["lr"], group["weight_decay"]) == (RATES[key.removesuffix("_optimizer")], 0.1)
     if name.startswith("Unsupervised"):  # both views, beside each other
         assert torch.equal(passed[0], torch.stack(dataset[:8][:2], 1).flatten(0, 1))
+        assert len(trainer.transforms) == trainer.views == 2
     assert made == {"CascadedEmbeddings": [{"embed_dim": 1}, {"embed_dim": 2}],
                     "DeepAdversarialMetricLearning": [{}] + [
                         {"loss": "triplet", "sampling": "distance"}] * 2}.get(name, [{}])
@@ -1080,6 +1081,8 @@ def test_data_and_label_setter_gives_what_the_getter_expects():
         dataset=items, data_and_label_getter=lambda item: (item["image"], item["label"]))
     data, labels = trainer.next_batch()
     assert data[:4, 0].tolist() == [0, 0, 1, -1] and labels.tolist()[:4] == [0, 0, 1, 1]
+    places = collate_views([(torch.ones(1), 0)] * 2, [torch.neg] * 2, tuple, tuple, 1)[1]
+    assert places.tolist() == [2, 2, 3, 3]  # of the second process's items
 
 
 def test_what_loading_processes_get_can_be_pickled():
