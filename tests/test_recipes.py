@@ -503,8 +503,8 @@ def test_small_is_best_of_some_metrics(tmp_path, capsys):
               metrics=metrics)
     write_run(tmp_path, "b", 0.1, 0.9, 0.8, metrics=metrics, lr="1")
     text = table(tmp_path, capsys)
-    assert "| 50.00 | **40.00** | **30.00** | **50.00** | 50.00 |" in text
-    assert "| **90.00** | 80.00 | 80.00 | 80.00 | **90.00** |" in text
+    assert "| 50.00 | **0.40** | **0.30** | **0.50** | 0.50 |" in text  # shares alone in percent
+    assert "| **90.00** | 0.80 | 0.80 | 0.80 | **0.90** |" in text
 
 
 def test_runs_without_a_result_are_listed_and_foreign_files_passed_over(tmp_path, capsys):
