@@ -14,6 +14,7 @@ import json
 import math
 import signal
 import sys
+import threading
 import typing
 
 if __name__ == "__main__":
@@ -882,6 +883,7 @@ class Ranker:
         self.rows32 = queries.new_ones(len(queries), queries.shape[1] + 1)
         torch.neg(queries, out=self.rows32[:, :-1])
         self.columns32 = torch.cat([others, half.unsqueeze(1)], 1).t()
+        self.kept = threading.local()
 
     def own_class(self, rows):
         """Which columns are of some queries' [B] own class -> (the first column, [B, N] bool)."""
@@ -899,7 +901,12 @@ class Ranker:
         if not own_class.shape[1]:
             return rows.new_zeros(len(rows), 1)
         width = int(self.sizes[rows].max()) if self.every else 1
-        wrong_keys = torch.mm(self.rows32[rows], self.columns32)                 # [B, G]
+        shape = len(rows), len(self.others)
+        # Each thread writes to the same memory again and again: fresh memory is slow.
+        if getattr(self.kept, "keys", rows[:0]).numel() < math.prod(shape):
+            self.kept.keys = self.rows32.new_empty(math.prod(shape))
+        wrong_keys = self.kept.keys[:math.prod(shape)].view(shape)
+        torch.mm(self.rows32[rows], self.columns32, out=wrong_keys)              # [B, G]
         near = wrong_keys[:, low:low + own_class.shape[1]]
         keys = near.masked_fill(~own_class, torch.inf)
         near.masked_fill_(own_class, torch.inf)
