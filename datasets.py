@@ -78,9 +78,20 @@ def add_arguments(parser):
     group.add_argument("--image_size", type=auxiliaries.number(int, least=8, most=2048),
                        default=None, metavar="PX",
                        help="height and width of the network's input in pixels. Training crops it "
-                            "at random (RandomResizedCrop, and a flip); testing resizes the "
-                            "shorter side to 8/7 of it (256 for 224 and 227) and takes the "
-                            "centre. Default that of --dataset or --arch, mostly 224")
+                            "at random (--crop_scale, and a flip); testing resizes to "
+                            "--eval_resize and takes the centre. Default that of --dataset or "
+                            "--arch, mostly 224")
+    group.add_argument("--crop_scale", type=auxiliaries.number(float, above=0, most=1), nargs="+",
+                       default=[0.08, 1.0], metavar="SHARE",
+                       help="least share of an image's area in a training crop, and the "
+                            "greatest, else 1. Default 0.08 1 (reference code)")
+    group.add_argument("--interpolation", choices=("bilinear", "bicubic"), default="bilinear",
+                       metavar="NAME", help="bilinear or bicubic (vision transformers), of all "
+                                            "pictures. Default %(default)s")
+    group.add_argument("--eval_resize", type=auxiliaries.number(int, least=8, most=4096),
+                       metavar="PX", help="shorter side of test images before their centre is "
+                                          "cut out. Default 8/7 of --image_size; 256 for 224 and "
+                                          "227")
     group.add_argument("--val_split", type=auxiliaries.number(float, least=0, below=1),
                        default=0.0, metavar="SHARE",
                        help="hold out this share of the training classes, always the same ones, "
@@ -89,11 +100,10 @@ def add_arguments(parser):
                             "Useful 0.1 to 0.5. Default %(default)s: the best on the test classes")
     group.add_argument("--cache", choices=("none", "ram", "device"), default="none",
                        metavar="WHERE",
-                       help="decode each image once, reduced to the shorter side that testing "
-                            "takes it to (256 KiB an image), and keep it in main memory (ram) or "
-                            "on the --gpu (device); none reads files in each epoch. Test "
-                            "pictures stay the same; training crops are cut from the reduced "
-                            "image, so numbers differ a little. Default %(default)s")
+                       help="decode each image once, at --eval_resize, and keep it in main "
+                            "memory (ram) or on the --gpu (device). Test pictures stay the same; "
+                            "training crops are cut from the reduced image, so numbers differ a "
+                            "little. Default %(default)s")
 
 
 def dataset_select(opt, device="cpu", views=1):
@@ -117,9 +127,14 @@ def dataset_select(opt, device="cpu", views=1):
         if isinstance(found.splits["train"].images, np.ndarray):
             raise ValueError(f"--cache {opt.cache}: the images of --dataset {opt.dataset} are in "
                              "memory already, leave it out")
-        stored = images.cache_splits(opt.cache, found.splits, images.shorter_side(opt.image_size),
-                                     device)
-    train_transform, test_transform = row.transforms(opt.image_size, views)
+        side = opt.eval_resize or images.shorter_side(opt.image_size)
+        stored = images.cache_splits(opt.cache, found.splits, side, opt.interpolation, device)
+    if len(opt.crop_scale) > 2 or opt.crop_scale != sorted(opt.crop_scale):
+        raise ValueError(f"--crop_scale {' '.join(map(str, opt.crop_scale))}: it takes the least "
+                         "share and, after it, the greatest")
+    train_transform, test_transform = row.transforms(
+        opt.image_size, views, crop_scale=(*opt.crop_scale, 1.0)[:2],
+        interpolation=opt.interpolation, eval_resize=opt.eval_resize)
     parts = {}
     for name, split in found.splits.items():
         given = ((train_transform, opt.seed, views, share, images.read_pixels)
@@ -431,6 +446,9 @@ def draw_glyphs(character, count, generator, size=32):
 # ---- the table
 
 
+PICTURE_FLAGS = ("crop_scale", "interpolation", "eval_resize")  # of images.crop_transforms
+
+
 class Dataset(NamedTuple):
     """What is known of a dataset beside its images.
 
@@ -438,7 +456,7 @@ class Dataset(NamedTuple):
     (classes, images, None where it is not said)}, as with the data or its retrieval protocol;
     defaults: {option: value} where main's would not suit; archive: (address, MD5) of a public one
     with a folder of its own name; ask: where else the data is had from, {} being its folder;
-    transforms: as images.crop_transforms; flags: options that no other dataset has.
+    transforms: as images.crop_transforms; flags: options that not every dataset has.
     """
 
     read: object
@@ -448,7 +466,7 @@ class Dataset(NamedTuple):
     archive: tuple = ()
     ask: str = ""
     transforms: object = images.crop_transforms
-    flags: tuple = ()
+    flags: tuple = PICTURE_FLAGS
 
 
 # The checksums are as in Avalanche 0.6.
@@ -496,7 +514,7 @@ DATASETS = {
         defaults={"k_vals": [1, 5]},
         ask="ask at https://www.pkuml.org/resources/pku-vehicleid.html; unzip it in "
             "--source_path",
-        flags=("vehicle_protocol",)),
+        flags=("vehicle_protocol", *PICTURE_FLAGS)),
     "tiny_imagenet": Dataset(
         read_tiny_imagenet,
         layout="tiny_imagenet/train/<class>/images/*.JPEG with tiny_imagenet/val/"
@@ -515,7 +533,7 @@ DATASETS = {
         layout="drawn, no files are needed",
         defaults={"arch": "convnet", "image_size": 32, "n_epochs": 20, "tau": [15], "lr": 1e-3,
                   "proxy_lr": 1e-2, "loss_lr": 1e-2, "kernels": 0},
-        transforms=images.fit_transforms),
+        transforms=images.fit_transforms, flags=()),
 }
 
 

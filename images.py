@@ -160,22 +160,27 @@ def read_pixels(path):
     return torch.from_numpy(np.array(read_image(path))).permute(2, 0, 1)
 
 
-def crop_transforms(image_size, views=1):
+def crop_transforms(image_size, views=1, crop_scale=(0.08, 1.0), interpolation="bilinear",
+                    eval_resize=None):
     """(training, test transform) of photographs to uint8 [3, image_size, image_size].
 
-    Both take a PIL image or uint8 [3, H, W]. Tensors are resized by torch, faster than PIL and
-    like it but for rounding: of a hundred values one or two are a level off, of ten million one is
-    two levels off. Any number of views are drawn by the same transform.
+    crop_scale: least and greatest share of an image's area that a training crop has.
+    interpolation: bilinear or bicubic. eval_resize: the shorter side of test images, in pixels,
+    before the centre is cut out; None: as shorter_side has it. Both take a PIL image or uint8
+    [3, H, W]. Tensors are resized by torch, faster than PIL and like it but for rounding: of a
+    hundred values one or two are a level off, of ten million one is two levels off. Any number of
+    views are drawn by the same transform.
     """
     from torchvision.transforms import v2  # here, so that --help need not wait for it
 
-    return (v2.Compose([v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip(),
-                        v2.PILToTensor()]),
-            v2.Compose([v2.Resize(shorter_side(image_size)), v2.CenterCrop(image_size),
-                        v2.PILToTensor()]))
+    mode = v2.InterpolationMode(interpolation)
+    return (v2.Compose([v2.RandomResizedCrop(image_size, crop_scale, interpolation=mode),
+                        v2.RandomHorizontalFlip(), v2.PILToTensor()]),
+            v2.Compose([v2.Resize(eval_resize or shorter_side(image_size), mode),
+                        v2.CenterCrop(image_size), v2.PILToTensor()]))
 
 
-def fit_transforms(image_size, views=1):
+def fit_transforms(image_size, views=1, **_):
     """crop_transforms of drawings, which are shown whole in training, too, and never mirrored.
 
     Glyphs are drawn at random places and sizes already, and a mirrored b is a d. Where two views
@@ -215,7 +220,7 @@ class Stored(NamedTuple):
         return self.pixels[start:start + height * width].view(height, width, 3).permute(2, 0, 1)
 
 
-def cache_splits(kind, splits, side, device="cpu"):
+def cache_splits(kind, splits, side, interpolation="bilinear", device="cpu"):
     """{name: Split} -> {name: Stored}, of images reduced to a shorter side; kind as --cache.
 
     Prints what is needed and what is there; ValueError where that is not enough.
@@ -231,7 +236,7 @@ def cache_splits(kind, splits, side, device="cpu"):
                              device=device if kind == "device" else "cpu")
         if kind == "ram":
             pixels.share_memory_()
-        images = decoded(split.images, sizes[name], side, name)
+        images = decoded(split.images, sizes[name], side, interpolation, name)
         for image, start in zip(images, starts.tolist()):
             pixels[start:start + len(image)] = torch.from_numpy(image)
         stored[name] = Stored(pixels, sizes[name], starts)
@@ -251,11 +256,11 @@ def stored_sizes(paths, side, name):
     return np.array(sizes, dtype=np.int64)
 
 
-def decoded(paths, sizes, side, name):
+def decoded(paths, sizes, side, interpolation, name):
     """Each image in turn, read and reduced as for testing -> uint8 [height x width, 3]."""
     from torchvision import transforms as T
 
-    resize = T.Resize(side)
+    resize = T.Resize(side, T.InterpolationMode(interpolation))
 
     def in_blocks():  # so that no more than a block waits in memory
         with concurrent.futures.ThreadPoolExecutor() as pool:

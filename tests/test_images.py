@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader
 import datasets
 import evaluate
 import images
+import main
+from conftest import make_tree
 from test_datasets import (break_image, folder_train_test, noise, options, source,  # noqa: F401
                            write_image)
 
@@ -71,6 +73,32 @@ def test_test_images_are_resized_and_cropped_at_the_centre(tmp_path):
         for image, _ in (item(16), item(16, number=0, seed=0)):
             assert image.shape == (3, 16, 16) and image.dtype == torch.uint8
             assert (image == torch.tensor([200, 60, 20]).view(3, 1, 1)).all()
+
+
+def test_crops_have_the_scale_the_interpolation_and_the_resize_that_were_asked_for(tmp_path):
+    from torchvision import transforms as T
+    from torchvision.transforms import InterpolationMode
+    pixels = noise(tmp_path / "a.png", (60, 80))
+    picture = Image.fromarray(pixels)
+    train, test = images.crop_transforms(32, crop_scale=(0.5, 0.6), interpolation="bicubic",
+                                         eval_resize=40)
+    oracle = T.Compose([T.Resize(40, InterpolationMode.BICUBIC), T.CenterCrop(32),
+                        T.PILToTensor()])
+    assert torch.equal(test(picture), oracle(picture))
+    crop, = [step for step in train.transforms if hasattr(step, "scale")]
+    assert crop.scale == (0.5, 0.6) and crop.interpolation == InterpolationMode.BICUBIC
+    split = split_of(tmp_path / "a.png")
+    kept = images.cache_splits("ram", {"test": split}, 40, "bicubic")["test"]
+    stored = images.ImageDataset(split, test, stored=kept)[0][0]
+    assert torch.equal(stored, test(picture))
+
+
+def test_a_crop_scale_is_an_interval(tmp_path):
+    tree = make_tree(tmp_path / "tree", (4,) * 4)
+    for scale in (["0.9", "0.2"], ["0.1", "0.2", "0.3"]):
+        with pytest.raises(ValueError, match="--crop_scale 0.. 0.2"):
+            datasets.dataset_select(main.parse_options(
+                ["--dataset", "folder", "--source_path", str(tree), "--crop_scale", *scale]))
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (32, 32, 3)])
