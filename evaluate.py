@@ -44,11 +44,11 @@ def add_arguments(parser):
                             "so many images")
     add_metric_arguments(group)
     group.add_argument("--cluster_every", type=whole, default=1, metavar="N",
-                       help="measure nmi, ami and f1 in every N-th evaluated epoch and the last "
-                            "one only. Default %(default)s")
+                       help="measure nmi, ami and f1 only in every N-th evaluated epoch and the "
+                            "last one. Default %(default)s")
     group.add_argument("--dist_measure", action="store_true",
-                       help="also log dist_ratio, the mean distance within classes over that "
-                            "between their centres: small is compact")
+                       help="also log dist_ratio, distances within classes over those of their "
+                            "centres")
     group.add_argument("--eval_every", type=whole, default=1, metavar="N",
                        help="evaluate after every N epochs, and after the last one. Default "
                             "%(default)s")
@@ -60,9 +60,8 @@ def add_arguments(parser):
 def add_memory_argument(group):
     """Adds --eval_memory, a scalar, which a run and this file alone share."""
     group.add_argument("--eval_memory", type=auxiliaries.number(float, above=0), metavar="GIB",
-                       help="the most memory for blocks of distances, in GiB; little is slower, "
-                            "the results are the same. Default 1 on the CPU, a quarter of what "
-                            "is free on a GPU")
+                       help="the most memory for blocks of distances, in GiB; little is slower. "
+                            "Default 1 on the CPU, a quarter of what is free on a GPU")
 
 
 def add_metric_arguments(group):
@@ -70,13 +69,11 @@ def add_metric_arguments(group):
     group.add_argument("--metrics", nargs="+", choices=(*METRICS, "all"),
                        default=list(DEFAULT_METRICS), metavar="M",
                        help=f"what is measured, of {', '.join(METRICS)}, or all; README, Metrics, "
-                            "says what each is. Default " + " ".join(DEFAULT_METRICS) + " (those "
-                            "of the reference code, and map@r)")
+                            f"has the rules. Default {' '.join(DEFAULT_METRICS)}")
     group.add_argument("--nmi_average", choices=NMI_AVERAGES, default=NMI_AVERAGES[0],
                        metavar="MEAN",
-                       help="NMI divides by this mean of the two entropies, arithmetic "
-                            "(scikit-learn) or geometric (the reference results, slightly more). "
-                            "Default %(default)s")
+                       help="NMI divides by this mean of the two entropies, arithmetic, or "
+                            "geometric (reference results). Default %(default)s")
     group.add_argument("--vehicle_protocol", choices=PROTOCOLS, default=PROTOCOLS[0],
                        help="vehicle_id: all_vs_all compares each test list with itself (the "
                             "reference code); random_gallery takes one random image of each "

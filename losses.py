@@ -1293,13 +1293,11 @@ def add_arguments(parser):
                        help=f"{', '.join(LOSSES)}. The README says whose they are. Default "
                             "%(default)s (reference runs)")
     flags = {name: flags_of(name) for name in LOSSES}
-    two_forms = ", ".join(name for name, own in flags.items() if "form" in own)
     group.add_argument("--form", choices=samplers.FORMS, default="paper",
                        metavar="FORM",
-                       help=f"which of its two forms a loss or a sampling has: reference is what "
-                            f"the code of Roth et al. 2020 computes, for {two_forms} and random "
-                            "sampling; the docstrings say what differs. Default %(default)s; the "
-                            "rev- recipes set it")
+                       help="reference: what the code of Roth et al. 2020 computes, where a "
+                            "loss's or a sampling's docstring says that it differs. Default "
+                            "%(default)s; the rev- recipes set it")
     for flag, default, text in (
             ("beta_lr", 5e-4, "marginloss: learning rate of the boundaries, one for each class; "
              "useful 1e-4 to 1e-1. Default %(default)s (reference runs)"),

@@ -93,7 +93,7 @@ def print_header(opt, log, test_sets, trainer):
         print(auxiliaries.printable(f"         note: {remark}"))
     unused = [f"--{name}" for name in opt.given if name in own_and_foreign(opt)[1]]
     if unused:
-        print(f"         note: {', '.join(unused)} have no effect with this --loss and --trainer")
+        print(f"         note: {', '.join(unused)} have no effect with these options")
     for name, queries, gallery in test_sets:
         lone = datasets.queries_without_match(queries, gallery)
         print(f"test     {name or 'recall'} over {len(queries) - lone:,} queries ({lone:,} "
@@ -129,12 +129,13 @@ def build_parser():
 
 
 def own_and_foreign(opt):
-    """The options of the chosen loss, trainer and dataset, and those that only others have."""
-    flags = {**{("loss", name): losses.flags_of(name) for name in losses.LOSSES},
+    """The options of the chosen loss, trainer and so on, and those that only others have."""
+    flags = {**{("optim", name): flags for name, flags in trainers.OPTIMIZERS.items()},
+             **{("scheduler", name): flags for name, flags in trainers.SCHEDULES.items()},
+             **{("loss", name): losses.flags_of(name) for name in losses.LOSSES},
              **{("trainer", name): one.takes for name, one in trainers.TRAINERS.items()},
              **{("dataset", name): row.flags for name, row in datasets.DATASETS.items()}}
-    own = {flag for kind in ("loss", "trainer", "dataset")
-           for flag in flags[kind, getattr(opt, kind)]}
+    own = set().union(*(flags[kind, name] for kind, name in flags if name == getattr(opt, kind)))
     return own, set().union(*flags.values()) - own
 
 
@@ -145,8 +146,8 @@ def print_help(parser, opt):
         if action.dest in hidden:
             action.help = argparse.SUPPRESS
     parser.usage = "%(prog)s [--flag value ...], here every flag" if opt.help == "all" else (
-        f"%(prog)s [--flag value ...], here with the flags of --loss {opt.loss}, --trainer "
-        f"{opt.trainer} and --dataset {opt.dataset} alone; name others, or give --help all")
+        f"%(prog)s [--flag value ...], of --loss {opt.loss} --trainer {opt.trainer} --dataset "
+        f"{opt.dataset} --optim {opt.optim} --scheduler {opt.scheduler}; --help all: all")
     parser.print_help()
 
 
@@ -248,7 +249,7 @@ def check(opt):
          "--resume needs --savename, the name of the run to go on with"),
         (opt.cache == "device" and opt.kernels,
          f"--cache device loads without processes; leave out --kernels {opt.kernels}"),
-        (foreign, "".join(f"--{flag} is for --dataset {name}; --dataset is {opt.dataset}"
+        (foreign, "".join(f"--{flag} is for --dataset {name} and the like, not {opt.dataset}"
                           for flag, name in foreign[:1])),
         (opt.sampling not in (loss.samplings or ("none",)),
          f"--loss {opt.loss} cannot use --sampling {opt.sampling}; it takes "

@@ -33,26 +33,24 @@ def add_arguments(parser):
                        help="numbers in an embedding, at least 1; useful 32 to 2048. Default that "
                             "of --arch, mostly 128")
     group.add_argument("--not_pretrained", action="store_true", default=None,
-                       help="start from random weights instead of torchvision's IMAGENET1K_V1, "
-                            "which are downloaded once. Always so for networks that are not "
-                            "torchvision's")
+                       help="start from random weights, not torchvision's IMAGENET1K_V1, which "
+                            "are downloaded once. Always so for other networks")
     group.add_argument("--weights", type=os.path.expanduser, default=None, metavar="FILE",
-                       help="start the trunk from this local state dict: torchvision's "
-                            "(resnet50-0676ba61.pth), your own, or a checkpoint of this "
-                            "program's; its classifier is ignored")
+                       help="start the trunk from this state dict: torchvision's "
+                            "(resnet50-0676ba61.pth), your own, or a checkpoint of this program; "
+                            "its classifier is ignored")
     group.add_argument("--batchnorm", choices=("frozen", "trained"), metavar="HOW",
                        help="frozen keeps the running means and variances of batch normalisation "
                             "(its scales and shifts still learn), as the reference runs do; or "
                             "trained. Default frozen for pretrained trunks, trained for others")
     group.add_argument("--amp", choices=("bf16", "fp16", "none"), metavar="TYPE",
-                       help="the trunk's arithmetic: bf16, fp16 (GPU only, with a gradient "
-                            "scaler), or none, float32; all else is in float32 always. Default "
-                            "that of --arch, else bf16 on a CPU with units for it (amx_bf16), "
-                            "where it is several times faster, and none elsewhere")
+                       help="the trunk's arithmetic: bf16, fp16 (GPU only) or none, float32. "
+                            "Default that of --arch, else bf16 on a CPU with units for it "
+                            "(amx_bf16), where it is several times faster, and none elsewhere")
     group.add_argument("--channels_last", action=argparse.BooleanOptionalAction, default=None,
-                       help="keep images as [B, H, W, 3] in memory, often faster for "
-                            "convolutions; results differ by rounding. Default that of --arch, "
-                            "else yes on a CPU and with --amp")
+                       help="keep images as [B, H, W, 3] in memory, often faster; results differ "
+                            "by rounding. Default that of --arch, else yes on a CPU and with "
+                            "--amp")
     group.add_argument("--compile", action="store_true",
                        help="compile the trunk with torch.compile: some minutes at the start, "
                             "faster steps after; needs a C++ compiler or, on a GPU, Triton")
@@ -156,6 +154,25 @@ class Trunk(torch.nn.Module):
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (mean, std))
         self.register_buffer("scale", 1 / (255 * std), persistent=False)
         self.register_buffer("shift", -mean / std, persistent=False)
+
+    def freeze(self, names):
+        """Ends the learning of the backbone's layers of these names.
+
+        patch_embed, stem: the first convolution and its batch normalisation, whatever their names
+        are. ValueError for a name that the backbone has not.
+        """
+        layers = dict(self.backbone.named_modules())
+        first = [layer for layer in layers.values() if isinstance(
+            layer, (torch.nn.Conv2d, torch.nn.Linear, torch.nn.modules.batchnorm._BatchNorm))]
+        first = first[:1 + isinstance(first[min(1, len(first) - 1)],
+                                      torch.nn.modules.batchnorm._BatchNorm)]
+        for name in names:
+            if name not in (*layers, "patch_embed", "stem"):
+                raise ValueError(f"--freeze {name}: this network has no such layer; it takes "
+                                 "trunk, stem, patch_embed, "
+                                 + ", ".join(name for name, _ in self.backbone.named_children()))
+            for layer in [layers[name]] if name in layers else first:
+                layer.requires_grad_(False)
 
     def forward(self, images):
         if images.dtype == torch.uint8:

@@ -54,9 +54,9 @@ def add_arguments(parser):
                        help="print what would run, with all options, and end")
     group = parser.add_argument_group("run (but for the seed nothing here moves a number)")
     group.add_argument("--gpu", type=int, default=0, metavar="ID",
-                       help="number of the CUDA device, -1 for the CPU. Without CUDA the run says "
-                            "so and takes the CPU; under torchrun each process takes the device "
-                            "of its own number. Default %(default)s (reference code)")
+                       help="number of the CUDA device, -1 for the CPU, which also stands in "
+                            "where there is none; under torchrun each process takes its own. "
+                            "Default %(default)s (reference code)")
     group.add_argument("--kernels", type=number(int, least=0), metavar="N",
                        help="processes that load images; 0 loads in the main one. Default 8 "
                             "(reference runs) or a process's share of the cores, if that is "
@@ -78,29 +78,25 @@ def add_arguments(parser):
                        metavar="DIR",
                        help="where run folders go. Default %(default)s")
     group.add_argument("--save_embeddings", action="store_true",
-                       help="also save the best epoch's test embeddings as embeddings.npz, from "
-                            "which python evaluate.py gives the same metrics")
+                       help="also save the best epoch's test embeddings for python evaluate.py")
     group.add_argument("--plot_embeddings", choices=("pca", "tsne"), metavar="HOW",
                        help="draw the test embeddings of each best evaluation so far in two "
-                            "dimensions, as embeddings_NNNN.svg: pca is quick and shows the "
-                            "directions of greatest spread, tsne takes some seconds and keeps "
-                            "neighbours together. At most 2,000 images. Default: no plot")
+                            "dimensions, as embeddings_NNNN.svg, by pca (quick) or tsne; 2,000 "
+                            "images at most. Default: no plot")
     group.add_argument("--tensorboard", action="store_true",
-                       help="also write losses, learning rates and metrics for TensorBoard into "
-                            "the run's folder; needs the package tensorboard")
+                       help="also write for TensorBoard; needs the package tensorboard")
     group.add_argument("--resume", action="store_true",
-                       help="go on with the run named by --savename where its last checkpoint "
-                            "is; give the same options as before (of this group all but the seed "
-                            "may change, and --n_epochs, --patience)")
+                       help="go on from the last checkpoint of the run named by --savename; give "
+                            "the same options as before (those of this group but the seed may "
+                            "change, and --n_epochs, --patience)")
     group.add_argument("--checkpoint_every", type=number(int, least=1), metavar="N",
-                       help="save the state every N iterations, for long epochs. Default: after "
-                            "an epoch's training and after its evaluation alone")
+                       help="save the state every N iterations, too. Default: only after "
+                            "training and evaluation")
     group.add_argument("--deterministic", action="store_true",
                        help="on a GPU: only algorithms that give the same bits each time, some "
                             "slower; a CPU does so anyway")
     group.add_argument("--eval_bs", type=number(int, least=1), metavar="B",
-                       help="images that are embedded at once for the evaluation; more need more "
-                            "memory. Default 2 --bs")
+                       help="images embedded at once for the evaluation. Default 2 --bs")
     evaluate.add_memory_argument(group)
     group.add_argument("-h", "--help", nargs="?", const="chosen", choices=("chosen", "all"),
                        metavar="all",
@@ -467,7 +463,9 @@ class Log:
         try:
             options = state["options"]
             given = {*self.opt.given, *options["given"]}
-            free = {"n_epochs", "patience", *free_options(), *FOLLOW_DEVICE.difference(given)}
+            free = {"patience", *free_options(), *FOLLOW_DEVICE.difference(given)}
+            if self.opt.scheduler != "cosine":  # which is laid out over all epochs
+                free.add("n_epochs")
             # A flag that the code has got since has the default that it had then.
             was = {name: options.get(name, None if name in given else value)
                    for name, value in vars(self.opt).items() if name not in free}

@@ -41,8 +41,7 @@ def add_arguments(parser):
                             "epoch. replacement: groups of M images, each of a class drawn from "
                             "all, its images from all of the class (Roth et al. 2020). "
                             "spaced_replacement: the same, but never one of the last two classes "
-                            "again (reference runs). Repeated images make a class's pairs "
-                            "easier. Default %(default)s")
+                            "again (reference runs). Default %(default)s")
     sampling = parser.add_argument_group("sampling (how tuples of a batch are chosen)")
     methods = ". ".join(f"{name}: {getattr(Sampler, name).__doc__}".partition(" -> ")[0]
                         for name in METHODS)
@@ -51,22 +50,20 @@ def add_arguments(parser):
                                "that the README's table gives for the loss")
     sampling.add_argument("--positives", choices=("one", "all"), default="one",
                           metavar="HOW",
-                          help=f"{', '.join(DRAW_NEGATIVES)}: one positive of each anchor, drawn "
-                               "at random, or all that it could draw, each with a negative of "
-                               "its own (Wu et al.'s own code). Default %(default)s (reference "
-                               "runs)")
+                          help=f"one positive of each anchor, drawn at random, or all that it "
+                               f"could draw, each with a negative of its own (Wu et al.'s code); "
+                               f"for {', '.join(DRAW_NEGATIVES)}. Default %(default)s")
     sampling.add_argument("--mining_epsilon", type=float, default=0.1, metavar="E",
-                          help="multisimilarity sampling: how much, in cosine similarity, a pair "
-                               "may be easier than the anchor's hardest pair of the other kind; "
-                               "useful 0.05 to 0.3. Default %(default)s (paper)")
+                          help="multisimilarity sampling: how much, in cosine, a pair may be "
+                               "easier than the anchor's hardest of the other kind. Default "
+                               "%(default)s (paper)")
     sampling.add_argument("--rho_probability", type=float, default=0.3, metavar="P",
                           help="rho sampling: share of the tuples that push an image of the "
                                "anchor's class, 0 to 1; useful 0.1 to 0.4. Default %(default)s "
                                "(the paper has 0.15 to 0.4)")
     sampling.add_argument("--distance_cutoff", type=float, default=None, metavar="D",
-                          help="distance sampling: drop negatives at this Euclidean distance or "
-                               "farther on the unit sphere; the paper uses 1.4. Default: off, as "
-                               "in the reference runs")
+                          help="distance sampling: drop negatives this far or farther; the paper "
+                               "has 1.4. Default: keep all (reference runs)")
 
 
 def pairwise_sq_distances(rows, columns=None):

@@ -88,6 +88,7 @@ class BaseTrainer:
     # classes, draws positives itself, takes losses of triplets alone, of unit norm alone.
     takes = ()
     views = 1
+    warm_up_epochs = 0  # first epochs in which the trunk rests
     uses_classes, draws_positives, of_triplets, of_unit_norm = True, False, False, False
 
     STATE_GROUPS = ("models", "loss_funcs", "optimizers", "lr_schedulers")
@@ -128,7 +129,7 @@ class BaseTrainer:
         self.weights, self.active_optimizers = [], []  # see set_to_train
         self.unchecked = []  # see check_losses
         self.skipped_steps = 0
-        self.idle = ()  # models that do not learn at present
+        self.idle = self.resting = ()  # what does not learn in this epoch; see set_to_train
         self.epoch = self.iteration = self.last_epoch = 0
         self.epochs_done = self.iterations_done = 0  # whole epochs, and iterations of the next one
         self.check_keys()
@@ -244,8 +245,11 @@ class BaseTrainer:
 
     def compute_embeddings(self, data):
         """data [B, ...] -> embeddings [B, D]; in a training step those of all processes."""
-        trunk = self.shared_trunk if torch.is_grad_enabled() else self.models["trunk"]
-        return self.models["embedder"](trunk(data))
+        learns = torch.is_grad_enabled()
+        trunk = self.shared_trunk if learns else self.models["trunk"]
+        with torch.set_grad_enabled(learns and "trunk" not in self.resting):
+            features = trunk(data)
+        return self.models["embedder"](features)
 
     # What a step calls
 
@@ -390,16 +394,17 @@ class BaseTrainer:
 
     def set_to_train(self):
         """Train mode for all that learns; eval mode and no gradients for what is frozen."""
-        resting = (*self.freeze_these, *self.idle)
+        self.resting = (*self.freeze_these, *self.idle,
+                        *["trunk"] * (self.epoch <= self.warm_up_epochs))
         for name, part in self.modules():
-            part.train(name not in resting)
+            part.train(name not in self.resting)
             if name in self.freeze_these:
                 part.requires_grad_(False)
         for layer in self.models["trunk"].modules() if self.freeze_trunk_batchnorm else ():
             if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
                 layer.eval()
         self.active_optimizers = [optimizer for name, optimizer in self.optimizers.items()
-                                  if name.removesuffix("_optimizer") not in resting]
+                                  if name.removesuffix("_optimizer") not in self.resting]
         # All of models and losses, and whatever else the optimizers hold, each once.
         held = [group["params"] for optimizer in self.optimizers.values()
                 for group in optimizer.param_groups]
@@ -884,9 +889,15 @@ TRAINERS = {trainer.__name__: trainer for trainer in (
     UnsupervisedEmbeddingsUsingAugmentations, TwoStreamMetricLoss)}
 
 
+# The flags that only some optimisers, and some schedules, read.
+OPTIMIZERS = {"adam": ("adam_eps",), "adamw": ("adam_eps",), "sgd": ("momentum", "nesterov")}
+SCHEDULES = {"step": ("tau", "gamma"), "exp": ("gamma",), "plateau": ("plateau_patience", "gamma"),
+             "cosine": (), "none": ()}
+
+
 def add_arguments(parser):
     """Adds the group 'optimisation' to an argparse parser."""
-    group = parser.add_argument_group("optimisation (Adam)")
+    group = parser.add_argument_group("optimisation")
     group.add_argument("--lr", type=number(float, least=0, most=1e6), metavar="LR",
                        help="learning rate of the network; useful 1e-6 to 1e-4 for pretrained "
                             "networks, 1e-4 to 1e-2 from scratch. Default 1e-5 (reference runs); "
@@ -898,15 +909,41 @@ def add_arguments(parser):
     group.add_argument("--decay", type=number(float, least=0), default=4e-4, metavar="W",
                        help="weight decay (L2) of the network, not of a loss's own weights; "
                             "useful 0 to 1e-3. Default %(default)s (reference runs)")
+    group.add_argument("--no_decay_1d", action="store_true",
+                       help="no weight decay of biases and normalisations")
+    group.add_argument("--optim", choices=OPTIMIZERS, default="adam", metavar="NAME",
+                       help="adam, adamw or sgd. Default %(default)s (reference runs)")
+    group.add_argument("--adam_eps", type=number(float, above=0), default=1e-8, metavar="EPS",
+                       help="adam, adamw: added to the denominator. Default %(default)s")
+    group.add_argument("--momentum", type=number(float, least=0, below=1), default=0.9,
+                       metavar="M", help="sgd: momentum. Default %(default)s")
+    group.add_argument("--nesterov", action="store_true", help="sgd: Nesterov's momentum")
+    group.add_argument("--clip_norm", type=number(float, above=0), metavar="X",
+                       help="limit of the norm of all networks' gradients; useful 1 to 10. "
+                            "Default: none")
+    group.add_argument("--clip_value", type=number(float, above=0), metavar="X",
+                       help="limit of each number of all gradients; Proxy-Anchor has 10. "
+                            "Default: none")
+    group.add_argument("--warm_up", type=number(int, least=0), default=0, metavar="N",
+                       help="first epochs in which the trunk rests, its batch statistics too, "
+                            "while the embedding layer and the loss's own weights learn. Default "
+                            "%(default)s")
+    group.add_argument("--lr_rise", type=number(int, least=0), default=0, metavar="N",
+                       help="first epochs over which all rates rise linearly. Default "
+                            "%(default)s")
+    group.add_argument("--freeze", nargs="+", default=[], metavar="NAME",
+                       help="what never learns: trunk, stem, patch_embed, or layers by their "
+                            "names. Default: nothing")
     group.add_argument("--n_epochs", type=number(int, least=0), metavar="N",
                        help="passes over the training images. Default 70 (reference runs); glyphs "
                             "20")
-    group.add_argument("--scheduler", choices=("step", "exp", "plateau", "none"), default="step",
+    group.add_argument("--scheduler", choices=SCHEDULES, default="step",
                        metavar="WHEN",
                        help="step: every learning rate times --gamma after each epoch of --tau. "
                             "exp: after every epoch. plateau: when the first recall was no "
-                            "better in --plateau_patience evaluations. none: never. Default "
-                            "%(default)s (reference runs)")
+                            "better in --plateau_patience evaluations. cosine: to 0 along half "
+                            "a wave, over --n_epochs. none: never. Default %(default)s "
+                            "(reference runs)")
     group.add_argument("--plateau_patience", type=number(int, least=1), default=5, metavar="N",
                        help="evaluations that --scheduler plateau waits for; useful 2 to 10. "
                             "Default %(default)s")
@@ -921,14 +958,8 @@ def add_arguments(parser):
     trainer = parser.add_argument_group("trainer (how a batch becomes losses)")
     trainer.add_argument("--trainer", choices=TRAINERS, default="MetricLossOnly",
                          metavar="NAME",
-                         help="MetricLossOnly: the loss alone. TrainWithClassifier: and a linear "
-                              "classifier behind the embedding. CascadedEmbeddings: a loss for "
-                              "each of --embedding_sizes. DeepAdversarialMetricLearning: and a "
-                              "generator of hard negatives. "
-                              "UnsupervisedEmbeddingsUsingAugmentations: two views of an image "
-                              "are the positives; no labels. TwoStreamMetricLoss: anchors from "
-                              "one view, positives and negatives from a second. Default "
-                              "%(default)s (reference code)")
+                         help=f"{', '.join(TRAINERS)}; README, Trainers, says what each does. "
+                              "Default %(default)s (reference code)")
     trainer.add_argument("--classifier_weight", type=number(float, least=0), default=1.0,
                          metavar="W",
                          help="TrainWithClassifier: weight of the classifier's cross-entropy, the "
@@ -1007,28 +1038,75 @@ def trainer_select(opt, trunk, embedder, make_loss, train_set, batches, device):
         own["mining_funcs"] = {"tuple_miner": loss_funcs["metric_loss"].sampler}
     for part in (*models.values(), *loss_funcs.values()):
         part.to(device)
-    optimizers = {f"{name}_optimizer": torch.optim.Adam([dict(group)], weight_decay=opt.decay)
+    if "trunk" in opt.freeze:
+        own["freeze_these"] = ("trunk",)
+    trunk.freeze([name for name in opt.freeze if name != "trunk"])
+    optimizers = {f"{name}_optimizer": optimizer_select(opt, group)
                   for name, group in groups.items()}
     trainer = TRAINERS[opt.trainer](
         models=models, optimizers=optimizers, batch_size=opt.bs, loss_funcs=loss_funcs,
         dataset=train_set, data_device=device, sampler=batches,
-        lr_schedulers=schedulers_select(opt, optimizers),
+        lr_schedulers=schedulers_select(opt, optimizers, len(batches)),
+        gradient_clippers=clippers_select(opt, models, loss_funcs),
         freeze_trunk_batchnorm=opt.batchnorm == "frozen", dataloader_num_workers=opt.kernels,
         grad_scaler=torch.amp.GradScaler(device.type) if opt.amp == "fp16" else None, **own)
+    trainer.warm_up_epochs = opt.warm_up
     trainer.diagnoses = {name.removeprefix("metric_loss"): Diagnosis(loss)
                          for name, loss in loss_funcs.items() if name.startswith("metric_loss")}
     return trainer
 
 
-def schedulers_select(opt, optimizers):
-    """The schedule of each of the optimizers, {"<part>_optimizer": ...}, by --scheduler."""
+def optimizer_select(opt, group):
+    """The optimiser, by --optim, of the weights of one part: {"params": [weight, ...], "lr": ...}.
+
+    What the group itself says, such as "weight_decay", wins.
+    """
+    groups = [dict(group)]
+    if opt.no_decay_1d:
+        thin, wide = ([weight for weight in group["params"] if (weight.dim() < 2) == is_thin]
+                      for is_thin in (True, False))
+        groups = [{**group, "params": wide}, {**group, "params": thin, "weight_decay": 0}]
+    if opt.optim == "sgd":
+        return torch.optim.SGD(groups, weight_decay=opt.decay, momentum=opt.momentum,
+                               nesterov=opt.nesterov)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[opt.optim](
+        groups, weight_decay=opt.decay, eps=opt.adam_eps)
+
+
+def clippers_select(opt, models, loss_funcs):
+    """The gradients' clippers, {"<part>_grad_clipper": callable()}, by --clip_norm, --clip_value.
+
+    The norm is that of all networks together, as in the authors' code that clips it.
+    """
+    weights = [weight for model in models.values() for weight in model.parameters()]
+    clippers = {}
+    if opt.clip_norm:
+        clippers["embedder_grad_clipper"] = functools.partial(
+            torch.nn.utils.clip_grad_norm_, weights, opt.clip_norm)
+    if opt.clip_value:
+        own = [weight for loss in loss_funcs.values() for weight in loss.parameters()]
+        clippers["trunk_grad_clipper"] = functools.partial(
+            torch.nn.utils.clip_grad_value_, weights + own, opt.clip_value)
+    return clippers
+
+
+def schedulers_select(opt, optimizers, iterations):
+    """The schedules of the optimizers, {"<part>_optimizer": ...}, by --scheduler and --lr_rise.
+
+    iterations: of an epoch.
+    """
     schedulers = {}
     for name, optimizer in optimizers.items():
         key = name.removesuffix("_optimizer") + "_scheduler_by_epoch"
+        if opt.lr_rise:
+            schedulers[key.replace("epoch", "iteration")] = lr_scheduler.LinearLR(
+                optimizer, 1e-3, total_iters=opt.lr_rise * iterations)
         if opt.scheduler == "step":
             schedulers[key] = lr_scheduler.MultiStepLR(optimizer, opt.tau, opt.gamma)
         elif opt.scheduler == "exp":
             schedulers[key] = lr_scheduler.ExponentialLR(optimizer, opt.gamma)
+        elif opt.scheduler == "cosine":
+            schedulers[key] = lr_scheduler.CosineAnnealingLR(optimizer, max(1, opt.n_epochs))
         elif opt.scheduler == "plateau":  # its patience is how many it lets pass
             schedulers[key.replace("epoch", "plateau")] = lr_scheduler.ReduceLROnPlateau(
                 optimizer, "max", opt.gamma, opt.plateau_patience - 1, threshold=0)

@@ -488,6 +488,8 @@ CONTEXT = {
     "not_pretrained": ["--arch", "resnet18", "--image_size", "32"],
     "arch": ["--not_pretrained", "--image_size", "32"],
     "plateau_patience": ["--scheduler", "plateau"],
+    "momentum": ["--optim", "sgd"],
+    "nesterov": ["--optim", "sgd"],
     "patience": ["--n_epochs", "3", "--lr", "0"],
     "eval_every": ["--n_epochs", "2"],
     "cluster_every": ["--n_epochs", "3"],
@@ -495,7 +497,9 @@ CONTEXT = {
     **{flag: ["--trainer", name] for name, trainer in trainers.TRAINERS.items()
        for flag in trainer.takes if flag != "margin"},
 }
-VALUES = {"checkpoint_every": "1", "bs": "12", "samples_per_class": "2", "k_vals": "3",
+VALUES = {"momentum": "0.5", "clip_norm": "1", "clip_value": "1", "freeze": "trunk",
+          "crop_scale": "0.5", "eval_resize": "20",
+          "checkpoint_every": "1", "bs": "12", "samples_per_class": "2", "k_vals": "3",
           "tau": "1", "arch": "resnet18", "val_split": "0.5", "seeds": "7",
           "recipe": "glyphs/margin", "distance_cutoff": "0.6", "gamma": "0.5", "dataset": "glyphs",
           "eval_memory": "0.5", "metrics": "recall mrr", "embedding_sizes": "5 3",

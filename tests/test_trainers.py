@@ -26,6 +26,11 @@ from torch.optim import lr_scheduler
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, TensorDataset
 
 import auxiliaries
+import datasets
+import images
+import losses
+import main
+import netlib
 import samplers
 from losses import TripletLoss
 from trainers import (TRAINERS, BaseTrainer, CascadedEmbeddings, DeepAdversarialMetricLearning,
@@ -425,9 +430,9 @@ def test_schedules_go_by_iteration_or_by_epoch():
     ("plateau", [1, 1, 0.5, 0.5, 0.25]), ("none", [1] * 5)])
 def test_schedules_by_their_names(scheduler, factors):
     """plateau_patience 2: two measurements in a row without a better one."""
-    opt = SimpleNamespace(scheduler=scheduler, tau=[2, 4], gamma=0.5, plateau_patience=2)
+    opt = SimpleNamespace(scheduler=scheduler, tau=[2, 4], gamma=0.5, plateau_patience=2, lr_rise=0)
     trainer, rates = make_trainer(), []
-    trainer.lr_schedulers = schedulers_select(opt, trainer.optimizers)
+    trainer.lr_schedulers = schedulers_select(opt, trainer.optimizers, BATCHES)
     for _ in range(5):
         trainer.train()
         trainer.step_lr_plateau_schedulers(0.7)
@@ -805,9 +810,10 @@ def test_options_make_a_trainer_of_which_every_part_learns_at_its_rate(name):
         trainer=name, lr=0.01, fc_lr_mul=2, classifier_lr=0.03, g_lr=0.04, decay=0.1, bs=8,
         embed_dim=3, embedding_sizes=[1, 2], classifier_weight=0.5, g_weights=[2, 3, 4, 5],
         metric_alone_epochs=0, g_alone_epochs=0, g_triplets_per_anchor=3, scheduler="none",
-        batchnorm="trained", kernels=0, amp="none")
+        batchnorm="trained", kernels=0, amp="none", optim="adam", adam_eps=1e-8, freeze=[],
+        no_decay_1d=False, warm_up=0, lr_rise=0, clip_norm=None, clip_value=None)
     trunk = linear(3, 5)
-    trunk.num_features = 5
+    trunk.num_features, trunk.freeze = 5, lambda names: None
     dataset = four_classes(streams=TRAINERS[name].views)
     dataset.class_names = list("abcd")
     made = []
@@ -1461,3 +1467,87 @@ def test_diagnosis_of_batches_that_say_little():
                              ({"std": 0.11, "length": 1.0}, False),
                              ({"std": 0.09, "length": 1.0}, True)):
         assert Diagnosis.has_collapsed(given) == collapsed
+
+
+# ---- the options of the optimisation
+
+
+def selected(*options, classes=4, arch="convnet"):
+    """The trainer that main builds for a few random images with these options."""
+    opt = main.parse_options(["--dataset", "glyphs", "--gpu", "-1", "--kernels", "0", "--bs", "8",
+                              "--image_size", "16", "--embed_dim", "8", "--loss", "proxyanchor",
+                              "--arch", arch, "--not_pretrained", *options])
+    labels = [i // 4 for i in range(4 * classes)]
+    pixels = np.random.default_rng(0).integers(0, 255, (len(labels), 16, 16), dtype=np.uint8)
+    split = datasets.Split(pixels, labels, [str(label) for label in range(classes)])
+    train_set = images.ImageDataset(split, images.fit_transforms(16)[0])
+    trunk, embedder = netlib.network_select(opt, True)
+    return trainer_select(opt, trunk, embedder, functools.partial(
+        losses.loss_select, opt, classes), train_set, samplers.batch_sampler_select(labels, opt),
+        torch.device("cpu"))
+
+
+def changed_parts(trainer, epoch):
+    """The parts, with their running statistics, that an epoch changes."""
+    before = {name: copy.deepcopy(part.state_dict()) for name, part in trainer.modules()}
+    trainer.train_epoch(epoch)
+    return {name for name, part in trainer.modules() for key, value in part.state_dict().items()
+            if not torch.equal(value, before[name][key])}
+
+
+def test_the_trunk_rests_while_the_rest_warms_up_and_where_it_is_frozen():
+    trainer = selected("--warm_up", "1")
+    assert changed_parts(trainer, 1) == {"embedder", "metric_loss"}
+    assert all(weight.grad is None for weight in trainer.models["trunk"].parameters())
+    assert changed_parts(trainer, 2) == {"trunk", "embedder", "metric_loss"}
+    assert changed_parts(selected("--freeze", "trunk"), 1) == {"embedder", "metric_loss"}
+
+
+@pytest.mark.parametrize("arch,frozen", [("convnet", ["layers.0", "layers.1"]),
+                                         ("resnet18", ["conv1", "bn1"])])
+def test_layers_are_frozen_by_name(arch, frozen):
+    trunk = selected("--freeze", "stem", arch=arch, *["--image_size", "32"]).models["trunk"]
+    for name, weight in trunk.backbone.named_parameters():
+        assert weight.requires_grad == (name.rpartition(".")[0] not in frozen)
+    with pytest.raises(ValueError, match="--freeze layer9: .*trunk, stem, patch_embed"):
+        selected("--freeze", "layer9", arch=arch)
+
+
+def test_optimisers_are_those_of_the_options():
+    for options, kind, values in (
+            (("--optim", "adamw", "--adam_eps", "0.1"), torch.optim.AdamW, {"eps": 0.1}),
+            (("--optim", "sgd", "--nesterov"), torch.optim.SGD,
+             {"momentum": 0.9, "nesterov": True}),
+            ((), torch.optim.Adam, {"eps": 1e-8})):
+        for name, optimizer in selected(*options).optimizers.items():
+            group = optimizer.param_groups[0]
+            decay = 0 if name == "metric_loss_optimizer" else 4e-4
+            assert type(optimizer) is kind and group["weight_decay"] == decay
+            assert values.items() <= group.items()
+    decays = {weight.dim() < 2: group["weight_decay"]
+              for group in selected("--no_decay_1d").optimizers["trunk_optimizer"].param_groups
+              for weight in group["params"]}
+    assert decays == {True: 0, False: 4e-4}
+
+
+def test_gradients_are_clipped_by_the_norm_of_all_networks_or_by_value():
+    trainer = selected("--clip_norm", "0.5", "--clip_value", "0.01")
+    networks = [weight for model in trainer.models.values() for weight in model.parameters()]
+    own = list(trainer.loss_funcs["metric_loss"].parameters())
+    for weight in networks + own:
+        weight.grad = torch.ones_like(weight)
+    trainer.gradient_clippers["embedder_grad_clipper"]()
+    norm = torch.cat([weight.grad.double().flatten() for weight in networks]).norm()
+    assert float(norm) == pytest.approx(0.5, rel=1e-3)
+    trainer.gradient_clippers["trunk_grad_clipper"]()
+    assert max(float(weight.grad.abs().max()) for weight in networks + own) == pytest.approx(0.01)
+
+
+def test_rates_rise_over_iterations_and_fall_along_a_cosine():
+    trainer = selected("--lr_rise", "1", "--scheduler", "cosine", "--n_epochs", "3", "--lr", "1")
+    rates, optimizer = [], trainer.optimizers["embedder_optimizer"]
+    trainer.end_of_iteration_hook = lambda _: rates.append(optimizer.param_groups[0]["lr"])
+    assert trainer.iterations_per_epoch == 2
+    trainer.train(num_epochs=3)
+    assert rates == pytest.approx([0.001, 0.5005, 0.75, 0.75, 0.25, 0.25])
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
