@@ -1021,10 +1021,7 @@ def trainer_select(opt, trunk, embedder, make_loss, train_set, batches, device):
     elif opt.trainer == "DeepAdversarialMetricLearning":
         for name in ("g_adv_loss", "synth_loss"):
             add_loss(name, loss="triplet", sampling="distance")
-        size = trunk.num_features  # of a triplet 3 times as much; two layers, as in the paper
-        add_model("generator", torch.nn.Sequential(torch.nn.Linear(3 * size, size),
-                                                   torch.nn.ReLU(),
-                                                   torch.nn.Linear(size, size)), opt.g_lr)
+        add_model("generator", make_generator(trunk.num_features), opt.g_lr)
         weights = zip(("g_adv_loss", "g_hard_loss", "g_reg_loss", "synth_loss"), opt.g_weights)
         own = {"loss_weights": {"metric_loss": 1, **dict(weights)},
                "metric_alone_epochs": opt.metric_alone_epochs,
@@ -1038,8 +1035,7 @@ def trainer_select(opt, trunk, embedder, make_loss, train_set, batches, device):
         own["mining_funcs"] = {"tuple_miner": loss_funcs["metric_loss"].sampler}
     for part in (*models.values(), *loss_funcs.values()):
         part.to(device)
-    if "trunk" in opt.freeze:
-        own["freeze_these"] = ("trunk",)
+    own["freeze_these"] = [name for name in opt.freeze if name == "trunk"]
     trunk.freeze([name for name in opt.freeze if name != "trunk"])
     optimizers = {f"{name}_optimizer": optimizer_select(opt, group)
                   for name, group in groups.items()}
@@ -1054,6 +1050,12 @@ def trainer_select(opt, trunk, embedder, make_loss, train_set, batches, device):
     trainer.diagnoses = {name.removeprefix("metric_loss"): Diagnosis(loss)
                          for name, loss in loss_funcs.items() if name.startswith("metric_loss")}
     return trainer
+
+
+def make_generator(size):
+    """Features of a triplet [T, 3 F] -> a negative's [T, F]; two layers, as in the paper."""
+    return torch.nn.Sequential(torch.nn.Linear(3 * size, size), torch.nn.ReLU(),
+                               torch.nn.Linear(size, size))
 
 
 def optimizer_select(opt, group):
