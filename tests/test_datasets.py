@@ -281,7 +281,9 @@ def contents(dataset, source, given=None):
 
 
 def options(dataset, source, image_size=16, seed=0, **others):
-    return SimpleNamespace(**{"dataset": dataset, "source_path": str(source), "seed": seed,
+    return SimpleNamespace(**{"crop_scale": [0.08, 1.0], "interpolation": "bilinear",
+                              "eval_resize": None,
+                              "dataset": dataset, "source_path": str(source), "seed": seed,
                               "image_size": image_size, "val_split": 0, "cache": "none", **others})
 
 

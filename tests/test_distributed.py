@@ -149,7 +149,8 @@ def recorded_run(options, double=False, plain_steps=True, before_step=lambda tra
         patch.setattr(trainers.BaseTrainer, "training_step", recorded_step)
         patch.setattr(evaluate, "evaluate_sets", recorded_sets)
         if plain_steps:
-            patch.setattr(torch.optim, "Adam", torch.optim.SGD)
+            patch.setattr(trainers, "optimizer_select", lambda opt, group: torch.optim.SGD(
+                [dict(group)], weight_decay=opt.decay))
         if double:
             patch.setattr(netlib, "network_select",
                           lambda *args: tuple(part.double() for part in select(*args)))
@@ -417,8 +418,8 @@ def test_a_group_ends_with_its_threads_though_a_cycle_knows_it():
 def test_shares_of_a_batch_are_the_batch(tree, monkeypatch):
     """Repeats of an image within a batch are the same whichever process loads them."""
     def items(share):
-        opt = types.SimpleNamespace(dataset="folder", source_path=str(tree), image_size=16, seed=3,
-                                    val_split=0, cache="none")
+        opt = main.parse_options(["--dataset", "folder", "--source_path", str(tree),
+                                  "--image_size", "16", "--seed", "3"])
         monkeypatch.setattr(auxiliaries, "rank", lambda: share[0])
         monkeypatch.setattr(auxiliaries, "num_ranks", lambda: share[1])
         train, _, _ = datasets.dataset_select(opt)

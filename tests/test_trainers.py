@@ -430,7 +430,8 @@ def test_schedules_go_by_iteration_or_by_epoch():
     ("plateau", [1, 1, 0.5, 0.5, 0.25]), ("none", [1] * 5)])
 def test_schedules_by_their_names(scheduler, factors):
     """plateau_patience 2: two measurements in a row without a better one."""
-    opt = SimpleNamespace(scheduler=scheduler, tau=[2, 4], gamma=0.5, plateau_patience=2, lr_rise=0)
+    opt = SimpleNamespace(scheduler=scheduler, tau=[2, 4], gamma=0.5, plateau_patience=2,
+                          lr_rise=0)
     trainer, rates = make_trainer(), []
     trainer.lr_schedulers = schedulers_select(opt, trainer.optimizers, BATCHES)
     for _ in range(5):
