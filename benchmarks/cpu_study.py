@@ -153,11 +153,12 @@ def train(opt, parts, every, metrics):
     validation = trainers.Validation(
         lambda trainer: measure(trainer.compute_embeddings(rows), test_part.labels, opt, metrics),
         every=every)
+    batches = samplers.batch_sampler_select(train_part.labels, opt)
     trainer = trainers.MetricLossOnly(
         models={"trunk": torch.nn.Identity(), "embedder": embedder}, optimizers=optimizers,
         batch_size=opt.bs, loss_funcs={"metric_loss": loss}, dataset=train_part,
-        sampler=samplers.batch_sampler_select(train_part.labels, opt), collate_fn=tuple,
-        lr_schedulers=trainers.schedulers_select(opt, optimizers), data_device="cpu",
+        sampler=batches, collate_fn=tuple, data_device="cpu",
+        lr_schedulers=trainers.schedulers_select(opt, optimizers, len(batches)),
         dataloader_num_workers=0, end_of_epoch_hook=validation)
     try:
         trainer.train(1, opt.n_epochs)

@@ -56,7 +56,8 @@ def rate(dataset, order, args, workers, device):
 
 def benchmark(args, device):
     """Prints the table."""
-    options = argparse.Namespace(**vars(args), seed=1, val_split=0)
+    options = argparse.Namespace(**vars(args), seed=1, val_split=0, crop_scale=[0.08],
+                                 interpolation="bilinear", eval_resize=None)
     sets = {}
     for cache in ("none", "ram", "device"):
         options.cache = cache
