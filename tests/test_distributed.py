@@ -575,13 +575,16 @@ def test_a_signal_during_the_evaluation_ends_the_run_at_once(small, tmp_path):
 def test_torchrun_runs_the_program(small, tmp_path):
     """Two steps; with Adam, whose first ones make much of what is rounded otherwise."""
     options = [*small, "--lr", "1e-4"]
-    process = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
-         "main.py", *options, "--savename", "two"], cwd=ROOT, text=True, capture_output=True,
-        timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for number in range(3):  # gloo aborts a process now and then as it ends, after all is written
+        process = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+             "--standalone", "main.py", *options, "--savename", f"two{number}"], cwd=ROOT,
+            text=True, capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if "Signal 6 (SIGABRT)" not in process.stderr:
+            break
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("untrained  recall@1") == 1
     one = main.main(options)
     for name in ("log_val_Base.csv", "log_train_Base.csv"):
-        first, second = rows(one, name), rows(tmp_path / "runs/folder/two", name)
+        first, second = rows(one, name), rows(tmp_path / f"runs/folder/two{number}", name)
         assert first[0] == pytest.approx(second[0], rel=0.01, abs=1e-5)
