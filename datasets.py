@@ -114,7 +114,11 @@ def dataset_select(opt, device="cpu", views=1):
     ValueError where the data is missing, damaged or too small, and where there is no room for the
     cache.
     """
+    if len(opt.crop_scale) > 2 or opt.crop_scale != sorted(opt.crop_scale):
+        raise ValueError(f"--crop_scale {' '.join(map(str, opt.crop_scale))}: it takes the least "
+                         "share and, after it, the greatest")
     row, share = DATASETS[opt.dataset], (auxiliaries.rank(), auxiliaries.num_ranks())
+    side = opt.eval_resize or images.shorter_side(opt.image_size)
     found = row.read(opt.source_path)
     if opt.val_split:
         found.splits.update(hold_out(found.splits["train"], opt.val_split))
@@ -127,14 +131,10 @@ def dataset_select(opt, device="cpu", views=1):
         if isinstance(found.splits["train"].images, np.ndarray):
             raise ValueError(f"--cache {opt.cache}: the images of --dataset {opt.dataset} are in "
                              "memory already, leave it out")
-        side = opt.eval_resize or images.shorter_side(opt.image_size)
         stored = images.cache_splits(opt.cache, found.splits, side, opt.interpolation, device)
-    if len(opt.crop_scale) > 2 or opt.crop_scale != sorted(opt.crop_scale):
-        raise ValueError(f"--crop_scale {' '.join(map(str, opt.crop_scale))}: it takes the least "
-                         "share and, after it, the greatest")
     train_transform, test_transform = row.transforms(
         opt.image_size, views, crop_scale=(*opt.crop_scale, 1.0)[:2],
-        interpolation=opt.interpolation, eval_resize=opt.eval_resize)
+        interpolation=opt.interpolation, eval_resize=side)
     parts = {}
     for name, split in found.splits.items():
         given = ((train_transform, opt.seed, views, share, images.read_pixels)

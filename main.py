@@ -91,7 +91,7 @@ def print_header(opt, log, test_sets, trainer):
     print(auxiliaries.printable(f"data     {counts} ({found.layout})"))
     for remark in (*found.odd, *[found.subset] * bool(found.subset)):
         print(auxiliaries.printable(f"         note: {remark}"))
-    unused = [f"--{name}" for name in opt.given if name in own_and_foreign(opt)[1]]
+    unused = [f"--{name}" for name in sorted(own_and_foreign(opt)[1].intersection(opt.given))]
     if unused:
         print(f"         note: {', '.join(unused)} have no effect with these options")
     for name, queries, gallery in test_sets:
