@@ -148,7 +148,7 @@ def train(opt, parts, every, metrics):
     loss, group = losses.loss_select(opt, int(train_part.labels.max()) + 1)
     groups = {"embedder": {"params": list(embedder.parameters()),
                            "lr": opt.lr * (opt.fc_lr_mul or 1)}, "metric_loss": group}
-    optimizers = {f"{name}_optimizer": torch.optim.Adam([group], weight_decay=opt.decay)
+    optimizers = {f"{name}_optimizer": trainers.optimizer_select(opt, group)
                   for name, group in groups.items() if group}
     validation = trainers.Validation(
         lambda trainer: measure(trainer.compute_embeddings(rows), test_part.labels, opt, metrics),
